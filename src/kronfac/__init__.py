@@ -1,0 +1,1 @@
+"""Kronecker-factored curvature for PyTorch that people can trust."""
