@@ -1,1 +1,95 @@
-"""Kronecker-factored curvature for PyTorch that people can trust."""
+"""Kronecker-factored curvature for PyTorch that people can trust.
+
+Everything public is reached from here, conventionally as ``import kronfac as kf``: the likelihoods (``kf.Categorical``),
+the optimisers (``kf.optim.KFAC``), curvature as an operator (``kf.estimate``, ``kf.save``, ``kf.load``), the checks
+(``kf.coverage``, ``kf.verify``) and the dense oracle (``kf.reference``). Names are resolved on first use, so that
+``import kronfac`` costs next to nothing and never loads an optional dependency.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kronfac import (
+        approximations,
+        blocks,
+        damping,
+        layers,
+        likelihoods,
+        optim,
+        reference,
+        sources,
+    )
+    from kronfac.curvature import BlockDiagonal
+    from kronfac.estimation import Estimator, estimate
+    from kronfac.inspect import coverage, verify
+    from kronfac.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, likelihood_of
+    from kronfac.operators import GaussNewtonOperator, HessianOperator
+    from kronfac.storage import load, save
+
+__version__ = "0.1.0"
+
+# Where each public name lives. A new public name is one line here, one above for type checkers and one in __all__
+# (a literal, because type checkers and linters do not read computed ones); a test holds the three together.
+_HOMES = {
+    "BlockDiagonal": "curvature",
+    "Estimator": "estimation",
+    "estimate": "estimation",
+    "coverage": "inspect",
+    "verify": "inspect",
+    "Bernoulli": "likelihoods",
+    "Categorical": "likelihoods",
+    "Gaussian": "likelihoods",
+    "Likelihood": "likelihoods",
+    "likelihood_of": "likelihoods",
+    "GaussNewtonOperator": "operators",
+    "HessianOperator": "operators",
+    "load": "storage",
+    "save": "storage",
+}
+_SUBMODULES = frozenset(
+    {"approximations", "blocks", "damping", "layers", "likelihoods", "optim", "reference", "sources"}
+)
+
+__all__ = [
+    "Bernoulli",
+    "BlockDiagonal",
+    "Categorical",
+    "Estimator",
+    "GaussNewtonOperator",
+    "Gaussian",
+    "HessianOperator",
+    "Likelihood",
+    "approximations",
+    "blocks",
+    "coverage",
+    "damping",
+    "estimate",
+    "layers",
+    "likelihood_of",
+    "likelihoods",
+    "load",
+    "optim",
+    "reference",
+    "save",
+    "sources",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name's home on first use (PEP 562) and keep the result, so that this runs once per name."""
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, those not yet imported included, for completion."""
+    return sorted({*globals(), *__all__})
