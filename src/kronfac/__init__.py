@@ -1,6 +1,6 @@
 """Kronecker-factored curvature for PyTorch that people can trust.
 
-Everything public is reached from here, conventionally as ``import kronfac as kf``: the likelihoods (``kf.Categorical``),
+Everything public is reached from here, by convention as ``import kronfac as kf``: the likelihoods (``kf.Categorical``),
 the optimisers (``kf.optim.KFAC``), curvature as an operator (``kf.estimate``, ``kf.save``, ``kf.load``), the checks
 (``kf.coverage``, ``kf.verify``) and the dense oracle (``kf.reference``). Names are resolved on first use, so that
 ``import kronfac`` costs next to nothing and never loads an optional dependency.
