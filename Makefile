@@ -10,7 +10,7 @@ JOBS  ?= 2
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python /usr/bin/python3; do \
 	"$$p" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { command -v "$$p"; break; }; done)
 
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --constraint constraints.txt
 
 # One computing thread for each test worker: more would only compete.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -55,7 +55,8 @@ install-dev: $(VENV)/.installed-dev
 
 $(VENV)/.torch: constraints.txt
 	@test -n "$(PYTHON)" || { echo "kronfac needs Python 3.11 or newer with venv (Debian: apt install python3 python3-venv)" >&2; exit 2; }
-	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@echo "Setting up $(VENV) with $(PYTHON): a few minutes, once."
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(PIP) $(TORCH) hatchling editables
 	@touch $@
 
