@@ -1,0 +1,36 @@
+"""Matrix algebra of one curvature block.
+
+A new kind of block is one file here and one entry of `KINDS`.
+"""
+
+from __future__ import annotations
+
+from kronfac.blocks.base import Block, Inverse
+from kronfac.blocks.dense import Dense
+from kronfac.blocks.diagonal import Diagonal
+from kronfac.blocks.diagonal_kronecker import DiagonalKronecker
+from kronfac.blocks.eigenbasis import Eigenbasis
+from kronfac.blocks.inverses import DenseInverse, DiagonalKroneckerInverse, EigenInverse, KroneckerInverse
+from kronfac.blocks.kronecker import Kronecker
+from kronfac.blocks.shifts import PerFactor, Shift, Uniform
+
+#: Block classes by the name they are saved under.
+KINDS: dict[str, type[Block]] = {block.kind: block for block in (Kronecker, DiagonalKronecker, Diagonal, Dense)}
+
+__all__ = [
+    "KINDS",
+    "Block",
+    "Dense",
+    "DenseInverse",
+    "Diagonal",
+    "DiagonalKronecker",
+    "DiagonalKroneckerInverse",
+    "EigenInverse",
+    "Eigenbasis",
+    "Inverse",
+    "Kronecker",
+    "KroneckerInverse",
+    "PerFactor",
+    "Shift",
+    "Uniform",
+]

@@ -1,0 +1,265 @@
+"""The inverses that blocks are factorised into."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kronfac.blocks.base import Inverse
+from kronfac.blocks.checks import check_pair, check_square, check_vector
+from kronfac.blocks.eigenbasis import Eigenbasis
+from kronfac.linalg.factorise import cholesky
+
+
+class KroneckerInverse(Inverse):
+    """``G^-1 x A^-1`` from two explicit symmetric inverses: two products per solve.
+
+    Attributes:
+        input: Inverse of the input factor, shape ``[*stack, d_in, d_in]``.
+        output: Inverse of the output factor, shape ``[*stack, d_out, d_out]``.
+    """
+
+    def __init__(self, input: Tensor, output: Tensor, logdet: Tensor | None = None) -> None:
+        """Store the inverses.
+
+        Args:
+            input: Inverse of the input factor, shape ``[*stack, d_in, d_in]``, float32 or float64.
+            output: Inverse of the output factor, shape ``[*stack, d_out, d_out]``.
+            logdet: Log-determinant of the product that was inverted, 0-dim; taken from the inverses when it is asked
+                for and was not given, which loses digits for an ill-conditioned factor.
+
+        Raises:
+            ValueError: If shapes or devices do not fit.
+        """
+        check_square("input", input)
+        check_square("output", output)
+        check_pair(("input", "output"), input, output)
+        if input.shape[:-2] != output.shape[:-2]:
+            raise ValueError(f"input {tuple(input.shape)} and output {tuple(output.shape)} have different stacks")
+        self.input = input
+        self.output = output
+        self.shape = torch.Size([*output.shape[:-1], input.shape[-1]])
+        self._logdet = logdet
+
+    def apply(self, vector: Tensor) -> Tensor:
+        """Solve: ``G^-1 V A^-1``.
+
+        Args:
+            vector: ``V``, shape ``[..., *stack, d_out, d_in]``.
+
+        Returns:
+            The solution in the shape of ``vector``.
+        """
+        check_vector(vector, self.shape, self.input.dtype)
+        return self.output @ vector @ self.input
+
+    def sqrt_apply(self, vector: Tensor) -> Tensor:
+        """Multiply by the lower-triangular root ``L_G x L_A`` made of the Cholesky factors of the two inverses.
+
+        Args:
+            vector: ``V``, shape ``[..., *stack, d_out, d_in]``.
+
+        Returns:
+            ``L_G V L_A^T`` in the shape of ``vector``.
+        """
+        check_vector(vector, self.shape, self.input.dtype)
+        input_root, output_root = self._roots
+        return output_root @ vector @ input_root.mT
+
+    def logdet(self) -> Tensor:
+        """Log-determinant of the damped Kronecker product (not of its inverse).
+
+        Returns:
+            A 0-dim tensor.
+        """
+        if self._logdet is None:
+            input_log, output_log = (-2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1) for root in self._roots)
+            self._logdet = (self.shape[-2] * input_log + self.shape[-1] * output_log).sum()
+        return self._logdet
+
+    @cached_property
+    def _roots(self) -> tuple[Tensor, Tensor]:
+        return cholesky(self.input, "the inverse input factor"), cholesky(self.output, "the inverse output factor")
+
+
+class DiagonalKroneckerInverse(Inverse):
+    """``G^-1 x diag(1/a)``: one product and one elementwise factor per solve.
+
+    Attributes:
+        input: Reciprocals of the damped input diagonal, shape ``[*stack, d_in]``.
+        output: Inverse of the output factor, shape ``[*stack, d_out, d_out]``.
+    """
+
+    def __init__(self, input: Tensor, output: Tensor, logdet: Tensor) -> None:
+        """Store the inverses.
+
+        Args:
+            input: Reciprocals of the damped input diagonal, shape ``[*stack, d_in]``.
+            output: Inverse of the output factor, shape ``[*stack, d_out, d_out]``.
+            logdet: Log-determinant of what was inverted, 0-dim.
+        """
+        self.input = input
+        self.output = output
+        self.shape = torch.Size([*output.shape[:-1], input.shape[-1]])
+        self._logdet = logdet
+
+    def apply(self, vector: Tensor) -> Tensor:
+        """Solve: ``G^-1 V diag(1/a)``.
+
+        Args:
+            vector: ``V``, shape ``[..., *stack, d_out, d_in]``.
+
+        Returns:
+            The solution in the shape of ``vector``.
+        """
+        check_vector(vector, self.shape, self.input.dtype)
+        return self.output @ vector * self.input.unsqueeze(-2)
+
+    def sqrt_apply(self, vector: Tensor) -> Tensor:
+        """Multiply by the lower-triangular root ``L_G x diag(a^-1/2)``, ``L_G`` the Cholesky factor of ``G^-1``.
+
+        Args:
+            vector: ``V``, shape ``[..., *stack, d_out, d_in]``.
+
+        Returns:
+            The product in the shape of ``vector``.
+        """
+        check_vector(vector, self.shape, self.input.dtype)
+        return self._root @ vector * self.input.sqrt().unsqueeze(-2)
+
+    def logdet(self) -> Tensor:
+        """Log-determinant of the damped block (not of its inverse).
+
+        Returns:
+            A 0-dim tensor.
+        """
+        return self._logdet
+
+    @cached_property
+    def _root(self) -> Tensor:
+        return cholesky(self.output, "the inverse output factor")
+
+
+class DenseInverse(Inverse):
+    """An explicit symmetric inverse for each stack element.
+
+    Attributes:
+        matrix: The inverses, shape ``[*stack, n, n]`` with ``n = d_out * d_in``.
+    """
+
+    def __init__(self, matrix: Tensor, shape: torch.Size, logdet: Tensor) -> None:
+        """Store the inverse.
+
+        Args:
+            matrix: The inverses, shape ``[*stack, n, n]``.
+            shape: ``[*stack, d_out, d_in]``.
+            logdet: Log-determinant of what was inverted, 0-dim.
+        """
+        self.matrix = matrix
+        self.shape = shape
+        self._logdet = logdet
+
+    def apply(self, vector: Tensor) -> Tensor:
+        """Solve.
+
+        Args:
+            vector: ``V``, shape ``[..., *stack, d_out, d_in]``.
+
+        Returns:
+            The solution in the shape of ``vector``.
+        """
+        check_vector(vector, self.shape, self.matrix.dtype)
+        return (self.matrix @ vector.flatten(-2).unsqueeze(-1)).reshape(vector.shape)
+
+    def sqrt_apply(self, vector: Tensor) -> Tensor:
+        """Multiply by the lower-triangular Cholesky factor of the inverse.
+
+        Args:
+            vector: ``V``, shape ``[..., *stack, d_out, d_in]``.
+
+        Returns:
+            The product in the shape of ``vector``.
+        """
+        check_vector(vector, self.shape, self.matrix.dtype)
+        return (self._root @ vector.flatten(-2).unsqueeze(-1)).reshape(vector.shape)
+
+    def logdet(self) -> Tensor:
+        """Log-determinant of the damped block (not of its inverse).
+
+        Returns:
+            A 0-dim tensor.
+        """
+        return self._logdet
+
+    @cached_property
+    def _root(self) -> Tensor:
+        return cholesky(self.matrix, "the inverse of a dense block")
+
+
+class EigenInverse(Inverse):
+    """``(C + shift I)^-1`` through the eigenvectors of ``C``.
+
+    Attributes:
+        basis: The eigendecomposition of ``C``.
+        reciprocals: ``1 / (eigenvalue + shift)`` in the block's shape.
+    """
+
+    def __init__(self, basis: Eigenbasis, shift: float) -> None:
+        """Invert the eigenvalues.
+
+        Args:
+            basis: The eigendecomposition.
+            shift: What is added to every eigenvalue.
+
+        Raises:
+            torch.linalg.LinAlgError: If an eigenvalue is not finite, or is zero to rounding and nothing is added to it.
+        """
+        values = basis.values
+        if not bool(values.isfinite().all()):
+            raise torch.linalg.LinAlgError(
+                "the block contains NaN or Inf: the statistics it was made of were not finite"
+            )
+        smallest, largest = (bound.item() for bound in values.aminmax())
+        noise = torch.finfo(values.dtype).eps * max(values.shape[-2:]) * largest
+        if smallest + shift <= 0 or (shift == 0 and smallest <= noise):
+            raise torch.linalg.LinAlgError(
+                f"the block of shape {tuple(values.shape)} is singular: its smallest eigenvalue is {smallest:.3g}, "
+                f"its largest {largest:.3g}, and the damping {shift:.3g}. Use a larger damping"
+            )
+        self.basis = basis
+        self.shape = values.shape
+        self.reciprocals = (values + shift).reciprocal()
+
+    def apply(self, vector: Tensor) -> Tensor:
+        """Solve: into the eigenbasis, divide, and back.
+
+        Args:
+            vector: ``V``, shape ``[..., *stack, d_out, d_in]``.
+
+        Returns:
+            The solution in the shape of ``vector``.
+        """
+        check_vector(vector, self.shape, self.reciprocals.dtype)
+        return self.basis.from_basis(self.basis.to_basis(vector) * self.reciprocals)
+
+    def sqrt_apply(self, vector: Tensor) -> Tensor:
+        """Multiply by the symmetric root of the inverse.
+
+        Args:
+            vector: ``V``, shape ``[..., *stack, d_out, d_in]``.
+
+        Returns:
+            The product in the shape of ``vector``.
+        """
+        check_vector(vector, self.shape, self.reciprocals.dtype)
+        return self.basis.from_basis(self.basis.to_basis(vector) * self.reciprocals.sqrt())
+
+    def logdet(self) -> Tensor:
+        """Log-determinant of the damped block (not of its inverse).
+
+        Returns:
+            A 0-dim tensor.
+        """
+        return -self.reciprocals.log().sum()

@@ -1,0 +1,155 @@
+"""Every block against its dense twin, with and without stack dimensions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.blocks.block_cases import BlockCase, FactoredCase, close, random_psd, random_tensor
+from torch import Tensor
+
+from kronfac.blocks import Block, Dense, Diagonal, DiagonalKronecker, Kronecker, KroneckerInverse, PerFactor, Uniform
+
+
+class TestKronecker(FactoredCase):
+    def input_matrices(self) -> Tensor:
+        return random_psd(*self.stack, self.d_in, self.d_in, seed=1)
+
+    def block(self) -> Block:
+        return Kronecker(self.input_matrices(), self.output_matrices())
+
+    def test_inverse_is_explicit_and_symmetric(self) -> None:
+        inverse = self.block().factorise(PerFactor(0.2, 0.7))
+        assert isinstance(inverse, KroneckerInverse)
+        eye = torch.eye(self.d_in, dtype=torch.float64)
+        close(inverse.input, torch.linalg.inv(self.input_matrices() + 0.2 * eye))
+        assert torch.equal(inverse.input, inverse.input.mT)
+        assert torch.equal(inverse.output, inverse.output.mT)
+
+    def test_logdet_from_the_inverses_alone(self) -> None:
+        inverse = self.block().factorise(PerFactor(0.2, 0.7))
+        assert isinstance(inverse, KroneckerInverse)
+        close(KroneckerInverse(inverse.input, inverse.output).logdet(), inverse.logdet())
+
+    def test_factorise_leaves_the_factors_alone(self) -> None:
+        block = self.block()
+        block.factorise(PerFactor(0.2, 0.7))
+        block.factorise(Uniform(0.2))
+        assert torch.equal(block.tensors()["input"], self.input_matrices())
+
+
+class TestKroneckerStack(TestKronecker):
+    stack = (3,)
+
+
+class TestKroneckerStackOfStacks(TestKronecker):
+    stack = (2, 2)
+
+
+class TestKroneckerNorm(TestKronecker):
+    """The shape of a normalisation layer: a 2 x 2 block for each channel."""
+
+    stack = (4,)
+    d_out = 1
+    d_in = 2
+
+
+class TestDiagonalKronecker(FactoredCase):
+    def counts(self) -> Tensor:
+        return random_tensor(*self.stack, self.d_in, seed=3).abs()
+
+    def input_matrices(self) -> Tensor:
+        return torch.diag_embed(self.counts())
+
+    def block(self) -> Block:
+        return DiagonalKronecker(self.counts(), self.output_matrices())
+
+
+class TestDiagonalKroneckerStack(TestDiagonalKronecker):
+    stack = (2,)
+
+
+class TestDiagonal(BlockCase):
+    def values(self) -> Tensor:
+        return random_tensor(*self.shape, seed=4).abs()
+
+    def block(self) -> Block:
+        return Diagonal(self.values())
+
+    def dense(self) -> Tensor:
+        return self.values().flatten().diag()
+
+    def test_no_matrix_in_disguise(self) -> None:
+        assert self.block().factor_means() is None
+        with pytest.raises(ValueError, match=r"\[\*stack, d_out, d_in\]"):
+            Diagonal(torch.ones(3))
+
+
+class TestDiagonalStack(TestDiagonal):
+    stack = (2,)
+
+
+class TestDense(BlockCase):
+    def matrix(self) -> Tensor:
+        n = self.d_out * self.d_in
+        return random_psd(*self.stack, n, n, seed=6)
+
+    def block(self) -> Block:
+        return Dense(self.matrix(), self.shape)
+
+    def dense(self) -> Tensor:
+        matrix = self.matrix()
+        return torch.block_diag(*matrix.reshape(-1, *matrix.shape[-2:]))
+
+    def test_shape_that_does_not_fit(self) -> None:
+        assert self.block().factor_means() is None
+        for shape in ((5, 5), (*self.stack, 12), (7, self.d_out, self.d_in)):
+            with pytest.raises(ValueError, match="d_out"):
+                Dense(self.matrix(), shape)
+
+
+class TestDenseStack(TestDense):
+    stack = (2, 1)
+
+
+CASES = (TestKronecker, TestDiagonalKronecker, TestDiagonal, TestDense)
+STACKS = (TestKroneckerStack, TestDiagonalKroneckerStack, TestDiagonalStack)
+
+
+@pytest.mark.parametrize("left", CASES)
+@pytest.mark.parametrize("right", CASES)
+def test_inner_product_of_every_pair(left: type[BlockCase], right: type[BlockCase]) -> None:
+    expected = (left().dense() * right().dense().mT).sum()
+    close(left().block().inner(right().block()), expected)
+
+
+@pytest.mark.parametrize("right", STACKS)
+def test_inner_product_of_stacks(right: type[BlockCase]) -> None:
+    class Left(TestKronecker):
+        stack = right.stack
+
+    close(Left().block().inner(right().block()), (Left().dense() * right().dense()).sum())
+
+
+def test_inner_product_of_different_shapes_is_refused() -> None:
+    with pytest.raises(ValueError, match="no inner product"):
+        TestKronecker().block().inner(TestKroneckerStack().block())
+
+
+def test_uniform_damping_of_a_singular_product_is_exact() -> None:
+    """Rank-one factors have eigenvalues that rounding makes negative; they count as zero."""
+    a, g = random_psd(4, 4, seed=1, rank=1), random_psd(3, 3, seed=2, rank=1)
+    inverse = Kronecker(a, g).factorise(Uniform(1e-3))
+    vector = random_tensor(3, 4, seed=3)
+    dense = torch.kron(g, a) + 1e-3 * torch.eye(12, dtype=torch.float64)
+    expected = torch.linalg.solve(dense, vector.flatten()).view(3, 4)
+    torch.testing.assert_close(inverse.apply(vector), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_shifts_are_validated(bad: float) -> None:
+    with pytest.raises(ValueError, match="value"):
+        Uniform(bad)
+    with pytest.raises(ValueError, match="input"):
+        PerFactor(bad, 1.0)
+    with pytest.raises(ValueError, match="output"):
+        PerFactor(1.0, torch.tensor([1.0, bad]))
