@@ -1,0 +1,198 @@
+"""What every layer adapter knows: how a module's parameters form one matrix, and its input the rows that multiply it.
+
+The one canonical format: a layer's trainable parameters are a matrix ``V = [W b]`` of shape ``[*stack, d_out, d_in]``
+(``stack`` is ``(groups,)`` for grouped layers, ``(channels,)`` for normalisation layers, else empty), its input becomes
+rows ``ā`` of shape ``[B, S, *stack, d_in]`` (``S`` positions share the weights) and the derivative with respect to its
+output cotangents ``g`` of shape ``[B, S, *stack, d_out]``, such that the gradient is ``Σ_{b,s} g āᵀ``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kronfac.linalg.symmetric import add_gram_
+
+
+class UnsupportedLayer(Exception):
+    """Raised by an adapter's constructor; its text says why the layer cannot be treated exactly."""
+
+
+class LayerAdapter(ABC):
+    """Translates one module into matrices.
+
+    Args:
+        module: The layer.
+        name: Its name within the model; prefixes the parameters' names.
+        sharing: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023): positions are rows of their own, or are
+            averaged (inputs) and summed (cotangents) per example first.
+
+    Attributes:
+        stack: Leading shape of the parameter matrix.
+        d_in: Width of a row, the bias's one included.
+        d_out: Height of the parameter matrix.
+        has_weight: Whether the weight is trained.
+        has_bias: Whether the bias is trained.
+        diagonal_input: The input factor is diagonal and kept as a vector ``[d_in]`` (embeddings).
+        unit_wise: The block is kept densely per stack element (normalisation layers).
+    """
+
+    stack: tuple[int, ...] = ()
+    d_in: int
+    d_out: int
+    diagonal_input: bool = False
+    unit_wise: bool = False
+
+    def __init__(self, module: nn.Module, name: str, sharing: str = "expand") -> None:
+        self.module = module
+        self.name = name
+        self.sharing = sharing
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        self.has_weight = isinstance(weight, nn.Parameter) and weight.requires_grad
+        self.has_bias = isinstance(bias, nn.Parameter) and bias.requires_grad
+        self._prefix = f"{name}." if name else ""
+
+    # ---------------------------------------------------------------- parameters
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by full name, weight first."""
+        kept = [("weight", self.has_weight), ("bias", self.has_bias)]
+        return {self._prefix + key: getattr(self.module, key) for key, has in kept if has}
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Full names of the trained parameters."""
+        return tuple(self.parameters)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape ``[*stack, d_out, d_in]`` of the parameter matrix."""
+        return torch.Size((*self.stack, self.d_out, self.d_in))
+
+    @property
+    def weight_key(self) -> str:
+        """Full name of the weight."""
+        return self._prefix + "weight"
+
+    @property
+    def bias_key(self) -> str:
+        """Full name of the bias."""
+        return self._prefix + "bias"
+
+    def matrix_view(self, weight: Tensor) -> Tensor | None:
+        """View a tensor of the weight's shape as ``[*stack, d_out, columns]``, or None where no view exists."""
+        return None
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Arrange tensors of the parameters' shapes as the matrix ``[*stack, d_out, d_in]``.
+
+        Args:
+            tensors: One tensor for each of :attr:`parameter_names`.
+
+        Returns:
+            The matrix; it shares memory with the weight where that is possible.
+        """
+        parts = []
+        if self.has_weight:
+            parts.append(self._weight_to_matrix(tensors[self.weight_key]))
+        if self.has_bias:
+            parts.append(tensors[self.bias_key].reshape(*self.stack, self.d_out, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def unpack(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Invert :meth:`pack`.
+
+        Args:
+            matrix: Shape ``[*stack, d_out, d_in]``.
+
+        Returns:
+            Tensors of the parameters' shapes, by full name.
+        """
+        out: dict[str, Tensor] = {}
+        if self.has_weight:
+            columns = matrix[..., : self.d_in - 1] if self.has_bias else matrix
+            out[self.weight_key] = self._matrix_to_weight(columns)
+        if self.has_bias:
+            out[self.bias_key] = matrix[..., -1].reshape(self.module.bias.shape)  # type: ignore[union-attr]
+        return out
+
+    def _weight_to_matrix(self, weight: Tensor) -> Tensor:
+        view = self.matrix_view(weight)
+        if view is None:
+            raise NotImplementedError(f"{type(self).__name__} must define matrix_view or both weight conversions.")
+        return view
+
+    def _matrix_to_weight(self, columns: Tensor) -> Tensor:
+        return columns.reshape(self.module.weight.shape)  # type: ignore[union-attr]
+
+    # ---------------------------------------------------------------- rows
+    @abstractmethod
+    def expand(self, x: Tensor) -> Tensor:
+        """Return the rows ``ā`` of an input, shape ``[B, S, *stack, d_in]``, the bias's ones included."""
+
+    @abstractmethod
+    def expand_cotangents(self, g: Tensor) -> Tensor:
+        """Return the cotangents as ``[B, S, *stack, d_out]``, aligned with :meth:`expand`."""
+
+    def positions(self, x: Tensor) -> tuple[int, ...]:
+        """Shape ``(B, *positions)`` of the rows of an input before they are flattened to ``[B, S]``."""
+        return tuple(x.shape[:-1])
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Rows of the input factor: ``[B, S, *stack, d_in]``, or ``[B, 1, …]`` means when weights are *reduced*."""
+        rows = self.expand(x)
+        return rows.mean(1, keepdim=True) if self.sharing == "reduce" else rows
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Rows of the output factor: ``[B, S, *stack, d_out]``, or ``[B, 1, …]`` sums when weights are *reduced*."""
+        rows = self.expand_cotangents(g)
+        return rows.sum(1, keepdim=True) if self.sharing == "reduce" else rows
+
+    # ---------------------------------------------------------------- second moments
+    def add_input_gram_(self, total: Tensor, x: Tensor, weights: Tensor | None = None) -> float | Tensor:
+        """Add ``Σ_r w_r ā_r ā_rᵀ`` to the upper triangle of ``total`` ``[*stack, d_in, d_in]``.
+
+        Args:
+            total: Running sum, changed in place.
+            x: The layer's input.
+            weights: Weight of each row, shape ``[B, S]`` (``[B, 1]`` when reduced); None means one.
+
+        Returns:
+            ``Σ_r w_r``.
+        """
+        rows = stack_first(self.rows(x), len(self.stack))
+        add_gram_(total, rows, weights=None if weights is None else weights.reshape(-1))
+        return float(rows.shape[-2]) if weights is None else weights.sum()
+
+    def add_output_gram_(self, total: Tensor, g: Tensor, scale: float = 1.0) -> None:
+        """Add ``scale Σ_r g_r g_rᵀ`` to the upper triangle of ``total`` ``[*stack, d_out, d_out]``."""
+        add_gram_(total, stack_first(self.output_rows(g), len(self.stack)), alpha=scale)
+
+    def per_example_gradients(self, x: Tensor, g: Tensor) -> Tensor:
+        """Gradient of each example's loss, shape ``[B, *stack, d_out, d_in]``; exact whatever ``sharing`` says."""
+        a, g = self.expand(x), self.expand_cotangents(g)
+        if a.shape[1] == 1:
+            return g[:, 0].unsqueeze(-1) * a[:, 0].unsqueeze(-2)
+        return torch.einsum("bs...o,bs...i->b...oi", g, a)
+
+
+def stack_first(rows: Tensor, stack_dims: int) -> Tensor:
+    """Turn ``[B, S, *stack, d]`` into ``[*stack, B·S, d]``."""
+    flat = rows.flatten(0, 1)
+    return flat if stack_dims == 0 else flat.movedim(0, -2)
+
+
+def with_ones(rows: Tensor, has_weight: bool, has_bias: bool) -> Tensor:
+    """Append the bias's column of ones, or return it alone when the weight is frozen."""
+    if not has_bias:
+        return rows
+    ones = rows.new_ones(*rows.shape[:-1], 1)
+    return torch.cat((rows, ones), dim=-1) if has_weight else ones
+
+
+def require_float(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 at least."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

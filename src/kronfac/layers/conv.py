@@ -1,0 +1,81 @@
+"""``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``: every stride, padding mode, dilation; one factor pair per group."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from kronfac.layers.base import LayerAdapter, require_float, with_ones
+from kronfac.layers.conv_moments import add_conv_gram_
+from kronfac.layers.geometry import Geometry, im2col
+from kronfac.layers.registry import adapt
+from kronfac.linalg.symmetric import add_gram_, add_product_
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class ConvAdapter(LayerAdapter):
+    """Convolution as a product of ``W̄`` with patches (Grosse & Martens 2016, section 2.1 and Theorem 1)."""
+
+    def __init__(self, module: Convolution, name: str, sharing: str = "expand") -> None:
+        super().__init__(module, name, sharing)
+        self.geometry = Geometry.of(module)
+        self._dims = len(self.geometry.kernel)
+        groups = module.groups
+        self.stack = (groups,) if groups > 1 else ()
+        self._columns = module.in_channels // groups * math.prod(module.kernel_size)
+        self.d_in = self._columns * self.has_weight + self.has_bias
+        self.d_out = module.out_channels // groups
+
+    def matrix_view(self, weight: Tensor) -> Tensor:
+        """Return the weight with its columns flattened."""
+        return weight.reshape(*self.stack, self.d_out, self._columns)
+
+    def _image(self, x: Tensor) -> Tensor:
+        x = require_float(x)
+        if x.ndim != self._dims + 2:
+            raise ValueError(
+                f"Convolution {self.name!r}: its input of shape {tuple(x.shape)} has no batch dimension; add one."
+            )
+        return x.contiguous()
+
+    def positions(self, x: Tensor) -> tuple[int, ...]:
+        """Batch and output positions."""
+        return (x.shape[0], *self.geometry.output_size(tuple(x.shape[2:])))
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Return patches ``[B, T, *stack, d_in]``."""
+        rows = im2col(self._image(x), self.geometry)
+        return with_ones(rows if self.stack else rows.squeeze(2), self.has_weight, self.has_bias)
+
+    def expand_cotangents(self, g: Tensor) -> Tensor:
+        """Return ``[B, T, *stack, d_out]``."""
+        g = self._image(g)
+        return g.reshape(g.shape[0], *self.stack, self.d_out, -1).movedim(-1, 1)
+
+    def add_input_gram_(self, total: Tensor, x: Tensor, weights: Tensor | None = None) -> float | Tensor:
+        """Add the patches' second moment by the cheapest exact form."""
+        if self.sharing == "reduce" or not self.has_weight:
+            return super().add_input_gram_(total, x, weights)
+        stacked = total if self.stack else total.unsqueeze(0)
+        return add_conv_gram_(stacked, self._image(x), self.geometry, ones=self.has_bias, weights=weights)
+
+    def add_output_gram_(self, total: Tensor, g: Tensor, scale: float = 1.0) -> None:
+        """Add the cotangents' second moment, channels first: one transposed copy, no interleaving."""
+        if self.sharing == "reduce":
+            super().add_output_gram_(total, g, scale)
+            return
+        g = self._image(g)
+        columns = g.flatten(2).transpose(0, 1).reshape(*self.stack, self.d_out, -1)
+        if self.stack:
+            add_product_(total, columns.mT, columns.mT, alpha=scale)
+        else:
+            add_gram_(total, columns.mT, alpha=scale)
+
+
+@adapt.register(nn.Conv1d)
+@adapt.register(nn.Conv2d)
+@adapt.register(nn.Conv3d)
+def _(module: Convolution, name: str, sharing: str = "expand") -> LayerAdapter:
+    return ConvAdapter(module, name, sharing)

@@ -1,0 +1,198 @@
+"""Second moment of a convolution's rows without materialising them: the row-correlation form.
+
+Let ``U_m`` hold, for input row ``m`` (a line of the first spatial dimension), the input unfolded along the other
+spatial dimensions only.  The block of the moment for kernel lines ``i, i'`` is ``Σ_y U_{ys+id}ᵀ U_{ys+i'd}``: it depends
+on ``i`` only through the window over which whole rows are correlated at the lag ``(i'-i)d``.  So one product per lag is
+formed, and the window slides by subtracting and adding single boundary rows.  With a stride ``s`` the rows of each
+residue class modulo ``s`` play this part.  Exact (2e-7 in float32), about ``1/k`` of im2col's flops and memory.
+
+This is the plug-in estimate of ``Ω`` in Grosse & Martens 2016, equation (32), divided by its number of terms.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kronfac.layers.geometry import Geometry, column_sums, im2col, windows
+from kronfac.linalg.symmetric import add_gram_, add_product_
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Block of kernel lines ``(i, j)``: correlation of rows ``[start, stop)`` of class ``left`` with class ``right``."""
+
+    i: int
+    j: int
+    left: int
+    right: int
+    lag: int
+    start: int
+    stop: int
+
+
+def _classes(geometry: Geometry, height: int) -> dict[int, tuple[int, int]]:
+    """Rows ``m`` of every residue class that hold data: input row ``m·s + class - padding`` lies in the map."""
+    stride, dilation, pad = geometry.stride[0], geometry.dilation[0], geometry.padding[0][0]
+    out = {}
+    for residue in {i * dilation % stride for i in range(geometry.kernel[0])}:
+        low = math.ceil((pad - residue) / stride)
+        high = (height - 1 + pad - residue) // stride + 1
+        out[residue] = (low, max(low, high))
+    return out
+
+
+@lru_cache(maxsize=256)
+def _plan(geometry: Geometry, height: int, lines: int) -> tuple[_Pair, ...]:
+    """Row ranges of all pairs of kernel lines, ordered so that neighbours share class and lag."""
+    stride, dilation = geometry.stride[0], geometry.dilation[0]
+    held = _classes(geometry, height)
+    pairs = []
+    for i in range(geometry.kernel[0]):
+        for j in range(i, geometry.kernel[0]):
+            (q, left), (r, right) = divmod(i * dilation, stride), divmod(j * dilation, stride)
+            lag = r - q
+            start = max(q, held[left][0], held[right][0] - lag)
+            stop = min(q + lines, held[left][1], held[right][1] - lag)
+            pairs.append(_Pair(i, j, left, right, lag, start, max(start, stop)))
+    return tuple(sorted(pairs, key=lambda p: (p.left, p.right, p.lag, p.i)))
+
+
+def _chain_cost(previous: _Pair | None, pair: _Pair) -> tuple[int, bool]:
+    """Rows to multiply for a pair, and whether sliding from the previous one is cheaper than starting afresh."""
+    direct = pair.stop - pair.start
+    if previous is None or (previous.left, previous.right, previous.lag) != (pair.left, pair.right, pair.lag):
+        return direct, False
+    if pair.start >= previous.stop or pair.stop <= previous.start:
+        return direct, False
+    slide = abs(pair.start - previous.start) + abs(pair.stop - previous.stop)
+    return (slide, True) if slide < direct else (direct, False)
+
+
+@lru_cache(maxsize=256)
+def row_correlation_pays(geometry: Geometry, size: tuple[int, ...]) -> bool:
+    """Whether the row-correlation form needs fewer multiplications than im2col for this input size."""
+    if geometry.kernel[0] == 1:
+        return False
+    out = geometry.output_size(size)
+    cost, previous = 0, None
+    for pair in _plan(geometry, size[0], out[0]):
+        cost += _chain_cost(previous, pair)[0]
+        previous = pair
+    # im2col: kernel² blocks over every line, of which the symmetric product computes about 0.7 when it is wide.
+    return cost < 0.7 * geometry.kernel[0] ** 2 * out[0]
+
+
+def _unfold_trailing(x: Tensor, geometry: Geometry, out: tuple[int, ...]) -> Tensor:
+    """Unfold all but the first spatial dimension: ``[groups, rows, N·positions, C/groups·taps]``."""
+    per_group = x.shape[1] // geometry.groups
+    step, tap, sizes = windows(x, geometry, out, 1)
+    s_n, s_c, s_h = x.stride()[:3]
+    view = x.as_strided(
+        (geometry.groups, x.shape[2], x.shape[0], *sizes, per_group, *geometry.kernel[1:]),
+        (s_c * per_group, s_h, s_n, *step, s_c, *tap),
+    )
+    return view.reshape(geometry.groups, x.shape[2], x.shape[0] * math.prod(sizes), -1)
+
+
+def _correlate(left: Tensor, right: Tensor, symmetric: bool) -> Tensor:
+    """``Σ_m left_mᵀ right_m`` over rows, for ``[groups, rows, K, F]``: ``[groups, F, F]``, or ``[F, F]`` of one group."""
+    a, b = left.flatten(1, 2), right.flatten(1, 2)
+    if a.shape[0] > 1:
+        return a.mT @ b
+    out = a.new_zeros(a.shape[-1], b.shape[-1])
+    add_product_(out, a[0], b[0], symmetric=symmetric)
+    return (out.triu() + out.triu(1).mT if symmetric else out).unsqueeze(0)
+
+
+def add_row_correlation_(total: Tensor, x: Tensor, geometry: Geometry) -> None:
+    """Add ``Σ_r a_r a_rᵀ`` over all rows (without ones) to ``total``.
+
+    Args:
+        total: Running sum ``[groups, d, d]``, of which the blocks on and above the diagonal of kernel lines are
+            written, a superset of the upper triangle within each pair of channels; see below for the order.
+        x: Input ``[N, C, *size]``.
+        geometry: The convolution.
+    """
+    size = tuple(x.shape[2:])
+    out = geometry.output_size(size)
+    zeros = geometry.mode == "constant"
+    x = geometry.pad(x, skip_first=zeros)
+    flat = geometry if zeros else Geometry(
+        geometry.kernel, geometry.stride, geometry.dilation, ((0, 0), *geometry.padding[1:]), "constant", geometry.groups
+    )
+    height, stride, pad = x.shape[2], geometry.stride[0], flat.padding[0][0]
+    unfolded: dict[int, tuple[Tensor, int]] = {}
+    for residue, (low, high) in _classes(flat, height).items():
+        first = low * stride + residue - pad
+        rows = x[:, :, first : first + max(0, (high - low - 1) * stride + 1) : stride]
+        unfolded[residue] = (_unfold_trailing(rows, geometry, out), low)
+
+    channels, lines, taps = x.shape[1] // geometry.groups, geometry.kernel[0], math.prod(geometry.kernel[1:])
+    blocks = total.unflatten(-1, (channels, lines, taps)).unflatten(1, (channels, lines, taps))
+
+    def product(pair: _Pair, start: int, stop: int) -> Tensor:
+        (left, low), (right, right_low) = unfolded[pair.left], unfolded[pair.right]
+        a = left[:, start - low : stop - low]
+        b = right[:, start + pair.lag - right_low : stop + pair.lag - right_low]
+        return _correlate(a, b, symmetric=pair.lag == 0 and pair.left == pair.right)
+
+    previous: _Pair | None = None
+    current = torch.empty(0)
+    for pair in _plan(flat, height, out[0]):
+        if pair.start == pair.stop:
+            previous = None
+            continue
+        if previous is not None and _chain_cost(previous, pair)[1]:
+            for edge, old, new, sign in (("start", previous.start, pair.start, -1), ("stop", previous.stop, pair.stop, 1)):
+                if old != new:
+                    part = product(pair, min(old, new), max(old, new))
+                    current = current.add(part, alpha=sign if new > old else -sign)
+                del edge
+        else:
+            current = product(pair, pair.start, pair.stop)
+        previous = pair
+        block = current.unflatten(-1, (channels, taps)).unflatten(1, (channels, taps))
+        blocks[:, :, pair.i, :, :, pair.j] += block
+        if pair.i != pair.j:
+            # The matrix's upper triangle runs over channels first, so both orders of the lines are needed.
+            blocks[:, :, pair.j, :, :, pair.i] += block.permute(0, 3, 4, 1, 2)
+
+
+def add_conv_gram_(
+    total: Tensor, x: Tensor, geometry: Geometry, *, ones: bool, weights: Tensor | None = None
+) -> float | Tensor:
+    """Add ``Σ_r w_r ā_r ā_rᵀ`` of a convolution to the upper triangle of ``total``, in the cheapest exact form.
+
+    Args:
+        total: Running sum ``[groups, d, d]``.
+        x: Input ``[N, C, *size]``.
+        geometry: The convolution.
+        ones: Whether rows end with the bias's one.
+        weights: Weight of every position, ``[N, T]``; needs the expanded rows.
+
+    Returns:
+        ``Σ_r w_r``.
+    """
+    inner = total[:, :-1, :-1] if ones else total
+    if weights is None and row_correlation_pays(geometry, tuple(x.shape[2:])):
+        add_row_correlation_(inner, x, geometry)
+        count: float | Tensor = float(x.shape[0] * math.prod(geometry.output_size(tuple(x.shape[2:]))))
+        sums = column_sums(x, geometry) if ones else None
+    else:
+        rows = im2col(x, geometry).flatten(0, 1).movedim(1, 0)
+        flat = None if weights is None else weights.reshape(-1).to(rows.dtype)
+        count = float(rows.shape[1]) if flat is None else flat.sum()
+        sums = (rows.sum(1) if flat is None else (flat.unsqueeze(-1) * rows).sum(1)) if ones else None
+        if rows.shape[0] == 1:
+            add_gram_(inner[0], rows[0], weights=flat)
+        else:
+            add_gram_(inner, rows, weights=flat)
+    if sums is not None:
+        total[:, :-1, -1] += sums
+        total[:, -1, -1] += count
+    return count

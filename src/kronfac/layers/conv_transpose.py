@@ -1,0 +1,79 @@
+"""``nn.ConvTranspose1d/2d/3d``, exactly: a plain convolution of the zero-stuffed input with the flipped kernel."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kronfac.layers.base import LayerAdapter, UnsupportedLayer
+from kronfac.layers.conv import ConvAdapter
+from kronfac.layers.geometry import Geometry
+from kronfac.layers.registry import adapt
+
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
+
+class ConvTransposeAdapter(ConvAdapter):
+    """``stride - 1`` zeros between input positions, unit stride, padding ``dilation (kernel - 1) - padding``.
+
+    An ``output_size`` passed to the forward changes the output padding of that call; the cotangent's shape then
+    disagrees with the rows and is refused.
+    """
+
+    def __init__(self, module: Transposed, name: str, sharing: str = "expand") -> None:
+        super().__init__(module, name, sharing)  # type: ignore[arg-type]
+        kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
+        padding: list[tuple[int, int]] = []
+        for k, d, p, extra in zip(kernel, dilation, module.padding, module.output_padding, strict=True):
+            before = d * (k - 1) - int(p)
+            padding.append((before, before + extra))
+        self._stuff = tuple(module.stride)
+        ones = tuple(1 for _ in kernel)
+        self.geometry = Geometry(kernel, ones, dilation, tuple(padding), "constant", module.groups)
+
+    def _zero_stuffed(self, x: Tensor) -> Tensor:
+        if all(s == 1 for s in self._stuff):
+            return x
+        size = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], self._stuff, strict=True)]
+        out = x.new_zeros(*x.shape[:2], *size)
+        out[(slice(None), slice(None), *(slice(None, None, s) for s in self._stuff))] = x
+        return out
+
+    def positions(self, x: Tensor) -> tuple[int, ...]:
+        """Batch and output positions."""
+        size = tuple((n - 1) * s + 1 for n, s in zip(x.shape[2:], self._stuff, strict=True))
+        return (x.shape[0], *self.geometry.output_size(size))
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Return patches ``[B, T, *stack, d_in]`` of the zero-stuffed input."""
+        return super().expand(self._zero_stuffed(x))
+
+    def add_input_gram_(self, total: Tensor, x: Tensor, weights: Tensor | None = None) -> float | Tensor:
+        """Add the second moment of the zero-stuffed input's patches."""
+        if self.sharing == "reduce" or not self.has_weight:  # the general path expands, and so stuffs, itself
+            return super().add_input_gram_(total, x, weights)
+        return super().add_input_gram_(total, self._zero_stuffed(x), weights)
+
+    def matrix_view(self, weight: Tensor) -> Tensor | None:  # type: ignore[override]
+        """The weight is transposed and flipped: there is no view."""
+        return None
+
+    def _weight_to_matrix(self, weight: Tensor) -> Tensor:
+        spatial = tuple(range(3, weight.ndim + 1))
+        grouped = weight.unflatten(0, (self.geometry.groups, -1)).transpose(1, 2).flip(spatial)
+        return grouped.reshape(*self.stack, self.d_out, self._columns)
+
+    def _matrix_to_weight(self, columns: Tensor) -> Tensor:
+        groups, kernel = self.geometry.groups, self.geometry.kernel
+        grouped = columns.reshape(groups, self.d_out, -1, *kernel).transpose(1, 2)
+        return grouped.flip(tuple(range(3, grouped.ndim))).flatten(0, 1)
+
+
+@adapt.register(nn.ConvTranspose1d)
+@adapt.register(nn.ConvTranspose2d)
+@adapt.register(nn.ConvTranspose3d)
+def _(module: Transposed, name: str, sharing: str = "expand") -> LayerAdapter:
+    if any(d * (k - 1) < int(p) for d, k, p in zip(module.dilation, module.kernel_size, module.padding, strict=True)):
+        raise UnsupportedLayer("its padding exceeds dilation·(kernel-1)")
+    return ConvTransposeAdapter(module, name, sharing)
+
+

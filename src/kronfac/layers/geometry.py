@@ -1,0 +1,100 @@
+"""Geometry of a convolution, and its input as explicit rows (*im2col*)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a convolution does to positions; every tuple has one entry per spatial dimension.
+
+    Attributes:
+        kernel: Kernel sizes.
+        stride: Strides.
+        dilation: Dilations.
+        padding: ``(before, after)`` of each dimension.
+        mode: Padding mode of ``torch.nn.functional.pad`` (``"constant"``, ``"reflect"``, ``"replicate"``, ``"circular"``).
+        groups: Number of groups.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    mode: str
+    groups: int
+
+    @classmethod
+    def of(cls, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Geometry:
+        """Read the geometry of a convolution module."""
+        kernel, stride, dilation = tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation)
+        if module.padding == "valid":
+            padding = tuple((0, 0) for _ in kernel)
+        elif module.padding == "same":
+            total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+            padding = tuple((t // 2, t - t // 2) for t in total)
+        else:
+            padding = tuple((int(p), int(p)) for p in module.padding)
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        return cls(kernel, stride, dilation, padding, mode, module.groups)
+
+    def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Spatial size of the output for an input of spatial size ``size``."""
+        parts = zip(size, self.kernel, self.stride, self.dilation, self.padding, strict=True)
+        return tuple((n + sum(p) - d * (k - 1) - 1) // s + 1 for n, k, s, d, p in parts)
+
+    def pad(self, x: Tensor, skip_first: bool = False) -> Tensor:
+        """Pad ``[N, C, *size]`` as the layer does; ``skip_first`` leaves the first spatial dimension (zeros only)."""
+        padding = [(0, 0), *self.padding[1:]] if skip_first else list(self.padding)
+        flat = [side for pair in reversed(padding) for side in pair]
+        return F.pad(x, flat, mode=self.mode) if any(flat) else x
+
+
+def windows(x: Tensor, geometry: Geometry, out: tuple[int, ...], first: int) -> tuple[list[int], list[int], list[int]]:
+    """Sizes and strides that view a padded input as windows.
+
+    Args:
+        x: Padded input, ``[N, C, *size]``.
+        geometry: The convolution.
+        out: Spatial output size.
+        first: The spatial dimension at which the windows start (earlier ones stay plain).
+
+    Returns:
+        Output strides, kernel strides and output sizes of the dimensions from ``first`` on.
+    """
+    strides = x.stride()[2 + first :]
+    step = [s * m for s, m in zip(strides, geometry.stride[first:], strict=True)]
+    tap = [s * m for s, m in zip(strides, geometry.dilation[first:], strict=True)]
+    return step, tap, list(out[first:])
+
+
+def im2col(x: Tensor, geometry: Geometry) -> Tensor:
+    """Rows of a convolution, one per output position.
+
+    Args:
+        x: Input ``[N, C, *size]``.
+        geometry: The convolution.
+
+    Returns:
+        Rows ``[N, T, groups, (C/groups)·prod(kernel)]`` in the order of the weight's columns.
+    """
+    out = geometry.output_size(tuple(x.shape[2:]))
+    x = geometry.pad(x)
+    batch, channels, per_group = x.shape[0], x.shape[1], x.shape[1] // geometry.groups
+    step, tap, sizes = windows(x, geometry, out, 0)
+    s_n, s_c = x.stride()[:2]
+    view = x.as_strided(
+        (batch, *sizes, geometry.groups, per_group, *geometry.kernel), (s_n, *step, s_c * per_group, s_c, *tap)
+    )
+    return view.reshape(batch, math.prod(sizes), geometry.groups, channels // geometry.groups * math.prod(geometry.kernel))
+
+
+def column_sums(x: Tensor, geometry: Geometry) -> Tensor:
+    """Sum of all rows, ``[groups, (C/groups)·prod(kernel)]``, from the input's batch sum alone."""
+    return im2col(x.sum(0, keepdim=True), geometry).sum((0, 1)) if x.shape[0] else torch.zeros(0)

@@ -1,0 +1,61 @@
+"""``nn.Linear`` and its subclasses; inputs of any leading shape."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from kronfac.layers.base import LayerAdapter, UnsupportedLayer, require_float, with_ones
+from kronfac.layers.registry import adapt
+from kronfac.linalg.symmetric import add_gram_
+
+
+class LinearAdapter(LayerAdapter):
+    """``y = x Wᵀ + b`` with ``x`` of shape ``[B, *positions, in_features]`` (Martens & Grosse 2015, section 3)."""
+
+    def __init__(self, module: nn.Linear, name: str, sharing: str = "expand") -> None:
+        super().__init__(module, name, sharing)
+        self._features = module.in_features
+        self.d_in = self._features * self.has_weight + self.has_bias
+        self.d_out = module.out_features
+
+    def matrix_view(self, weight: Tensor) -> Tensor:
+        """Return the weight itself."""
+        return weight
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Return ``[B, S, d_in]``."""
+        x = _batched(require_float(x))
+        return with_ones(x.reshape(x.shape[0], -1, self._features), self.has_weight, self.has_bias)
+
+    def expand_cotangents(self, g: Tensor) -> Tensor:
+        """Return ``[B, S, d_out]``."""
+        g = _batched(require_float(g))
+        return g.reshape(g.shape[0], -1, self.d_out)
+
+    def add_input_gram_(self, total: Tensor, x: Tensor, weights: Tensor | None = None) -> float | Tensor:
+        """Add the rows' second moment without copying the input to append its ones."""
+        if self.sharing == "reduce" or not (self.has_weight and self.has_bias):
+            return super().add_input_gram_(total, x, weights)
+        rows = require_float(x).reshape(-1, self._features)
+        flat = None if weights is None else weights.reshape(-1).to(rows.dtype)
+        count = float(rows.shape[0]) if flat is None else flat.sum()
+        add_gram_(total[:-1, :-1], rows, weights=flat)
+        total[:-1, -1] += rows.sum(0) if flat is None else flat @ rows
+        total[-1, -1] += count
+        return count
+
+
+def _batched(tensor: Tensor) -> Tensor:
+    if tensor.ndim < 2:
+        raise ValueError(f"A linear layer's input of shape {tuple(tensor.shape)} has no batch dimension; add one.")
+    return tensor
+
+
+@adapt.register
+def _(module: nn.Linear, name: str, sharing: str = "expand") -> LayerAdapter:
+    # nn.MultiheadAttention reads out_proj's weight without calling it, so that no hook ever fires.
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise UnsupportedLayer("nn.MultiheadAttention uses this projection without calling it")
+    return LinearAdapter(cast(nn.Linear, module), name, sharing)

@@ -1,0 +1,85 @@
+"""``adapt_model``: adapters for all layers of a model, and a reason for every parameter without one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from kronfac.layers.base import LayerAdapter, UnsupportedLayer
+from kronfac.layers.norm import NormAdapter
+from kronfac.layers.registry import adapt
+
+SHARING = ("expand", "reduce")
+NORMS = ("unitwise", "full")
+
+
+@dataclass
+class Adaptation:
+    """What curvature can see of a model.
+
+    Attributes:
+        adapters: Layer name to adapter, in the order of ``model.named_modules()``.
+        uncovered: Trainable parameter name to the reason why it has no block.
+        frozen: Names of parameters with ``requires_grad=False``.
+        order: Names of all trainable parameters, in the order of ``model.named_parameters()``.
+    """
+
+    adapters: dict[str, LayerAdapter] = field(default_factory=dict)
+    uncovered: dict[str, str] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
+
+    @property
+    def covered(self) -> tuple[str, ...]:
+        """Names of parameters with a block, in the model's order."""
+        return tuple(name for name in self.order if name not in self.uncovered)
+
+
+def adapt_model(model: nn.Module, *, sharing: str = "expand", norm: str = "unitwise") -> Adaptation:
+    """Find an adapter for every layer that has trainable parameters.
+
+    Args:
+        model: The model.
+        sharing: Weight sharing over positions, ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023).
+        norm: ``"unitwise"`` (a 2×2 block per unit) or ``"full"`` (one block) for normalisation layers.
+
+    Returns:
+        Adapters, and the reason for every trainable parameter that has none.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: Unknown ``sharing`` or ``norm``, or no parameter is trainable.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    if sharing not in SHARING:
+        raise ValueError(f"sharing={sharing!r} is unknown; choose one of {SHARING}.")
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r} is unknown; choose one of {NORMS}.")
+    every = dict(model.named_parameters(remove_duplicate=False))
+    order = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+    if not order:
+        raise ValueError("The model has no trainable parameter (requires_grad=True).")
+    uses = Counter(id(p) for p in every.values())
+    result = Adaptation(order=order, frozen=tuple(n for n, p in model.named_parameters() if not p.requires_grad))
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        own = {prefix + key: p for key, p in module.named_parameters(recurse=False) if p.requires_grad}
+        if not own:
+            continue
+        tied = [key for key, p in own.items() if uses[id(p)] > 1]
+        try:
+            if tied:
+                others = [n for n, p in every.items() if p is own[tied[0]] and n != tied[0]]
+                raise UnsupportedLayer(f"its parameter is shared (tied) with {', '.join(others)}")
+            adapter = adapt(module, name, sharing)
+            if isinstance(adapter, NormAdapter) and norm == "full":
+                adapter = adapter.full()
+            extra = [key for key in own if key not in adapter.parameters]
+            result.uncovered |= {key: f"{type(module).__name__} adapters know weight and bias only" for key in extra}
+            result.adapters[name] = adapter
+        except UnsupportedLayer as error:
+            result.uncovered |= {key: str(error) for key in own if key in order}
+    return result

