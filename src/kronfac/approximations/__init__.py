@@ -1,0 +1,45 @@
+"""Approximations of a layer's curvature; a new one is one file and one entry here."""
+
+from __future__ import annotations
+
+from kronfac.approximations.base import Approximation, Mean, Statistic
+from kronfac.approximations.dense import DenseBlocks
+from kronfac.approximations.diagonal import DiagonalBlocks
+from kronfac.approximations.kfac import KFAC
+
+APPROXIMATIONS: dict[str, type[Approximation]] = {kind.name: kind for kind in (KFAC, DiagonalBlocks, DenseBlocks)}
+
+
+def get_approximation(approximation: str | Approximation) -> Approximation:
+    """Return an approximation by name.
+
+    Args:
+        approximation: A name, or an object, which is returned as it is.
+
+    Returns:
+        The approximation.
+
+    Raises:
+        ValueError: The name is unknown.
+        TypeError: ``approximation`` is neither.
+    """
+    if isinstance(approximation, Approximation):
+        return approximation
+    if not isinstance(approximation, str):
+        kind = type(approximation).__name__
+        raise TypeError(f"approximation must be a name or a kronfac.approximations.Approximation, not {kind}.")
+    if approximation not in APPROXIMATIONS:
+        raise ValueError(f"approximation={approximation!r} is unknown; choose one of {sorted(APPROXIMATIONS)}.")
+    return APPROXIMATIONS[approximation]()
+
+
+__all__ = [
+    "APPROXIMATIONS",
+    "KFAC",
+    "Approximation",
+    "DenseBlocks",
+    "DiagonalBlocks",
+    "Mean",
+    "Statistic",
+    "get_approximation",
+]

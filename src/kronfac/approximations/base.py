@@ -1,0 +1,140 @@
+"""Which statistics of the pairs of input and cotangent are kept, and what block they stand for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from kronfac.blocks import Block
+from kronfac.layers import LayerAdapter
+from kronfac.linalg.symmetric import all_finite
+from kronfac.sources import Sample, Source
+
+
+class Mean:
+    """A running mean that carries its own weight: plain means and bias-corrected averages are one thing.
+
+    ``total`` and ``weight`` are summed; :meth:`decay` multiplies both, so that ``total / weight`` is the exponential
+    moving average with the right start (Kingma & Ba 2015, section 3) and any mini-batch sizes.
+
+    Args:
+        total: Zeros of the statistic's shape.
+    """
+
+    def __init__(self, total: Tensor) -> None:
+        self.total = total
+        self.weight = 0.0
+
+    def decay(self, factor: float) -> None:
+        """Multiply what was gathered so far by ``factor``."""
+        self.total.mul_(factor)
+        self.weight *= factor
+
+    def value(self) -> Tensor:
+        """Return the mean, a new tensor."""
+        return self.total / self.weight
+
+
+class Statistic(ABC):
+    """Statistics of one layer.
+
+    Args:
+        layer: The layer's adapter.
+    """
+
+    def __init__(self, layer: LayerAdapter) -> None:
+        self.layer = layer
+
+    @abstractmethod
+    def means(self) -> dict[str, Mean]:
+        """The running means by name: what is decayed, saved and reduced over processes."""
+
+    @abstractmethod
+    def add(self, sample: Sample) -> None:
+        """Take in one sample.
+
+        Args:
+            sample: Input and cotangent of one pull.
+        """
+
+    @abstractmethod
+    def block(self) -> Block:
+        """Return what the statistics stand for, divided by the denominators gathered."""
+
+    def decay(self, factor: float) -> None:
+        """Forget: multiply sums and weights by ``factor``."""
+        for mean in self.means().values():
+            mean.decay(factor)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was gathered."""
+        return any(mean.weight == 0.0 for mean in self.means().values())
+
+
+class Approximation(ABC):
+    """A family of blocks.
+
+    Attributes:
+        name: The name in the public face.
+        needs_pairs: Whether samples must pair each input with its cotangent.
+        needs_cotangents: Whether it cannot do without cotangents.
+    """
+
+    name: str
+    needs_pairs: bool = False
+    needs_cotangents: bool = True
+
+    @abstractmethod
+    def start(self, layer: LayerAdapter) -> Statistic:
+        """Return empty statistics for a layer.
+
+        Args:
+            layer: The layer's adapter.
+        """
+
+    def check(self, source: Source) -> None:
+        """Refuse a source that does not offer what this approximation needs.
+
+        Args:
+            source: The source.
+
+        Raises:
+            ValueError: The two do not fit.
+        """
+        if self.needs_pairs and not source.paired:
+            raise ValueError(
+                f"approximation={self.name!r} needs paired statistics of inputs and cotangents, which "
+                f"source={source.name!r} does not offer; use source='sampled' or 'exact'."
+            )
+
+
+def statistics_dtype(layer: LayerAdapter) -> torch.dtype:
+    """Float64 for float64 layers, else float32: never less."""
+    parameter = next(iter(layer.parameters.values()))
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def zeros(layer: LayerAdapter, *shape: int) -> Tensor:
+    """Zeros on the layer's device in the statistics' dtype."""
+    parameter = next(iter(layer.parameters.values()))
+    return torch.zeros(shape, dtype=statistics_dtype(layer), device=parameter.device)
+
+
+def require_finite(sample: Sample) -> None:
+    """Stop before a NaN or an infinity enters the running means.
+
+    Args:
+        sample: The sample.
+
+    Raises:
+        FloatingPointError: Input or cotangent of the layer is not finite.
+    """
+    for what, tensor in (("input", sample.inputs if sample.first else None), ("cotangent", sample.cotangents)):
+        if tensor is not None and tensor.is_floating_point() and not all_finite(tensor):
+            raise FloatingPointError(
+                f"NaN or Inf in the {what} of layer {sample.layer.name!r}: its statistics were not updated and no "
+                "parameter was changed. Look for a diverged loss or invalid inputs; lower lr or raise damping."
+            )

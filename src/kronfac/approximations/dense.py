@@ -1,0 +1,78 @@
+"""The exact block of a layer (per stack element): the second moment of per-example gradients."""
+
+from __future__ import annotations
+
+import torch
+
+from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, zeros
+from kronfac.blocks import Block, Dense
+from kronfac.layers import LayerAdapter
+from kronfac.linalg.symmetric import add_gram_, mirror_
+from kronfac.sources import Sample
+
+#: Largest block kept densely: 2 GiB in float64.
+LIMIT = 16_384
+
+
+class DenseStatistic(Statistic):
+    """Running ``(1/D) Σ_n ∇_n ∇_nᵀ`` with ``∇_n`` the gradient of one example's loss.
+
+    Args:
+        layer: The layer's adapter.
+
+    Raises:
+        ValueError: The block would be too large.
+    """
+
+    def __init__(self, layer: LayerAdapter) -> None:
+        super().__init__(layer)
+        size = layer.d_out * layer.d_in
+        if size > LIMIT:
+            raise ValueError(
+                f"A dense block for layer {layer.name!r} needs {size}×{size} entries "
+                f"({size * size * 4 / 2**30:.1f} GiB in float32); use approximation='kfac' or 'diagonal'."
+            )
+        self.moment = Mean(zeros(layer, *layer.stack, size, size))
+
+    def means(self) -> dict[str, Mean]:
+        """The second moment."""
+        return {"moment": self.moment}
+
+    def add(self, sample: Sample) -> None:
+        """Add the outer products of one pull's per-example gradients."""
+        require_finite(sample)
+        if sample.first:
+            self.moment.weight += sample.denominator
+        if sample.cotangents is None:
+            # Forward-only has no gradients; unit cotangents keep the scale of the identity output factor.
+            if sample.first:
+                self.moment.total.diagonal(dim1=-2, dim2=-1).add_(sample.denominator)
+            return
+        gradients = self.layer.per_example_gradients(sample.inputs, sample.cotangents)
+        rows = gradients.flatten(-2).movedim(0, -2)
+        add_gram_(self.moment.total, rows.to(self.moment.total.dtype), alpha=sample.weight)
+
+    def block(self) -> Block:
+        """Return the dense block."""
+        moment = mirror_(self.moment.value())
+        if not bool(torch.isfinite(moment).all()):
+            raise FloatingPointError(f"The block of layer {self.layer.name!r} overflowed to NaN or Inf.")
+        return Dense(moment, self.layer.shape)
+
+
+class DenseBlocks(Approximation):
+    """No approximation but block-diagonality: exact per layer (per group of a grouped layer, per unit of a norm)."""
+
+    name = "dense"
+    needs_pairs = True
+
+    def start(self, layer: LayerAdapter) -> Statistic:
+        """Return an empty moment.
+
+        Args:
+            layer: The layer's adapter.
+
+        Returns:
+            The statistic.
+        """
+        return DenseStatistic(layer)

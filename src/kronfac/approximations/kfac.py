@@ -1,0 +1,82 @@
+"""KFAC for linear layers and KFC for convolutions: one block ``A ⊗ G`` per layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, zeros
+from kronfac.approximations.dense import DenseStatistic
+from kronfac.blocks import Block, DiagonalKronecker, Kronecker
+from kronfac.layers import LayerAdapter
+from kronfac.linalg.symmetric import mirror_
+from kronfac.sources import Sample
+
+
+class KFACStatistic(Statistic):
+    """Running ``A = E[ā āᵀ]`` over rows and ``G = (1/D) Σ g gᵀ``.
+
+    ``A`` is the mean over examples *and* positions; ``G`` sums over positions and divides by the loss's denominator
+    ``D``.  For a convolution with ``|T|`` positions ``A = Ω/|T|`` and ``G = |T| Γ`` in terms of Grosse & Martens 2016,
+    equations (31) and (32): the same product.  The upper triangles alone are kept up to date.
+
+    Args:
+        layer: The layer's adapter.
+    """
+
+    def __init__(self, layer: LayerAdapter) -> None:
+        super().__init__(layer)
+        shape = (layer.d_in,) if layer.diagonal_input else (*layer.stack, layer.d_in, layer.d_in)
+        self.input = Mean(zeros(layer, *shape))
+        self.output = Mean(zeros(layer, *layer.stack, layer.d_out, layer.d_out))
+
+    def means(self) -> dict[str, Mean]:
+        """Input and output factor."""
+        return {"input": self.input, "output": self.output}
+
+    def add(self, sample: Sample) -> None:
+        """Add the second moments of one pull."""
+        require_finite(sample)
+        layer = self.layer
+        if sample.first:
+            self.input.weight += float(layer.add_input_gram_(self.input.total, sample.inputs, sample.row_weights))
+            self.output.weight += sample.denominator
+        if sample.cotangents is not None:
+            layer.add_output_gram_(self.output.total, sample.cotangents, sample.weight)
+        elif sample.first:
+            # Forward-only: the identity, times the denominator that block() divides by.
+            self.output.total.diagonal(dim1=-2, dim2=-1).add_(sample.denominator)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``A`` and ``G`` as new, full symmetric tensors (``A`` a vector for embeddings)."""
+        a = self.input.value()
+        return (a if self.layer.diagonal_input else mirror_(a)), mirror_(self.output.value())
+
+    def block(self) -> Block:
+        """Return the Kronecker block."""
+        a, g = self.factors()
+        for what, factor in (("input", a), ("output", g)):
+            if not bool(torch.isfinite(factor).all()):
+                raise FloatingPointError(f"The {what} factor of layer {self.layer.name!r} overflowed to NaN or Inf.")
+        return DiagonalKronecker(a, g) if self.layer.diagonal_input else Kronecker(a, g)
+
+
+class KFAC(Approximation):
+    """``F_ℓ ≈ A ⊗ G`` (Martens & Grosse 2015, eq. 1; Grosse & Martens 2016, Theorem 1).
+
+    Normalisation layers keep the exact block of every unit instead.
+    """
+
+    name = "kfac"
+    needs_cotangents = False
+
+    def start(self, layer: LayerAdapter) -> Statistic:
+        """Return empty factors.
+
+        Args:
+            layer: The layer's adapter.
+
+        Returns:
+            The statistic.
+        """
+        return DenseStatistic(layer) if layer.unit_wise else KFACStatistic(layer)

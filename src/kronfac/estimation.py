@@ -1,0 +1,271 @@
+"""From data to curvature: ``Estimator`` for the running case, ``estimate`` for a data set."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronfac.approximations import Approximation, Statistic, get_approximation
+from kronfac.curvature import BlockDiagonal
+from kronfac.layers import Adaptation, adapt_model
+from kronfac.likelihoods import Likelihood
+from kronfac.sources import Source, get_source
+from kronfac.tape import Tape, couples_examples, frozen_buffers, record
+
+
+class CoverageWarning(UserWarning):
+    """Some trainable parameters have no curvature block; the text names them and says why."""
+
+
+class Estimator:
+    """Running statistics of all layers of a model.
+
+    Args:
+        model: The model; its layers are found once, now.
+        likelihood: The loss.
+        approximation: Name or object.
+        source: Name or object.
+        samples: Number of samples of the sampled source.
+        sharing: Weight sharing over positions, ``"expand"`` or ``"reduce"``.
+        norm: ``"unitwise"`` or ``"full"`` blocks of normalisation layers.
+        generator: For everything random; the global one by default.
+
+    Raises:
+        TypeError: ``model`` or ``likelihood`` is of another type.
+        ValueError: No layer has a block, or approximation and source do not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        *,
+        approximation: str | Approximation = "kfac",
+        source: str | Source = "sampled",
+        samples: int = 1,
+        sharing: str = "expand",
+        norm: str = "unitwise",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not isinstance(likelihood, Likelihood):
+            raise TypeError(
+                f"likelihood must be a kronfac.Likelihood such as kronfac.Categorical(), not {type(likelihood).__name__}; "
+                "kronfac.likelihood_of(loss_module) translates PyTorch's loss modules."
+            )
+        self.model, self.likelihood = model, likelihood
+        self.approximation, self.source = get_approximation(approximation), get_source(source, samples)
+        self.approximation.check(self.source)
+        self.options = {"sharing": sharing, "norm": norm}
+        self.adaptation: Adaptation = adapt_model(model, sharing=sharing, norm=norm)
+        if not self.adaptation.adapters:
+            raise ValueError("No layer of the model has a curvature block: " + _reasons(self.adaptation.uncovered))
+        self.generator = generator
+        self.statistics: dict[str, Statistic] = {
+            name: self.approximation.start(adapter) for name, adapter in self.adaptation.adapters.items()
+        }
+
+    def warn_uncovered(self, what: str) -> None:
+        """Name parameters without a block, once, as a :class:`CoverageWarning`.
+
+        Args:
+            what: What becomes of them.
+        """
+        if self.adaptation.uncovered:
+            text = f"{what}: {_reasons(self.adaptation.uncovered)}. See kronfac.coverage(model)."
+            warnings.warn(text, CoverageWarning, stacklevel=3)
+
+    def update(self, tape: Tape, outputs: Tensor, targets: Any = None) -> None:
+        """Take in a recorded forward pass; the graph is kept.
+
+        Args:
+            tape: The recorded layers.
+            outputs: The model's outputs, attached to the graph.
+            targets: Targets, where source or likelihood needs them.
+
+        Raises:
+            ValueError: Outputs, targets, source or layers do not fit.
+        """
+        self.source.check(self.model, couples_examples(self.model))
+        for samples in self.source.samples(tape, self.likelihood, outputs, targets, self.generator):
+            for sample in samples:
+                self.statistics[sample.layer.name].add(sample)
+
+    def decay(self, factor: float) -> None:
+        """Forget: multiply all sums and weights by ``factor`` (exponential moving average)."""
+        for statistic in self.statistics.values():
+            statistic.decay(factor)
+
+    def curvature(self) -> BlockDiagonal:
+        """Return the curvature of what was gathered.
+
+        Returns:
+            The operator.
+
+        Raises:
+            RuntimeError: A layer gathered nothing.
+        """
+        missing = [name for name, statistic in self.statistics.items() if statistic.empty]
+        if missing:
+            raise RuntimeError(
+                f"No statistics for layers {missing}: the forward pass never called them. Freeze them "
+                "(requires_grad=False) or call them."
+            )
+        blocks = {name: statistic.block() for name, statistic in self.statistics.items()}
+        return BlockDiagonal(blocks, self.adaptation.adapters, self.adaptation.order, options=self.options)
+
+
+def estimate(
+    model: nn.Module,
+    likelihood: Likelihood,
+    loader: Iterable[Any] | tuple[Any, Any],
+    *,
+    approximation: str | Approximation = "kfac",
+    source: str | Source = "sampled",
+    samples: int = 1,
+    sharing: str = "expand",
+    norm: str = "unitwise",
+    seed: int = 0,
+    outputs: Callable[[Any], Tensor] | None = None,
+    progress: bool = False,
+) -> BlockDiagonal:
+    """Estimate the curvature of the loss over a data set.
+
+    The loss is what the likelihood's ``reduction`` says over all data given: sums over batches are divided by the sum
+    of denominators, never averages averaged.  The model's mode is left as it is and running statistics are put back.
+
+    Args:
+        model: The model.
+        likelihood: The loss.
+        loader: Iterable of ``(inputs, targets)``, or a single pair of tensors. Inputs may be a tensor, a tuple of
+            arguments or a mapping of keyword arguments.
+        approximation: ``"kfac"``, ``"diagonal"``, ``"dense"`` or an object.
+        source: ``"sampled"`` (Fisher), ``"exact"`` (Gauss-Newton), ``"empirical"``, ``"forward_only"`` or an object.
+        samples: Samples per example of the sampled source.
+        sharing: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023).
+        norm: ``"unitwise"`` or ``"full"`` blocks of normalisation layers.
+        seed: Seed of the sampled labels.
+        outputs: Picks the output tensor where the model returns something else.
+        progress: Show a progress bar.
+
+    Returns:
+        The curvature as an operator on the parameters.
+
+    Raises:
+        ValueError: The loader is empty, or anything does not fit.
+    """
+    device = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
+    generator = torch.Generator(device).manual_seed(seed)
+    estimator = Estimator(
+        model,
+        likelihood,
+        approximation=approximation,
+        source=source,
+        samples=samples,
+        sharing=sharing,
+        norm=norm,
+        generator=generator,
+    )
+    estimator.warn_uncovered("No curvature for")
+    batches = 0
+    with frozen_buffers(model):
+        for inputs, targets in _progress(batches_of(loader), loader, progress):
+            with torch.enable_grad(), record(estimator.adaptation.adapters) as tape:
+                out = pick_outputs(call_model(model, inputs), outputs)
+            estimator.update(tape, out, targets)
+            batches += 1
+    if batches == 0:
+        raise ValueError("loader is empty: no batch to estimate curvature from.")
+    curvature = estimator.curvature()
+    if likelihood.reduction == "sum":
+        # Each batch's sum counted with weight one; the loss is the sum over all of them.
+        scaled = {name: block.scale(float(batches)) for name, block in curvature.blocks.items()}
+        curvature = BlockDiagonal(
+            scaled, estimator.adaptation.adapters, estimator.adaptation.order, options=estimator.options
+        )
+    return curvature
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a model with a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+
+    Args:
+        model: The model.
+        inputs: Its input.
+
+    Returns:
+        What the model returns.
+    """
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def pick_outputs(value: Any, pick: Callable[[Any], Tensor] | None) -> Tensor:
+    """Return the output tensor.
+
+    Args:
+        value: What the model returned.
+        pick: The user's ``outputs=``.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        TypeError: It is none.
+    """
+    out = value if pick is None else pick(value)
+    if not isinstance(out, Tensor):
+        raise TypeError(
+            f"The model's outputs are of type {type(out).__name__}, not a tensor; say which tensor is meant, e.g. "
+            "outputs=lambda out: out.logits."
+        )
+    return out
+
+
+def batches_of(loader: Iterable[Any] | tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    """Iterate over ``(inputs, targets)``; a single pair counts as one batch.
+
+    Args:
+        loader: Iterable of pairs, or a pair whose first entry is a tensor or a mapping.
+
+    Yields:
+        Pairs.
+
+    Raises:
+        TypeError: An entry is no pair.
+    """
+    single = isinstance(loader, (tuple, list)) and len(loader) == 2 and isinstance(loader[0], (Tensor, Mapping))
+    for batch in [loader] if single else loader:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TypeError(f"loader must give pairs (inputs, targets), not {type(batch).__name__}.")
+        yield batch[0], batch[1]
+
+
+def _progress(pairs: Iterator[tuple[Any, Any]], loader: Any, show: bool) -> Iterator[tuple[Any, Any]]:
+    if not show:
+        yield from pairs
+        return
+    total = len(loader) if hasattr(loader, "__len__") and not isinstance(loader, tuple) else None
+    try:
+        from rich.progress import track
+    except ImportError:
+        for count, pair in enumerate(pairs, 1):
+            print(f"\rcurvature: batch {count}{'' if total is None else f' of {total}'}", end="", file=sys.stderr)
+            yield pair
+        print(file=sys.stderr)
+        return
+    yield from track(pairs, description="curvature", total=total, transient=True)
+
+
+def _reasons(uncovered: Mapping[str, str]) -> str:
+    grouped: dict[str, list[str]] = {}
+    for name, reason in uncovered.items():
+        grouped.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in grouped.items())

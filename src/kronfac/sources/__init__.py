@@ -1,0 +1,52 @@
+"""Sources of cotangents; a new one is one file and one entry here."""
+
+from __future__ import annotations
+
+from kronfac.sources.base import Sample, Seed, Source, align_weights
+from kronfac.sources.empirical import Empirical
+from kronfac.sources.exact import Exact
+from kronfac.sources.forward_only import ForwardOnly
+from kronfac.sources.sampled import Sampled
+
+SOURCES: dict[str, type[Source]] = {kind.name: kind for kind in (Sampled, Exact, Empirical, ForwardOnly)}
+
+
+def get_source(source: str | Source, samples: int = 1) -> Source:
+    """Return a source by name.
+
+    Args:
+        source: A name, or a source object, which is returned as it is.
+        samples: Number of samples for ``"sampled"``.
+
+    Returns:
+        The source.
+
+    Raises:
+        ValueError: The name is unknown, or ``samples`` was given to a source that draws none.
+        TypeError: ``source`` is neither.
+    """
+    if isinstance(source, Source):
+        return source
+    if not isinstance(source, str):
+        raise TypeError(f"source must be a name or a kronfac.sources.Source, not {type(source).__name__}.")
+    if source not in SOURCES:
+        raise ValueError(f"source={source!r} is unknown; choose one of {sorted(SOURCES)}.")
+    if source == "sampled":
+        return Sampled(samples)
+    if samples != 1:
+        raise ValueError(f"samples={samples} applies to source='sampled' only, not to {source!r}.")
+    return SOURCES[source]()
+
+
+__all__ = [
+    "SOURCES",
+    "Empirical",
+    "Exact",
+    "ForwardOnly",
+    "Sample",
+    "Sampled",
+    "Seed",
+    "Source",
+    "align_weights",
+    "get_source",
+]

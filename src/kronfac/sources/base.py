@@ -1,0 +1,162 @@
+"""The message between sources and approximations, and what a source must say."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kronfac.layers import LayerAdapter
+from kronfac.likelihoods import Likelihood
+from kronfac.tape import Tape
+
+
+@dataclass
+class Sample:
+    """One pull as seen by one layer: always the *pair* of input and cotangent.
+
+    Attributes:
+        layer: The layer's adapter.
+        inputs: The layer's input.
+        cotangents: Derivative of the **sum** loss with respect to its output; None for sources without a pull.
+        weight: Weight of this pull in the sum over pulls (``1/k`` for ``k`` samples, 1 for columns of a root).
+        denominator: What the sum loss is divided by (``Likelihood.denominator``).
+        first: Whether this is the first pull of its forward pass: inputs and denominators count once.
+        row_weights: Weight of every row, ``[B, S]`` as the layer's rows, or None for ones.
+    """
+
+    layer: LayerAdapter
+    inputs: Tensor
+    cotangents: Tensor | None
+    weight: float
+    denominator: float
+    first: bool
+    row_weights: Tensor | None = None
+
+
+@dataclass
+class Seed:
+    """A cotangent of the outputs to pull back, with its weight; None stands for no pull at all."""
+
+    cotangent: Tensor | None
+    weight: float
+
+
+class Source(ABC):
+    """Which cotangents are pulled back.
+
+    Attributes:
+        name: The name in the public face.
+        paired: Whether its samples pair each input with its cotangent.
+        exact: Whether its curvature holds no sampling error.
+        needs_targets: Whether it reads the training targets.
+    """
+
+    name: str
+    paired: bool = True
+    exact: bool = False
+    needs_targets: bool = False
+
+    @abstractmethod
+    def seeds(
+        self, likelihood: Likelihood, outputs: Tensor, targets: object, generator: torch.Generator | None
+    ) -> Iterator[Seed]:
+        """Yield the outputs' cotangents of the *sum* loss.
+
+        Args:
+            likelihood: The loss.
+            outputs: Detached outputs, float32 at least.
+            targets: Targets, or None.
+            generator: For everything random.
+        """
+
+    def check(self, model: nn.Module, couples: bool) -> None:
+        """Refuse a model for which this source would be wrong.
+
+        Args:
+            model: The model.
+            couples: Whether examples interact (batch norm in train mode).
+        """
+
+    def samples(
+        self,
+        tape: Tape,
+        likelihood: Likelihood,
+        outputs: Tensor,
+        targets: object = None,
+        generator: torch.Generator | None = None,
+        retain_graph: bool = True,
+    ) -> Iterator[list[Sample]]:
+        """Pull every seed back and yield the samples of all recorded layers, one list per pull.
+
+        Args:
+            tape: A recorded forward pass.
+            likelihood: The loss.
+            outputs: The model's outputs, attached to the graph.
+            targets: Targets, where source or likelihood needs them.
+            generator: For everything random.
+            retain_graph: Keep the graph after the last pull.
+
+        Yields:
+            Samples of one pull.
+        """
+        with torch.no_grad(), torch.autocast(outputs.device.type, enabled=False):
+            values = outputs.detach()
+            values = values if values.dtype in (torch.float32, torch.float64) else values.float()
+            likelihood.validate(values, targets)  # type: ignore[arg-type]
+            denominator = float(likelihood.denominator(values, targets))  # type: ignore[arg-type]
+            weights = likelihood.row_weights(values, targets)  # type: ignore[arg-type]
+            if weights is not None and bool((weights == weights.flatten()[0]).all()) and float(weights.flatten()[0]) > 0:
+                weights = None
+            rows = {name: align_weights(call.adapter, call.input, weights) for name, call in tape.calls.items()}
+            for index, seed in enumerate(self.seeds(likelihood, values, targets, generator)):
+                if seed.cotangent is None:
+                    pulled: dict[str, Tensor] = {}
+                else:
+                    pulled = tape.pull(outputs, seed.cotangent, retain_graph=True)
+                yield [
+                    Sample(
+                        call.adapter, call.input, pulled.get(name), seed.weight, denominator, index == 0, rows[name]
+                    )
+                    for name, call in tape.calls.items()
+                ]
+        if not retain_graph:
+            tape.calls = {}
+
+
+def align_weights(adapter: LayerAdapter, x: Tensor, weights: Tensor | None) -> Tensor | None:
+    """Bring the weights of the loss's terms to a layer's rows.
+
+    A layer whose rows are the terms' positions (a token-wise layer under a token-wise loss) gives each row its term's
+    weight, so that ignored and masked positions do not count; otherwise all rows of an example carry the sum of its
+    terms' weights.
+
+    Args:
+        adapter: The layer.
+        x: Its input.
+        weights: ``[B, *terms]`` or None.
+
+    Returns:
+        ``[B, S]`` for the layer, or None.
+
+    Raises:
+        ValueError: Neither reading fits, since the layer's batch is not the loss's.
+    """
+    if weights is None:
+        return None
+    positions = adapter.positions(x)
+    size = torch.Size(positions).numel()
+    if adapter.sharing == "reduce":
+        positions, size = positions[:1], positions[0]
+    if size == weights.numel():
+        return weights.reshape(positions[0], -1)
+    if positions[0] != weights.shape[0]:
+        raise ValueError(
+            f"Layer {adapter.name!r}: its rows {positions} match neither the loss's terms {tuple(weights.shape)} nor its "
+            "batch, so that weights, masks or ignored targets cannot be brought to them. Keep the batch dimension first."
+        )
+    per_example = weights.reshape(weights.shape[0], -1).sum(1, keepdim=True)
+    return per_example.expand(-1, size // positions[0])

@@ -1,0 +1,189 @@
+"""The only file with hooks: what layers saw, and derivatives with respect to what they gave.
+
+Forward hooks keep each layer's input and the *gradient edge* of its output; a pull differentiates the model's outputs
+with respect to those edges.  No parameter gradient is computed and ``.grad`` is untouched.  The edge, not the output
+tensor, is kept: an in-place activation after the layer replaces the tensor's history, so that differentiating the
+tensor later is silently wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from kronfac.layers import LayerAdapter
+
+
+class TapeError(RuntimeError):
+    """The forward pass cannot be read; the text says which layer, why, and what to do."""
+
+
+@dataclass
+class Call:
+    """One call of a layer.
+
+    Attributes:
+        adapter: The layer.
+        input: What it was called with, detached.
+        edge: Where its output entered the graph.
+        output_shape: Shape of the output.
+        version: The input's version at the call, to notice a later change in place.
+    """
+
+    adapter: LayerAdapter
+    input: Tensor
+    edge: GradientEdge
+    output_shape: torch.Size
+    version: int
+
+    def check(self) -> None:
+        """Refuse an input that was changed in place after the call.
+
+        Raises:
+            TapeError: It was.
+        """
+        if self.input._version != self.version:
+            raise TapeError(
+                f"The input of layer {self.adapter.name!r} was changed in place after the layer used it, so its "
+                "statistics would be wrong; make the operation that follows out of place (e.g. inplace=False)."
+            )
+
+
+class Tape:
+    """Calls recorded while open; pulls afterwards.
+
+    Args:
+        adapters: The layers to watch, by name.
+    """
+
+    def __init__(self, adapters: Mapping[str, LayerAdapter]) -> None:
+        self.adapters = adapters
+        self.calls: dict[str, Call] = {}
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def is_open(self) -> bool:
+        """Whether hooks are in place."""
+        return bool(self._handles)
+
+    def open(self) -> None:
+        """Forget earlier calls and register the hooks."""
+        self.close()
+        self.calls = {}
+        for name, adapter in self.adapters.items():
+            self._handles.append(adapter.module.register_forward_hook(self._hook(name, adapter), with_kwargs=True))
+
+    def close(self) -> None:
+        """Remove the hooks; calls stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, name: str, adapter: LayerAdapter) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if name in self.calls:
+                raise TapeError(
+                    f"Layer {name!r} is used more than once in a forward pass; the Kronecker factors of weights shared "
+                    "between calls are not supported. Use one module per call, or leave the layer out by freezing it "
+                    "(requires_grad=False) while its curvature is gathered."
+                )
+            values = (*args, *kwargs.values())
+            if len(values) != 1 or not isinstance(values[0], Tensor):
+                raise TapeError(f"Layer {name!r} must be called with one tensor, the input, to gather its curvature.")
+            if not isinstance(output, Tensor) or not output.requires_grad:
+                raise TapeError(
+                    f"The output of layer {name!r} carries no gradient: its forward ran under torch.no_grad() or "
+                    "re-entrant checkpointing. Use torch.utils.checkpoint with use_reentrant=False."
+                )
+            x = values[0].detach()
+            self.calls[name] = Call(adapter, x, get_gradient_edge(output), output.shape, x._version)
+
+        return hook
+
+    def pull(self, outputs: Tensor, cotangent: Tensor, *, retain_graph: bool = True) -> dict[str, Tensor]:
+        """Differentiate ``⟨outputs, cotangent⟩`` with respect to every recorded layer's output.
+
+        Args:
+            outputs: The model's outputs, attached to the graph.
+            cotangent: Same shape; cast to the outputs' dtype.
+            retain_graph: Keep the graph for further pulls and for the training loss.
+
+        Returns:
+            Cotangent of each layer's output, by layer name; zeros for layers that the outputs do not depend on.
+
+        Raises:
+            TapeError: The outputs carry no gradient, or a layer's input was changed in place.
+        """
+        if not outputs.requires_grad:
+            raise TapeError("The model's outputs carry no gradient; do not detach them and run outside torch.no_grad().")
+        for call in self.calls.values():
+            call.check()
+        grads = torch.autograd.grad(
+            outputs,
+            [call.edge for call in self.calls.values()],
+            cotangent.to(outputs.dtype),
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+        return {
+            name: outputs.new_zeros(call.output_shape) if grad is None else grad.detach()
+            for (name, call), grad in zip(self.calls.items(), grads, strict=True)
+        }
+
+
+@contextmanager
+def record(adapters: Mapping[str, LayerAdapter]) -> Iterator[Tape]:
+    """Record the layers' calls within the block; hooks are removed whatever happens.
+
+    Args:
+        adapters: The layers to watch, by name.
+
+    Yields:
+        The tape; pull from it inside the block or after it.
+    """
+    tape = Tape(adapters)
+    tape.open()
+    try:
+        yield tape
+    finally:
+        tape.close()
+
+
+@contextmanager
+def frozen_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back every buffer (running statistics of batch norm) at the end of the block.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
+    saved = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in saved:
+                    buffer.copy_(saved[name])
+
+
+def couples_examples(model: nn.Module) -> bool:
+    """Whether a layer in train mode makes each example's output depend on the others (batch norm).
+
+    Args:
+        model: The model.
+
+    Returns:
+        True if so.
+    """
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    return any(isinstance(m, batch_norm) and (m.training or m.running_mean is None) for m in model.modules())
