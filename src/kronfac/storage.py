@@ -1,0 +1,189 @@
+"""Curvature on disk: a safetensors file, which holds numbers and text and never code.
+
+The file's metadata says what the tensors are: the format's version, the kind and shape of each layer's block, the
+layers' parameters with their shapes, and the options with which the layers' adapters were built. Loading checks all of
+it against the model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kronfac.blocks import KINDS, Block
+from kronfac.curvature import BlockDiagonal
+
+if TYPE_CHECKING:
+    from kronfac.layers.base import LayerAdapter
+
+_FORMAT = "kronfac.curvature"
+_VERSION = 1
+
+
+class StorageError(ValueError):
+    """A file that is no saved curvature, is damaged, or does not fit the model."""
+
+
+def save(curvature: BlockDiagonal, path: str | os.PathLike[str]) -> None:
+    """Save a curvature.
+
+    The file appears whole or not at all: it is written beside its place and moved there. What was there before is
+    replaced.
+
+    Args:
+        curvature: The curvature.
+        path: Where to; ``.safetensors`` is the customary ending.
+
+    Raises:
+        TypeError: If it is no block-diagonal curvature.
+    """
+    if not isinstance(curvature, BlockDiagonal):
+        raise TypeError(f"only a block-diagonal curvature can be saved, got {type(curvature).__name__}")
+    safetensors = _safetensors()
+    path = Path(path)
+    tensors = {
+        # Cloned, because factors may share memory, which the format refuses.
+        f"{i}.{name}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for i, block in enumerate(curvature.blocks.values())
+        for name, tensor in block.tensors().items()
+    }
+    content = {"options": curvature.options, "layers": [_described(curvature, layer) for layer in curvature.blocks]}
+    metadata = {"format": _FORMAT, "version": str(_VERSION), "content": json.dumps(content)}
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    try:
+        safetensors.save_file(tensors, temporary, metadata)
+        _publish(Path(temporary), path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | os.PathLike[str], model: nn.Module) -> BlockDiagonal:
+    """Load a curvature for a model with the layers it was saved from.
+
+    Blocks come to the device of their layer's parameters, in the dtype they were saved in.
+
+    Args:
+        path: The file.
+        model: The model; only the names, kinds and shapes of its layers matter.
+
+    Returns:
+        The curvature.
+
+    Raises:
+        StorageError: If the file is no saved curvature, is damaged or of another version, or does not fit the model.
+    """
+    tensors, content = _read(Path(path))
+    from kronfac.layers import adapt_model  # imported here: files are read without it, and it imports every adapter
+
+    parameters = dict(model.named_parameters())
+    try:
+        options = {str(key): str(value) for key, value in content["options"].items()}
+        layers = [(str(entry["name"]), entry) for entry in content["layers"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{path}: the description of the curvature is damaged ({error!r})") from error
+    if unknown := sorted(options.keys() - {"sharing", "norm"}):
+        raise StorageError(f"{path}: the curvature was saved with the unknown options {unknown}")
+    try:
+        adapters: Mapping[str, LayerAdapter] = adapt_model(model, **options).adapters
+    except ValueError as error:
+        raise StorageError(f"{path}: the model cannot be adapted as it was for saving: {error}") from error
+    blocks: dict[str, Block] = {}
+    for i, (layer, entry) in enumerate(layers):
+        _check_layer(path, layer, entry, adapters, parameters)
+        device = parameters[adapters[layer].parameter_names[0]].device
+        prefix = f"{i}."
+        parts = {key.removeprefix(prefix): tensors[key].to(device) for key in tensors if key.startswith(prefix)}
+        try:
+            blocks[layer] = KINDS[entry["kind"]].from_tensors(parts, torch.Size(entry["shape"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise StorageError(f"{path}: the block of layer {layer!r} is damaged ({error})") from error
+    try:
+        return BlockDiagonal(blocks, {layer: adapters[layer] for layer in blocks}, list(parameters), options)
+    except (TypeError, ValueError) as error:
+        raise StorageError(f"{path}: the curvature does not fit the model: {error}") from error
+
+
+def _safetensors() -> Any:
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise ImportError("saving and loading curvature needs safetensors: pip install 'kronfac[io]'") from error
+
+
+def _described(curvature: BlockDiagonal, layer: str) -> dict[str, Any]:
+    block = curvature.blocks[layer]
+    names = curvature.layouts[layer].parameter_names
+    return {
+        "name": layer,
+        "kind": block.kind,
+        "shape": list(block.shape),
+        "parameters": {name: list(curvature.parameter_shapes[name]) for name in names},
+    }
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Move a complete file to its place, surviving a crash on either side of the move."""
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)  # mkstemp made it private
+    temporary.replace(path)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the description of a file, its format and version checked."""
+    _safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise StorageError(f"{path} is no curvature saved by kronfac")
+            if metadata.get("version") != str(_VERSION):
+                raise StorageError(
+                    f"{path} has version {metadata.get('version')!r} of the format, this kronfac reads version "
+                    f"{_VERSION}: use the kronfac that wrote it, or estimate the curvature again"
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise StorageError(f"{path} is damaged, or no curvature saved by kronfac ({error})") from error
+    try:
+        content = json.loads(metadata["content"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise StorageError(f"{path}: the description of the curvature is damaged ({error!r})") from error
+    return tensors, content
+
+
+def _check_layer(
+    path: str | os.PathLike[str],
+    layer: str,
+    entry: Mapping[str, Any],
+    adapters: Mapping[str, LayerAdapter],
+    parameters: Mapping[str, nn.Parameter],
+) -> None:
+    """Refuse a layer that is not the one that was saved."""
+    if layer not in adapters:
+        raise StorageError(f"{path} has a block for the layer {layer!r}, which the model lacks or which has no adapter")
+    try:
+        saved = {str(name): tuple(shape) for name, shape in entry["parameters"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{path}: the description of layer {layer!r} is damaged ({error!r})") from error
+    present = {name: tuple(parameters[name].shape) for name in adapters[layer].parameter_names}
+    if saved != present:
+        raise StorageError(f"{path} was saved with the parameters {saved} of layer {layer!r}, the model has {present}")
+    if entry.get("kind") not in KINDS:
+        raise StorageError(f"{path}: the block of layer {layer!r} is of the unknown kind {entry.get('kind')!r}")
