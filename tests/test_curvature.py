@@ -14,7 +14,7 @@ from torch.nn.utils import parameters_to_vector
 from kronfac.blocks import Block, Diagonal, Kronecker, PerFactor, Uniform
 from kronfac.curvature import BlockDiagonal, Curvature
 from kronfac.damping import Shift, get_rule
-from kronfac.vectors import ParameterSpace
+from kronfac.layers import adapt_model
 
 
 @pytest.fixture
@@ -171,8 +171,9 @@ def test_bad_construction(curvature: BlockDiagonal) -> None:
         BlockDiagonal({"first": block, "again": block}, {"first": layout, "again": layout}, names)
     with pytest.raises(ValueError, match="numbers of entries differ"):
         BlockDiagonal({"first": Diagonal(torch.ones(2, 5))}, {"first": layout}, names)
-    with pytest.raises(ValueError, match=r"layer 'first' has shape \(3,\), which does not fit"):
-        ParameterSpace({"first": layout}, {"first": torch.Size([3])}, names).check({})
+    adapters = adapt_model(torch.nn.ModuleDict({"first": torch.nn.Linear(3, 2)})).adapters
+    with pytest.raises(ValueError, match=r"layer 'first' has shape \(5, 7\), which does not fit"):
+        BlockDiagonal({"first": Diagonal(torch.ones(5, 7))}, adapters, names)
     layout.parameter_names = ("first.weight", "first.offset")
     with pytest.raises(ValueError, match=r"names \('first.weight', 'first.offset'\) and unpacks"):
         BlockDiagonal({"first": block}, {"first": layout}, names)
