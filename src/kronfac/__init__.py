@@ -23,11 +23,12 @@ if TYPE_CHECKING:
         sources,
     )
     from kronfac.curvature import BlockDiagonal
-    from kronfac.estimation import Estimator, estimate
+    from kronfac.estimation import CoverageWarning, Estimator, estimate
     from kronfac.inspect import coverage, verify
     from kronfac.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, likelihood_of
     from kronfac.operators import GaussNewtonOperator, HessianOperator
-    from kronfac.storage import load, save
+    from kronfac.storage import StorageError, load, save
+    from kronfac.tape import TapeError
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 # (a literal, because type checkers and linters do not read computed ones); a test holds the three together.
 _HOMES = {
     "BlockDiagonal": "curvature",
+    "CoverageWarning": "estimation",
     "Estimator": "estimation",
     "estimate": "estimation",
     "coverage": "inspect",
@@ -46,8 +48,10 @@ _HOMES = {
     "likelihood_of": "likelihoods",
     "GaussNewtonOperator": "operators",
     "HessianOperator": "operators",
+    "StorageError": "storage",
     "load": "storage",
     "save": "storage",
+    "TapeError": "tape",
 }
 _SUBMODULES = frozenset(
     {"approximations", "blocks", "damping", "layers", "likelihoods", "optim", "reference", "sources"}
@@ -57,11 +61,14 @@ __all__ = [
     "Bernoulli",
     "BlockDiagonal",
     "Categorical",
+    "CoverageWarning",
     "Estimator",
     "GaussNewtonOperator",
     "Gaussian",
     "HessianOperator",
     "Likelihood",
+    "StorageError",
+    "TapeError",
     "approximations",
     "blocks",
     "coverage",
