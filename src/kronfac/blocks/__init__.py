@@ -17,7 +17,13 @@ from kronfac.blocks.shifts import PerFactor, Shift, Uniform
 #: Block classes by the name they are saved under.
 KINDS: dict[str, type[Block]] = {block.kind: block for block in (Kronecker, DiagonalKronecker, Diagonal, Dense)}
 
+#: Inverse classes by the name they are saved under.
+INVERSES: dict[str, type[Inverse]] = {
+    inverse.kind: inverse for inverse in (KroneckerInverse, DiagonalKroneckerInverse, DenseInverse, EigenInverse)
+}
+
 __all__ = [
+    "INVERSES",
     "KINDS",
     "Block",
     "Dense",

@@ -220,10 +220,33 @@ class Inverse(ABC):
     """The inverse of a block with a shift added.
 
     Attributes:
+        kind: The name under which inverses of this class are saved.
         shape: ``[*stack, d_out, d_in]``, the shape of the vectors it acts on.
     """
 
+    kind: ClassVar[str]
     shape: torch.Size
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors that, with `shape`, define the inverse.
+
+        Returns:
+            Tensors by name; `from_tensors` takes them back.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: torch.Size) -> Self:
+        """Rebuild an inverse from what `tensors` gave.
+
+        Args:
+            tensors: The tensors by name.
+            shape: The block's shape.
+
+        Returns:
+            The inverse.
+        """
 
     @abstractmethod
     def apply(self, vector: Tensor) -> Tensor:

@@ -119,11 +119,7 @@ class Dense(Block):
             The eigenvalues, in the block's shape, with the maps into and out of the eigenbasis.
         """
         values, vectors = eigh(self.matrix, "the dense block")
-        return Eigenbasis(
-            values.reshape(self.shape),
-            lambda vector: _product(vectors.mT, vector),
-            lambda vector: _product(vectors, vector),
-        )
+        return Eigenbasis(values.reshape(self.shape), joint=vectors)
 
     def factorise(self, shift: Shift) -> Inverse:
         """Prepare to solve with the block after a shift is added, by Cholesky.

@@ -116,7 +116,7 @@ class Diagonal(Block):
         Returns:
             The eigenvalues with two identity maps.
         """
-        return Eigenbasis(self.values.clamp_min(0), _identity, _identity)
+        return Eigenbasis(self.values.clamp_min(0))
 
     def factorise(self, shift: Shift) -> Inverse:
         """Prepare to solve with the block after a shift is added.
@@ -145,6 +145,3 @@ class Diagonal(Block):
         check_factor(factor)
         return type(self)(self.values * factor)
 
-
-def _identity(vector: Tensor) -> Tensor:
-    return vector

@@ -143,11 +143,8 @@ class DiagonalKronecker(Block):
             The eigenvalues, in the block's shape, with the maps into and out of the eigenbasis.
         """
         output = eigh(self.output, "the output factor")
-        return Eigenbasis(
-            output.values.unsqueeze(-1) * self.input.clamp_min(0).unsqueeze(-2),
-            lambda vector: output.vectors.mT @ vector,
-            lambda vector: output.vectors @ vector,
-        )
+        values = output.values.unsqueeze(-1) * self.input.clamp_min(0).unsqueeze(-2)
+        return Eigenbasis(values, output=output.vectors)
 
     def factorise(self, shift: Shift) -> Inverse:
         """Prepare to solve with the block after a shift is added.

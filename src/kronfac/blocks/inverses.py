@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ class KroneckerInverse(Inverse):
         input: Inverse of the input factor, shape ``[*stack, d_in, d_in]``.
         output: Inverse of the output factor, shape ``[*stack, d_out, d_out]``.
     """
+
+    kind: ClassVar[str] = "kronecker"
 
     def __init__(self, input: Tensor, output: Tensor, logdet: Tensor | None = None) -> None:
         """Store the inverses.
@@ -83,6 +87,27 @@ class KroneckerInverse(Inverse):
     def _roots(self) -> tuple[Tensor, Tensor]:
         return cholesky(self.input, "the inverse input factor"), cholesky(self.output, "the inverse output factor")
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors that, with `shape`, define the inverse.
+
+        Returns:
+            Tensors by name; `from_tensors` takes them back.
+        """
+        return {"input": self.input, "output": self.output, "logdet": self.logdet()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: torch.Size) -> Self:
+        """Rebuild an inverse from what `tensors` gave.
+
+        Args:
+            tensors: The tensors by name.
+            shape: The block's shape.
+
+        Returns:
+            The inverse.
+        """
+        return cls(tensors["input"], tensors["output"], tensors["logdet"])
+
 
 class DiagonalKroneckerInverse(Inverse):
     """``G^-1 x diag(1/a)``: one product and one elementwise factor per solve.
@@ -91,6 +116,8 @@ class DiagonalKroneckerInverse(Inverse):
         input: Reciprocals of the damped input diagonal, shape ``[*stack, d_in]``.
         output: Inverse of the output factor, shape ``[*stack, d_out, d_out]``.
     """
+
+    kind: ClassVar[str] = "diagonal_kronecker"
 
     def __init__(self, input: Tensor, output: Tensor, logdet: Tensor) -> None:
         """Store the inverses.
@@ -141,6 +168,27 @@ class DiagonalKroneckerInverse(Inverse):
     def _root(self) -> Tensor:
         return cholesky(self.output, "the inverse output factor")
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors that, with `shape`, define the inverse.
+
+        Returns:
+            Tensors by name; `from_tensors` takes them back.
+        """
+        return {"input": self.input, "output": self.output, "logdet": self._logdet}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: torch.Size) -> Self:
+        """Rebuild an inverse from what `tensors` gave.
+
+        Args:
+            tensors: The tensors by name.
+            shape: The block's shape.
+
+        Returns:
+            The inverse.
+        """
+        return cls(tensors["input"], tensors["output"], tensors["logdet"])
+
 
 class DenseInverse(Inverse):
     """An explicit symmetric inverse for each stack element.
@@ -148,6 +196,8 @@ class DenseInverse(Inverse):
     Attributes:
         matrix: The inverses, shape ``[*stack, n, n]`` with ``n = d_out * d_in``.
     """
+
+    kind: ClassVar[str] = "dense"
 
     def __init__(self, matrix: Tensor, shape: torch.Size, logdet: Tensor) -> None:
         """Store the inverse.
@@ -197,6 +247,27 @@ class DenseInverse(Inverse):
     def _root(self) -> Tensor:
         return cholesky(self.matrix, "the inverse of a dense block")
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors that, with `shape`, define the inverse.
+
+        Returns:
+            Tensors by name; `from_tensors` takes them back.
+        """
+        return {"matrix": self.matrix, "logdet": self._logdet}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: torch.Size) -> Self:
+        """Rebuild an inverse from what `tensors` gave.
+
+        Args:
+            tensors: The tensors by name.
+            shape: The block's shape.
+
+        Returns:
+            The inverse.
+        """
+        return cls(tensors["matrix"], shape, tensors["logdet"])
+
 
 class EigenInverse(Inverse):
     """``(C + shift I)^-1`` through the eigenvectors of ``C``.
@@ -205,6 +276,8 @@ class EigenInverse(Inverse):
         basis: The eigendecomposition of ``C``.
         reciprocals: ``1 / (eigenvalue + shift)`` in the block's shape.
     """
+
+    kind: ClassVar[str] = "eigen"
 
     def __init__(self, basis: Eigenbasis, shift: float) -> None:
         """Invert the eigenvalues.
@@ -263,3 +336,29 @@ class EigenInverse(Inverse):
             A 0-dim tensor.
         """
         return -self.reciprocals.log().sum()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors that, with `shape`, define the inverse.
+
+        Returns:
+            Tensors by name; `from_tensors` takes them back.
+        """
+        basis = self.basis
+        named = {"values": basis.values, "output": basis.output, "input": basis.input, "joint": basis.joint}
+        return {"reciprocals": self.reciprocals} | {name: t for name, t in named.items() if t is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: torch.Size) -> Self:
+        """Rebuild an inverse from what `tensors` gave.
+
+        Args:
+            tensors: The tensors by name.
+            shape: The block's shape.
+
+        Returns:
+            The inverse.
+        """
+        self = cls.__new__(cls)
+        self.basis = Eigenbasis(tensors["values"], tensors.get("output"), tensors.get("input"), tensors.get("joint"))
+        self.shape, self.reciprocals = shape, tensors["reciprocals"]
+        return self

@@ -141,11 +141,8 @@ class Kronecker(Block):
             The eigenvalues, in the block's shape, with the maps into and out of the eigenbasis.
         """
         input, output = eighs([self.input, self.output], _NAMES)
-        return Eigenbasis(
-            output.values.unsqueeze(-1) * input.values.unsqueeze(-2),
-            lambda vector: output.vectors.mT @ vector @ input.vectors,
-            lambda vector: output.vectors @ vector @ input.vectors.mT,
-        )
+        values = output.values.unsqueeze(-1) * input.values.unsqueeze(-2)
+        return Eigenbasis(values, output=output.vectors, input=input.vectors)
 
     def factorise(self, shift: Shift) -> Inverse:
         """Prepare to solve with the block after a shift is added.
