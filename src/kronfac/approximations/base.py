@@ -33,8 +33,14 @@ class Mean:
         self.weight *= factor
 
     def value(self) -> Tensor:
-        """Return the mean, a new tensor."""
-        return self.total / self.weight
+        """Return the mean over all processes, a new tensor: sums and weights are reduced, never averages averaged."""
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self.total / self.weight
+        total, weight = self.total.clone(), self.total.new_tensor(self.weight, dtype=torch.float64)
+        distributed.all_reduce(total)
+        distributed.all_reduce(weight)
+        return total.div_(weight.item())
 
 
 class Statistic(ABC):

@@ -93,7 +93,8 @@ class KroneckerInverse(Inverse):
         Returns:
             Tensors by name; `from_tensors` takes them back.
         """
-        return {"input": self.input, "output": self.output, "logdet": self.logdet()}
+        known = {} if self._logdet is None else {"logdet": self._logdet}
+        return {"input": self.input, "output": self.output} | known
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], shape: torch.Size) -> Self:
@@ -106,7 +107,7 @@ class KroneckerInverse(Inverse):
         Returns:
             The inverse.
         """
-        return cls(tensors["input"], tensors["output"], tensors["logdet"])
+        return cls(tensors["input"], tensors["output"], tensors.get("logdet"))
 
 
 class DiagonalKroneckerInverse(Inverse):

@@ -1,0 +1,102 @@
+"""KL clip: ``vᵀFv ≤ C`` with an exact curvature product on a sub-batch (Grosse & Martens 2016, Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronfac.estimation import pick_outputs
+from kronfac.likelihoods import Likelihood
+from kronfac.operators import ggn_quadratic_form
+from kronfac.optim.gathering import Gatherer
+
+#: Part of the mini-batch used for the exact product, as in the paper.
+FRACTION = 4
+
+
+class KLClip:
+    """Scale for an update ``v`` such that ``vᵀFv`` stays below a bound.
+
+    The approximate curvature gives ``vᵀF̂v`` for free.  The exact product is formed when asked for, and the ratio of
+    the two, which changes slowly, corrects the free value in between.
+
+    Attributes:
+        ratio: Last measured ``vᵀFv / vᵀF̂v``, or None.
+        last: Last value of ``vᵀFv`` before clipping.
+        scale: Last factor applied.
+    """
+
+    def __init__(self) -> None:
+        self.ratio: float | None = None
+        self.last = 0.0
+        self.scale = 1.0
+
+    def __call__(self, bound: float, approximate: float, exact: Callable[[], float] | None) -> float:
+        """Return the factor for an update.
+
+        Args:
+            bound: ``C``.
+            approximate: ``vᵀF̂v``.
+            exact: Forms ``vᵀFv``; None to use the last ratio.
+
+        Returns:
+            ``min(1, √(C / vᵀFv))``.
+
+        Raises:
+            FloatingPointError: The product is not finite.
+        """
+        if exact is not None or self.ratio is None:
+            value = exact() if exact is not None else approximate
+            if not math.isfinite(value):
+                raise FloatingPointError("The curvature product vᵀFv of the KL clip is NaN or Inf; no parameter was changed.")
+            self.ratio = value / approximate if approximate > 0 else 1.0
+        self.last = self.ratio * approximate
+        self.scale = math.sqrt(bound / self.last) if self.last > bound else 1.0
+        return self.scale
+
+
+def exact_product(
+    gatherer: Gatherer, likelihood: Likelihood, vector: Mapping[str, Tensor], pick: Callable[[Any], Tensor] | None
+) -> float:
+    """``vᵀFv`` on a quarter of the mini-batch that the last forward saw.
+
+    Args:
+        gatherer: Holds that forward's arguments.
+        likelihood: The loss.
+        vector: ``v`` by parameter name.
+        pick: Picks the output tensor.
+
+    Returns:
+        The value.
+
+    Raises:
+        RuntimeError: No forward was seen.
+    """
+    if gatherer.last is None:
+        raise RuntimeError(
+            "kl_clip needs the arguments of the root module's forward to form its curvature product; call the model "
+            "itself in the training loop, or set kl_clip=None."
+        )
+    args, kwargs = gatherer.last
+    sizes = [v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 0]
+    batch = sizes[0] if sizes else 0
+    part = max(1, math.ceil(batch / FRACTION))
+
+    def cut(value: Any) -> Any:
+        return value[:part] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch else value
+
+    inputs = (tuple(cut(v) for v in args), {k: cut(v) for k, v in kwargs.items()})
+    with torch.autocast(next(iter(vector.values())).device.type, enabled=False):
+        value = ggn_quadratic_form(
+            gatherer.root,
+            likelihood,
+            inputs,
+            vector,
+            cut(gatherer.last_targets),
+            outputs=lambda out: pick_outputs(out, pick),
+        )
+    return float(value)

@@ -1,0 +1,188 @@
+"""Statistics gathered inside the model's own forward, by hooks on its root module."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronfac.estimation import Estimator, pick_outputs
+from kronfac.tape import Tape, TapeError, frozen_buffers, record
+
+
+def eager_root(model: nn.Module) -> nn.Module:
+    """Return the module behind ``torch.compile`` and data-parallel wrappers; it shares their parameters.
+
+    Args:
+        model: The module the training loop calls.
+
+    Returns:
+        The eager module.
+    """
+    while True:
+        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+class _Hook:
+    """A hook that keeps neither the gatherer alive nor follows a copied or pickled model."""
+
+    def __init__(self, gatherer: Gatherer, method: str) -> None:
+        self._gatherer, self._method = weakref.ref(gatherer), method
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        gatherer = self._gatherer()
+        if gatherer is not None and module is gatherer.model:
+            getattr(gatherer, self._method)(*args)
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert, ()
+
+
+def _inert() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*args: Any) -> None:
+    return None
+
+
+class Gatherer:
+    """Feeds an estimator from the forwards of a model.
+
+    Args:
+        model: The module the training loop calls.
+        estimator: Takes the statistics; built on :func:`eager_root` of the model.
+        due: Says whether this forward's statistics are wanted.
+        begin: Called once before the first statistics of a step.
+        outputs: Picks the output tensor.
+        keep: Says whether this forward's arguments are needed after it.
+
+    Attributes:
+        gathered: Number of forwards gathered since :meth:`reset`.
+        forwards: Number of forwards with gradients seen since :meth:`reset`.
+        last: Arguments of the last forward that carried gradients, for curvature products.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        estimator: Estimator,
+        due: Callable[[], bool],
+        begin: Callable[[], None],
+        outputs: Callable[[Any], Tensor] | None,
+        keep: Callable[[], bool],
+    ) -> None:
+        self.model, self.root, self.estimator = model, estimator.model, estimator
+        self.gathered, self.forwards, self.enabled = 0, 0, True
+        self.last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.last_targets: Any = None
+        self._due, self._begin, self._pick, self._keep = due, begin, outputs, keep
+        self._tape = Tape(estimator.adaptation.adapters)
+        self._modules = [id(module) for module in self.root.modules()]
+        self._compiled = isinstance(model, torch._dynamo.eval_frame.OptimizedModule)
+        handles = [
+            model.register_forward_pre_hook(_Hook(self, "_before"), with_kwargs=True),
+            model.register_forward_hook(_Hook(self, "_after"), with_kwargs=True, always_call=True),
+        ]
+        weakref.finalize(self, lambda: [handle.remove() for handle in handles])
+
+    def reset(self) -> None:
+        """Start counting for the next step."""
+        self.gathered = self.forwards = 0
+        self.last = self.last_targets = None
+
+    @property
+    def _wanted(self) -> bool:
+        return self.enabled and torch.is_grad_enabled() and self.root.training
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Gather nothing within the block."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    @contextmanager
+    def capture(self) -> Iterator[Callable[..., None]]:
+        """Gather by hand: yields a function to be called with the outputs, and targets where they are needed."""
+        if not (self.enabled and self._due()):
+            yield _do_nothing
+            return
+        self._check_layers()
+        with self.paused(), record(self.estimator.adaptation.adapters) as tape:
+
+            def gather(outputs: Tensor, targets: Any = None) -> None:
+                tape.close()
+                self._update(tape, pick_outputs(outputs, self._pick), targets)
+
+            yield gather
+
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._wanted:
+            return
+        self.forwards += 1
+        if self._keep():
+            self.last = (args, kwargs)
+        if not self._due():
+            return
+        self._check_layers()
+        likelihood, source = self.estimator.likelihood, self.estimator.source
+        for name, needs in ((repr(likelihood), likelihood.needs_targets), (source.name, source.needs_targets)):
+            if needs:
+                raise TapeError(
+                    f"{name} needs the targets, which the model's forward does not see. Write\n"
+                    "    with optimizer.capture() as capture:\n        z = model(x)\n        capture(z, y)"
+                )
+        if not self._compiled:
+            self._tape.open()
+
+    def _after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._compiled:
+            if self._wanted and self._due() and output is not None:
+                self._replay(args, kwargs)
+            return
+        if not self._tape.is_open:
+            return
+        self._tape.close()
+        if output is None:  # the forward raised
+            return
+        if not self._tape.calls:
+            raise TapeError(
+                "No layer hook fired: either the forward calls none of the layers, or it was compiled before. Pass the "
+                "module that torch.compile returned to the optimiser."
+            )
+        self._update(self._tape, pick_outputs(output, self._pick), None)
+        self._tape.calls = {}
+
+    def _replay(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the eager module again: hooks added to a compiled one would be ignored without a word."""
+        devices = list({p.device for p in self.root.parameters() if p.device.type == "cuda"})
+        with torch.random.fork_rng(devices), frozen_buffers(self.root):
+            with record(self.estimator.adaptation.adapters) as tape:
+                outputs = pick_outputs(self.root(*args, **kwargs), self._pick)
+            self._update(tape, outputs, None)
+
+    def _update(self, tape: Tape, outputs: Tensor, targets: Any) -> None:
+        if self.gathered == 0:
+            self._begin()
+        self.estimator.update(tape, outputs, targets)
+        self.gathered += 1
+        self.last_targets = targets
+
+    def _check_layers(self) -> None:
+        if [id(module) for module in self.root.modules()] != self._modules:
+            raise TapeError("The model's layers changed after the optimiser was constructed; construct a new one.")

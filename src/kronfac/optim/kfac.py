@@ -1,0 +1,423 @@
+"""``KFAC``: natural gradient with Kronecker-factored curvature and momentum; KFC-pre for convolutional networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kronfac.approximations import Approximation
+from kronfac.blocks import Inverse
+from kronfac.curvature import BlockDiagonal
+from kronfac.damping import Rule, get_rule
+from kronfac.estimation import Estimator, batches_of, call_model
+from kronfac.likelihoods import Likelihood
+from kronfac.optim.clipping import KLClip, exact_product
+from kronfac.optim.gathering import Gatherer, eager_root
+from kronfac.optim.options import KFACOptions, at_least, check_group, complete, make_generator
+from kronfac.optim.preconditioning import direction, refresh
+from kronfac.optim.state import load_curvature_state, save_curvature_state
+from kronfac.sources import Source
+
+
+class KFAC(Optimizer):
+    """Natural gradient descent with Kronecker factors: KFC-pre, Algorithm 1 of Grosse & Martens 2016.
+
+    Each step forms ``v = -lr (F̂ + λI)⁻¹ ∇h``, clips it to ``vᵀFv ≤ kl_clip`` if asked to, and updates
+    ``p ← momentum · p + v``, ``θ ← θ + p``.  ``F̂`` is gathered inside the model's own forward on due steps: labels are
+    sampled from the model and pulled back to the layers' outputs, and the loss, ``.grad`` and the training loop are
+    untouched.  The damping ``λ`` is added on the scale of the curvature: ``factored`` splits it as ``π√λ`` and
+    ``√λ/π`` over the two factors (equations 9 and 10), ``exact`` adds it through the eigenvectors (39 to 44).
+
+    Args:
+        model: The module that the training loop calls.
+        likelihood: The loss, e.g. ``kronfac.Categorical()``.
+        lr: Learning rate ``α``.
+        momentum: ``μ`` in ``[0, 1)``.
+        damping: ``λ``, in units of the loss's curvature.
+        weight_decay: ``r``; adds ``rθ`` to the gradient and ``r`` to the damping, unless decoupled.
+        approximation: ``"kfac"``, ``"diagonal"``, ``"dense"`` or an object.
+        source: ``"sampled"`` (true Fisher), ``"exact"``, ``"empirical"``, ``"forward_only"`` or an object.
+        damping_rule: ``"factored"``, ``"exact"`` or a rule.
+        stats_every: Statistics period ``T_s`` in steps.
+        invert_every: Inverse period ``T_f``; before it, inverses are also refreshed at steps 1, 2, 4, 8, …
+        ema: Decay of the statistics per gathered step, with bias correction.
+        kl_clip: Bound ``C`` on ``vᵀFv``, or None. The exact product uses a quarter of the batch, on each of the first
+            steps and then whenever statistics are due; in between the approximate value is corrected by the last ratio.
+        average: Decay ``ξ`` of the average of iterates, in ``(0, 1)``; see :meth:`averaged`.
+        fallback: Makes the optimiser of parameters without curvature, e.g. ``lambda ps: torch.optim.Adam(ps)``; by
+            default they take the same step on the plain gradient.
+        generator: For the sampled labels; one with a fixed seed by default.
+        **options: See :class:`kronfac.optim.options.KFACOptions`.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: An argument is out of range, or the model has no layer with curvature.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        damping: float = 1e-3,
+        weight_decay: float = 0.0,
+        approximation: str | Approximation = "kfac",
+        source: str | Source = "sampled",
+        damping_rule: str | Rule = "factored",
+        stats_every: int = 10,
+        invert_every: int = 100,
+        ema: float = 0.95,
+        kl_clip: float | None = None,
+        average: float | None = None,
+        fallback: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+        generator: torch.Generator | None = None,
+        **options: Unpack[KFACOptions],
+    ) -> None:
+        at_least("stats_every", stats_every, 1, integer=True)
+        at_least("invert_every", invert_every, 1, integer=True)
+        for name, value in (("ema", ema), ("average", average)):
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < 1):
+                raise ValueError(f"{name}={value!r} must be a number in [0, 1).")
+        self._options = complete(options)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+        root = eager_root(model)
+        device = next((p.device for p in root.parameters()), torch.device("cpu"))
+        self._estimator = Estimator(
+            root,
+            likelihood,
+            approximation=approximation,
+            source=source,
+            sharing=self._options["sharing"],
+            norm=self._options["norm"],
+            generator=make_generator(generator, device),
+        )
+        self._rule = get_rule(damping_rule)
+        self._periods, self._ema, self._average = (stats_every, invert_every), ema, average
+        self._steps = 0
+        self._inverses: dict[str, Inverse] = {}
+        self._clip = KLClip()
+        self._gatherer = Gatherer(
+            model,
+            self._estimator,
+            due=lambda: self._stats_due,
+            begin=self._forget,
+            outputs=self._options["outputs"],
+            keep=lambda: self._clips and self._exact_clip_due,
+        )
+        self._names = {id(p): name for name, p in root.named_parameters()}
+        self._fallback = self._make_fallback(root, fallback)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "weight_decay": weight_decay,
+            "kl_clip": kl_clip,
+            "decoupled_weight_decay": self._options["decoupled_weight_decay"],
+        }
+        check_group(defaults)
+        super().__init__(self._groups(root), defaults)
+        for group in self.param_groups:
+            check_group(group)
+
+    # ---------------------------------------------------------------- construction
+    def _make_fallback(
+        self, root: nn.Module, fallback: Callable[[list[nn.Parameter]], Optimizer] | None
+    ) -> Optimizer | None:
+        plain = self._estimator.adaptation.uncovered
+        if not plain:
+            return None
+        self._estimator.warn_uncovered("Trained without curvature" if fallback is None else "Trained by fallback")
+        if fallback is None:
+            return None
+        optimizer = fallback([root.get_parameter(name) for name in plain])
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"fallback must return a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+        return optimizer
+
+    def _groups(self, root: nn.Module) -> Iterable[dict[str, Any]]:
+        elsewhere = set(self._estimator.adaptation.uncovered) if self._fallback is not None else set()
+        given = self._options["param_groups"]
+        if given is None:
+            kept = [p for name, p in root.named_parameters() if p.requires_grad and name not in elsewhere]
+            return [{"params": kept}]
+        groups = [dict(group) for group in given]
+        for group in groups:
+            params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+            if strangers := [p for p in params if id(p) not in self._names]:
+                raise ValueError(f"param_groups hold {len(strangers)} tensors that are no parameters of the model.")
+            group["params"] = [p for p in params if self._names[id(p)] not in elsewhere]
+        return groups
+
+    # ---------------------------------------------------------------- statistics
+    @property
+    def _stats_due(self) -> bool:
+        return self._steps % self._periods[0] == 0 or self._steps < self._options["burn_in"]
+
+    @property
+    def _inverses_due(self) -> bool:
+        step, period = self._steps, self._periods[1]
+        return not self._inverses or step % period == 0 or (step < period and step & (step - 1) == 0)
+
+    def _forget(self) -> None:
+        self._estimator.decay(self._ema)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Gather no statistics from forwards within the block."""
+        return self._gatherer.paused()
+
+    def capture(self) -> AbstractContextManager[Callable[..., None]]:
+        """Gather by hand, where the loop never calls the root module or curvature needs the targets.
+
+        Returns:
+            A context manager that yields a function ``capture(outputs, targets=None)``; on steps without due statistics
+            it does nothing.
+        """
+        return self._gatherer.capture()
+
+    def warm_up(self, loader: Iterable[Any] | tuple[Any, Any], batches: int | None = None) -> None:
+        """Gather factors from several batches before the first step (Grosse & Martens 2016, section 3.1: the whole set).
+
+        Args:
+            loader: Pairs ``(inputs, targets)``.
+            batches: How many; all by default.
+
+        Raises:
+            RuntimeError: Training has begun.
+        """
+        if self._steps:
+            raise RuntimeError("warm_up must come before the first step.")
+        for index, (inputs, targets) in enumerate(batches_of(loader)):
+            if batches is not None and index >= batches:
+                break
+            self._gatherer.gathered = int(index > 0)  # forget nothing in between: a plain mean
+            with torch.enable_grad(), self.capture() as capture:
+                capture(call_model(self._gatherer.root, inputs), targets)
+        self._gatherer.reset()
+
+    def curvature(self) -> BlockDiagonal:
+        """Return the running curvature as an operator, for analysis.
+
+        Returns:
+            The curvature.
+        """
+        return self._estimator.curvature()
+
+    # ---------------------------------------------------------------- step
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Optional; evaluates the model, calls backward and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: Statistics were due, but no forward of the model was seen.
+            FloatingPointError: A gradient is NaN or Inf; no parameter was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients = {self._names[id(p)]: p.grad for p, _ in self._members() if p.grad is not None}
+        _check_finite(gradients)
+        self._check_statistics()
+        if self._inverses_due:
+            damping = {name: self._damping(name) for name in self._estimator.statistics}
+            ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
+            self._inverses = refresh(ready, damping.__getitem__, self._rule)
+        self._move(gradients)
+        if self._fallback is not None:
+            self._fallback.step()
+        self._steps += 1
+        self._gatherer.reset()
+        return loss
+
+    def _members(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                yield parameter, group
+
+    def _damping(self, layer: str) -> float:
+        own = {id(p) for p in self._estimator.adaptation.adapters[layer].parameters.values()}
+        for parameter, group in self._members():
+            if id(parameter) in own:
+                return float(group["damping"]) + (0.0 if group["decoupled_weight_decay"] else group["weight_decay"])
+        return float(self.defaults["damping"])
+
+    def _check_statistics(self) -> None:
+        if self._stats_due and self._gatherer.gathered == 0:
+            seen = "in eval mode or inside paused()" if self._gatherer.forwards == 0 else "without gathering"
+            if not (self._steps == 0 and not any(s.empty for s in self._estimator.statistics.values())):
+                raise RuntimeError(
+                    "Statistics are due at this step, but no forward of the model passed to KFAC was seen since the last "
+                    f"one (or only {seen}). Call that module itself in train mode, or gather by hand:\n"
+                    "    with optimizer.capture() as capture:\n        z = ...\n        capture(z)"
+                )
+
+    def _move(self, gradients: dict[str, Tensor]) -> None:
+        members = [(self._names[id(p)], p, group) for p, group in self._members() if p.grad is not None]
+        for name, parameter, group in members:
+            if group["weight_decay"] and not group["decoupled_weight_decay"]:
+                gradients[name] = gradients[name].add(parameter, alpha=group["weight_decay"])
+        directions = self._directions(gradients)
+        scale = self._clip_scale(gradients, directions, members)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            moves = [directions[self._names[id(p)]] for p in params]
+            rate = -group["lr"] * scale
+            if group["weight_decay"] and group["decoupled_weight_decay"]:
+                torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
+            if group["momentum"]:
+                buffers = [self._buffer(p, "momentum_buffer") for p in params]
+                torch._foreach_mul_(buffers, group["momentum"])
+                torch._foreach_add_(buffers, moves, alpha=rate)
+                torch._foreach_add_(params, buffers)
+            else:
+                torch._foreach_add_(params, moves, alpha=rate)
+            if self._average is not None:
+                self._update_average(params)
+
+    def _buffer(self, parameter: Tensor, key: str) -> Tensor:
+        state = self.state[parameter]
+        if key not in state:
+            state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        found = state[key]
+        assert isinstance(found, Tensor)
+        return found
+
+    def _directions(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        out = dict(gradients)  # parameters without curvature keep the plain gradient
+        for layer, inverse in self._inverses.items():
+            adapter = self._estimator.adaptation.adapters[layer]
+            present = [name for name in adapter.parameter_names if name in gradients]
+            if not present:
+                continue
+            given = {
+                name: gradients[name] if name in gradients else torch.zeros_like(parameter)
+                for name, parameter in adapter.parameters.items()
+            }
+            out |= {name: moved for name, moved in direction(adapter, inverse, given).items() if name in gradients}
+        without = [name for name, s in self._estimator.statistics.items() if name not in self._inverses and not s.empty]
+        if lost := [n for n in without if any(k in gradients for k in self._estimator.adaptation.adapters[n].parameters)]:
+            raise RuntimeError(f"Layers {lost} have gradients but no inverse; they were first called after a refresh.")
+        return out
+
+    # ---------------------------------------------------------------- KL clip
+    @property
+    def _clips(self) -> bool:
+        return any(group["kl_clip"] is not None for group in self.param_groups)
+
+    @property
+    def _exact_clip_due(self) -> bool:
+        return self._clip.ratio is None or self._steps % self._periods[0] == 0 or self._steps < self._options["burn_in"]
+
+    def _clip_scale(
+        self, gradients: dict[str, Tensor], directions: dict[str, Tensor], members: list[tuple[str, nn.Parameter, Any]]
+    ) -> float:
+        bounds = [group["kl_clip"] for group in self.param_groups if group["kl_clip"] is not None]
+        if not bounds or not members:
+            return 1.0
+        rates = {name: float(group["lr"]) for name, _, group in members}
+        products = [rates[n] ** 2 * torch.dot(gradients[n].flatten(), directions[n].flatten()).double() for n in rates]
+        approximate = float(torch.stack(products).sum())
+
+        def exact() -> float:
+            vector = {n: directions[n] * -rates[n] for n in rates}
+            decay = sum(
+                group["weight_decay"] * float(vector[n].square().sum())
+                for n, _, group in members
+                if not group["decoupled_weight_decay"] and group["weight_decay"]
+            )
+            return decay + exact_product(self._gatherer, self._estimator.likelihood, vector, self._options["outputs"])
+
+        return self._clip(min(bounds), approximate, exact if self._exact_clip_due else None)
+
+    # ---------------------------------------------------------------- averaging
+    def _update_average(self, params: list[nn.Parameter]) -> None:
+        assert self._average is not None
+        # Bias-corrected: the plain mean of the iterates until 1/(1-ξ) of them were seen.
+        weight = max(1.0 - self._average, 1.0 / (self._steps + 1))
+        averages = [self._buffer(p, "average") for p in params]
+        torch._foreach_lerp_(averages, [p.detach() for p in params], weight)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Swap the averaged parameters in within the block.
+
+        Raises:
+            RuntimeError: The optimiser was made without ``average=``, or took no step yet.
+        """
+        if self._average is None:
+            raise RuntimeError("averaged() needs an optimiser made with average=, e.g. average=0.99.")
+        held = [(p, self.state[p]["average"]) for p, _ in self._members() if "average" in self.state[p]]
+        if not held:
+            raise RuntimeError("averaged() needs at least one step.")
+        saved = [p.detach().clone() for p, _ in held]
+        with torch.no_grad():
+            for parameter, average in held:
+                parameter.copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (parameter, _), value in zip(held, saved, strict=True):
+                    parameter.copy_(value)
+
+    # ---------------------------------------------------------------- PyTorch's conventions
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, those of the fallback's parameters included.
+
+        Args:
+            set_to_none: As in PyTorch.
+        """
+        super().zero_grad(set_to_none)
+        if self._fallback is not None:
+            self._fallback.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Everything a resumed run needs to continue bit for bit: factors, inverses and generator included.
+
+        Returns:
+            Tensors, numbers and strings only, as ``torch.load(weights_only=True)`` reads them.
+        """
+        return {**super().state_dict(), "kronfac": save_curvature_state(self)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Continue from :meth:`state_dict`.
+
+        Args:
+            state_dict: From an optimiser of the same model and settings; nothing is changed if it does not fit.
+
+        Raises:
+            ValueError: It is not a state of this optimiser; the text says why.
+        """
+        apply = load_curvature_state(self, state_dict)
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "kronfac"})
+        apply()
+
+
+def _check_finite(gradients: dict[str, Tensor]) -> None:
+    if not gradients:
+        return
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(gradients.values()))])
+    if not math.isfinite(float(norms.sum())):
+        bad = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
+        if bad:
+            raise FloatingPointError(
+                f"NaN or Inf in the gradient of {', '.join(bad)}; no parameter was changed. The loss may have diverged: "
+                "lower lr, raise damping, or set kl_clip."
+            )

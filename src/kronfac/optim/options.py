@@ -1,0 +1,118 @@
+"""Validation of optimiser arguments, at construction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+
+class KFACOptions(TypedDict, total=False):
+    """Rarely needed options of :class:`kronfac.optim.KFAC`.
+
+    Attributes:
+        decoupled_weight_decay: Shrink parameters by ``lr · weight_decay`` instead of adding ``weight_decay · θ`` to the
+            gradient and to the damping.
+        burn_in: Statistics are gathered on each of the first so many steps.
+        sharing: ``"expand"`` or ``"reduce"`` for weights shared over positions.
+        norm: ``"unitwise"`` or ``"full"`` blocks of normalisation layers.
+        outputs: Picks the output tensor from what the model returns.
+        param_groups: Groups as PyTorch's optimisers take them; all trainable parameters by default.
+    """
+
+    decoupled_weight_decay: bool
+    burn_in: int
+    sharing: str
+    norm: str
+    outputs: Callable[[Any], Tensor] | None
+    param_groups: Iterable[dict[str, Any]] | None
+
+
+DEFAULTS = KFACOptions(
+    decoupled_weight_decay=False, burn_in=10, sharing="expand", norm="unitwise", outputs=None, param_groups=None
+)
+
+
+def complete(options: KFACOptions) -> KFACOptions:
+    """Fill in defaults and refuse unknown names.
+
+    Args:
+        options: The user's.
+
+    Returns:
+        All options.
+
+    Raises:
+        TypeError: A name is unknown.
+        ValueError: ``burn_in`` is negative.
+    """
+    unknown = set(options) - set(DEFAULTS)
+    if unknown:
+        raise TypeError(f"KFAC got unknown options {sorted(unknown)}; known are {sorted(DEFAULTS)}.")
+    merged = KFACOptions(**{**DEFAULTS, **options})  # type: ignore[typeddict-item]
+    at_least("burn_in", merged["burn_in"], 0, integer=True)
+    return merged
+
+
+def at_least(name: str, value: Any, low: float, *, integer: bool = False, open_: bool = False) -> None:
+    """Refuse a number below a bound.
+
+    Args:
+        name: The argument's name.
+        value: Its value.
+        low: The bound.
+        integer: Whether it must be an integer.
+        open_: Whether the bound itself is refused.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    wanted = f"{'an integer' if integer else 'a number'} {'>' if open_ else '>='} {low:g}"
+    good = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or value < low or (open_ and value == low):
+        raise ValueError(f"{name}={value!r} must be {wanted}.")
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Validate the hyper-parameters of a parameter group.
+
+    Args:
+        group: The group.
+
+    Raises:
+        ValueError: One does not fit.
+    """
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        raise ValueError("lr as a tensor is not supported; pass a float.")
+    at_least("lr", lr, 0.0)
+    at_least("momentum", group["momentum"], 0.0)
+    if group["momentum"] >= 1:
+        raise ValueError(f"momentum={group['momentum']!r} must be less than 1.")
+    at_least("damping", group["damping"], 0.0)
+    at_least("weight_decay", group["weight_decay"], 0.0)
+    if group["kl_clip"] is not None:
+        at_least("kl_clip", group["kl_clip"], 0.0, open_=True)
+
+
+def make_generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
+    """Return the user's generator, or one of our own with a fixed seed.
+
+    Args:
+        generator: The user's.
+        device: Device of the model.
+
+    Returns:
+        The generator.
+
+    Raises:
+        ValueError: The generator is on another device.
+    """
+    if generator is None:
+        return torch.Generator(device).manual_seed(0)
+    if generator.device.type != device.type:
+        raise ValueError(f"generator is on {generator.device}, the model on {device}; make one there.")
+    return generator

@@ -1,0 +1,144 @@
+"""From gradients to directions: refresh of the inverses, and ``G⁻¹ ∇ A⁻¹`` without packing or copying gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from kronfac.approximations import Statistic
+from kronfac.blocks import INVERSES, Inverse, Kronecker, KroneckerInverse, PerFactor
+from kronfac.damping import Rule
+from kronfac.layers import LayerAdapter
+from kronfac.linalg.factorise import invert
+
+
+def refresh(
+    statistics: Mapping[str, Statistic], damping: Callable[[str], float], rule: Rule
+) -> dict[str, Inverse]:
+    """Factorise the damped blocks of all layers, equal shapes together.
+
+    Args:
+        statistics: The layers' running statistics.
+        damping: Damping of a layer.
+        rule: How it is added.
+
+    Returns:
+        Inverses by layer.
+
+    Raises:
+        torch.linalg.LinAlgError: A block cannot be inverted even in float64; the text names the layer.
+    """
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, statistic in statistics.items():
+        shapes = tuple((key, mean.total.shape) for key, mean in statistic.means().items())
+        groups.setdefault((type(statistic), shapes), []).append(name)
+    found: dict[str, Inverse] = {}
+    for names in groups.values():
+        found |= _refresh_equal(names, statistics, damping, rule)
+    return {name: found[name] for name in statistics}
+
+
+def _refresh_equal(
+    names: list[str], statistics: Mapping[str, Statistic], damping: Callable[[str], float], rule: Rule
+) -> dict[str, Inverse]:
+    blocks = {name: statistics[name].block() for name in names}
+    shifts = {name: rule(block, damping(name)) for name, block in blocks.items()}
+    if all(isinstance(b, Kronecker) for b in blocks.values()) and all(isinstance(s, PerFactor) for s in shifts.values()):
+        factors, values, labels = [], [], []
+        for name, block in blocks.items():
+            shift = shifts[name]
+            assert isinstance(block, Kronecker) and isinstance(shift, PerFactor)
+            factors += [block.input, block.output]
+            values += [shift.input, shift.output]
+            labels += [f"the input factor of layer {name!r}", f"the output factor of layer {name!r}"]
+        del blocks
+        inverted = [result.inverse for result in invert(factors, values, labels)]
+        return {name: KroneckerInverse(*inverted[2 * i : 2 * i + 2]) for i, name in enumerate(names)}
+    out: dict[str, Inverse] = {}
+    for name, block in blocks.items():
+        try:
+            out[name] = block.factorise(shifts[name])
+        except torch.linalg.LinAlgError as error:
+            raise torch.linalg.LinAlgError(f"layer {name!r}: {error}") from error
+    return out
+
+
+def direction(layer: LayerAdapter, inverse: Inverse, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Multiply one layer's gradients by its inverse block.
+
+    Args:
+        layer: The adapter.
+        inverse: Its inverse.
+        gradients: Gradients by parameter name.
+
+    Returns:
+        New tensors by parameter name, in the gradients' dtype.
+    """
+    if isinstance(inverse, KroneckerInverse) and not layer.stack and layer.has_weight:
+        weight = gradients[layer.weight_key]
+        matrix = layer.matrix_view(weight)
+        if matrix is not None and matrix.dtype == inverse.input.dtype:
+            return _factored(layer, inverse, matrix, gradients)
+    dtype = next(iter(inverse.tensors().values())).dtype
+    packed = layer.pack({name: gradient.to(dtype) for name, gradient in gradients.items()})
+    solved = layer.unpack(inverse.apply(packed.contiguous()))
+    return {name: solved[name].to(gradient.dtype) for name, gradient in gradients.items()}
+
+
+def _factored(
+    layer: LayerAdapter, inverse: KroneckerInverse, matrix: Tensor, gradients: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    weight = gradients[layer.weight_key]
+    if not layer.has_bias:
+        return {layer.weight_key: (inverse.output @ matrix @ inverse.input).view_as(weight)}
+    # [W b] is never put together: the left product is written into one temporary, the right one read by columns.
+    columns = matrix.shape[1]
+    left = matrix.new_empty(matrix.shape[0], columns + 1)
+    torch.mm(inverse.output, matrix, out=left[:, :columns])
+    left[:, columns] = inverse.output @ gradients[layer.bias_key]
+    solved = left @ inverse.input[:, :columns]
+    return {
+        layer.weight_key: solved.view(weight.shape),
+        layer.bias_key: left @ inverse.input[:, columns],
+    }
+
+
+def save_inverses(inverses: Mapping[str, Inverse]) -> dict[str, dict[str, object]]:
+    """Describe inverses by plain tensors and strings.
+
+    Args:
+        inverses: Inverses by layer.
+
+    Returns:
+        What :func:`load_inverses` takes.
+    """
+    return {
+        name: {"kind": inverse.kind, "shape": list(inverse.shape), "tensors": inverse.tensors()}
+        for name, inverse in inverses.items()
+    }
+
+
+def load_inverses(saved: Mapping[str, Mapping[str, object]], move: Callable[[Tensor], Tensor]) -> dict[str, Inverse]:
+    """Rebuild inverses.
+
+    Args:
+        saved: From :func:`save_inverses`.
+        move: Brings a tensor to its device, as a copy.
+
+    Returns:
+        Inverses by layer.
+
+    Raises:
+        ValueError: A kind is unknown.
+    """
+    out = {}
+    for name, entry in saved.items():
+        kind, tensors, shape = entry["kind"], entry["tensors"], entry["shape"]
+        if kind not in INVERSES:
+            raise ValueError(f"The checkpoint holds an inverse of unknown kind {kind!r} for layer {name!r}.")
+        assert isinstance(tensors, dict) and isinstance(shape, list)
+        moved = {key: move(tensor) for key, tensor in tensors.items()}
+        out[name] = INVERSES[str(kind)].from_tensors(moved, torch.Size(shape))
+    return out
