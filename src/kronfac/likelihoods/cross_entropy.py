@@ -158,7 +158,7 @@ class CrossEntropy(Likelihood):
         log_probabilities = outputs.log_softmax(dim)
         if labels.is_floating_point():
             return -(labels * log_probabilities).sum(dim)
-        return -log_probabilities.gather(dim, self._safe(labels).unsqueeze(dim)).squeeze(dim)
+        return -log_probabilities.gather(dim, labels.unsqueeze(dim)).squeeze(dim)
 
     def weighted_terms(self, outputs: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
         """Cross-entropy with weights and smoothing.
@@ -176,7 +176,7 @@ class CrossEntropy(Likelihood):
             terms = -(self._soft(outputs, labels, dim) * outputs.log_softmax(dim)).sum(dim)
             return terms if mask is None else terms * mask
         # Gathering, rather than a dense target, saves a tensor of the logits' size.
-        terms = self.nll(outputs, labels)
+        terms = self.nll(outputs, self._safe(labels))
         if self.weight is not None:
             terms = terms * self._class_weight(outputs)[self._safe(labels)]
         if self.label_smoothing:
