@@ -1,0 +1,24 @@
+"""``kronfac report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kronfac import experiments
+from kronfac.cli.options import Json
+from kronfac.cli.outcome import print_outcome
+from kronfac.experiments.files import make_folder
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that train, compare or demo wrote.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Draw the pictures and write report.html again from a folder of runs, finished or not."""
+    results = experiments.read_results(folder)
+    make_folder(folder)
+    experiments.write_report(results)
+    print_outcome(results, as_text=not as_json)

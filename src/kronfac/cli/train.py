@@ -1,0 +1,73 @@
+"""``kronfac train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kronfac import experiments
+from kronfac.cli import lists
+from kronfac.cli.compare import this_command
+from kronfac.cli.display import progress_display
+from kronfac.cli.options import (
+    Device,
+    Epochs,
+    EvaluateEvery,
+    Fresh,
+    Json,
+    Out,
+    Seconds,
+    Steps,
+    Threads,
+    assignments,
+)
+from kronfac.cli.outcome import print_outcome
+
+EPILOG = f"{lists.problems()}\n\n{lists.optimizers()}"
+
+
+def train(
+    problem: Annotated[str, typer.Argument(help="Name of a problem, see the list below.", show_default=False)],
+    optimizer: Annotated[str, typer.Option("--optimizer", "--optimiser", help="Name of an optimiser.")] = "kfac",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a hyper-parameter: --set damping=0.1. Repeatable.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides initial weights, the order of examples and sampled labels.")] = 0,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    seconds: Seconds = None,
+    evaluate_every: EvaluateEvery = None,
+    out: Out = None,
+    as_json: Json = False,
+    fresh: Fresh = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Train one problem with one optimiser.
+
+    Hyper-parameters are those tuned for the problem unless you change them. Stopped by Ctrl-C or killed, the same
+    command goes on where it was.
+
+    [dim]kronfac train digits-mlp --optimizer kfac --set damping=0.01 --epochs 10[/dim]
+    """
+    with progress_display() as display:
+        results = experiments.compare(
+            problem,
+            [optimizer],
+            out=out or Path("runs") / problem,
+            steps=steps,
+            epochs=epochs,
+            seconds=seconds,
+            seeds=[seed],
+            hyperparameters={optimizer: assignments(settings or [], "--set")},
+            evaluate_every=evaluate_every,
+            device=device,
+            threads=threads,
+            progress=display,
+            command=this_command(),
+            fresh=fresh,
+        )
+    print_outcome(results, as_text=not as_json)

@@ -1,0 +1,58 @@
+"use strict";
+// The numbers are in the page; everything here is drawing.
+(() => {
+  const data = JSON.parse(document.getElementById("curves").textContent);
+  const metric = document.getElementById("metric");
+  const progress = document.getElementById("progress");
+  const logarithmic = document.getElementById("logarithmic");
+  const labels = { step: "steps", epoch: "epochs", seconds: "seconds of training" };
+
+  for (const name of data.metrics) {
+    metric.add(new Option(name.replaceAll("_", " "), name, name === data.metric, name === data.metric));
+  }
+
+  // "tozerox"-like ranges would hide the first steps on a logarithmic axis, so plotly chooses the ranges.
+  function draw(target, x) {
+    const seen = new Set();
+    const traces = data.runs.map((run) => {
+      const first = !seen.has(run.optimizer);
+      seen.add(run.optimizer);
+      return {
+        x: run.columns[x],
+        y: run.columns[metric.value],
+        customdata: run.columns.step.map((step, i) => [step, run.columns.epoch[i], run.columns.seconds[i]]),
+        name: run.optimizer,
+        legendgroup: run.optimizer,
+        showlegend: first,
+        mode: "lines",
+        line: { color: run.colour, width: data.seeds > 1 ? 1.3 : 2 },
+        opacity: data.seeds > 1 ? 0.75 : 1,
+        hovertemplate:
+          `<b>${run.optimizer}</b>, seed ${run.seed}<br>%{y:.5g}<br>step %{customdata[0]}, ` +
+          "epoch %{customdata[1]:.2f}, %{customdata[2]:.2f} s<extra></extra>",
+      };
+    });
+    const layout = {
+      margin: { l: 64, r: 16, t: 16, b: 48 },
+      font: { family: "system-ui, sans-serif", size: 13, color: "#1d2433" },
+      xaxis: { title: { text: labels[x] }, gridcolor: "#e6e9ef", rangemode: "tozero", zeroline: false },
+      yaxis: {
+        title: { text: metric.value.replaceAll("_", " ") },
+        type: logarithmic.checked ? "log" : "linear",
+        gridcolor: "#e6e9ef",
+        zeroline: false,
+        dtick: null,
+      },
+      legend: { x: 1, xanchor: "right", y: 1 },
+      hovermode: "closest",
+    };
+    Plotly.react(target, traces, layout, { responsive: true, displaylogo: false });
+  }
+
+  function redraw() {
+    draw("by-progress", progress.value);
+    draw("by-seconds", "seconds");
+  }
+  for (const control of [metric, progress, logarithmic]) control.addEventListener("change", redraw);
+  redraw();
+})();

@@ -1,0 +1,53 @@
+"""Mini-batches from tensors in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kronfac.experiments.errors import ExperimentError
+from kronfac.experiments.problems.base import Data
+
+# Spreads the seeds of runs apart, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
+_SEED_STRIDE = 1_000_003
+
+
+class Batches:
+    """The batch of every step, as a function of the seed and the step alone: resuming needs no state.
+
+    Each epoch is a new permutation of the training set; the examples that do not fill a last batch wait for another
+    epoch.
+
+    Args:
+        data: The problem's data.
+        size: Examples per batch.
+        seed: The run's seed.
+
+    Raises:
+        ExperimentError: If a batch is larger than the training set.
+    """
+
+    def __init__(self, data: Data, size: int, seed: int) -> None:
+        self._inputs, self._targets = data.train_inputs, data.train_targets
+        if size > len(self._inputs):
+            raise ExperimentError(f"batch_size must be at most the {len(self._inputs)} training examples, got {size}")
+        self.size, self._seed = size, seed
+        self.per_epoch = len(self._inputs) // size
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """Give the batch of a step.
+
+        Args:
+            step: Steps done before it.
+
+        Returns:
+            Inputs and targets.
+        """
+        epoch, index = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self._seed * _SEED_STRIDE + epoch)
+            self._order = torch.randperm(len(self._inputs), generator=generator).to(self._inputs.device)
+            self._epoch = epoch
+        rows = self._order[index * self.size : (index + 1) * self.size]
+        return self._inputs[rows], self._targets[rows]

@@ -1,0 +1,54 @@
+"""The errors a person can cause: each is one sentence that names the thing and says what to do."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class ExperimentError(ValueError):
+    """Bad input to an experiment: an unknown name, a value out of range, an unusable file or folder."""
+
+
+class UnknownNameError(ExperimentError):
+    """A name that is not registered; the message lists those that are.
+
+    Args:
+        kind: What was asked for, such as ``"problem"``.
+        name: The name given.
+        known: The names there are.
+    """
+
+    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
+        super().__init__(f"unknown {kind} {name!r}; known: {', '.join(known)}")
+
+
+class DatasetError(ExperimentError):
+    """A dataset that is absent, damaged, or not what its name promises."""
+
+
+class CheckpointError(ExperimentError):
+    """A checkpoint that cannot be read, or that belongs to something else."""
+
+
+def need(module: str, extra: str) -> ModuleType:
+    """Import an optional library on first use.
+
+    Args:
+        module: The module's import name, such as ``"pyarrow.parquet"``.
+        extra: The extra of kronfac that installs it.
+
+    Returns:
+        The imported module.
+
+    Raises:
+        ExperimentError: If it is not installed; the message gives the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ExperimentError(
+            f"this needs {module.split('.')[0]}, which could not be imported ({error}); "
+            f"install it with: pip install 'kronfac[{extra}]'"
+        ) from error

@@ -1,0 +1,37 @@
+"""One process at a time in a folder of runs; the lock dies with its process, kill -9 included."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from kronfac.experiments.errors import ExperimentError
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder. Where the system has no ``flock`` (Windows), nothing is locked.
+
+    Args:
+        folder: An existing folder.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ExperimentError: If another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / ".lock", "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ExperimentError(
+                f"another process is working in {folder}; wait for it, or choose another folder"
+            ) from error
+        yield

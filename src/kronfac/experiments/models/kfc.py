@@ -1,0 +1,42 @@
+"""The CIFAR-10 network of Grosse and Martens (2016), which is cuda-convnet's "cifar-10-fast"."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from kronfac.experiments.models.initialise import initialise, mark_linear
+
+
+def kfc_network(classes: int = 10, batch_norm: bool = False) -> nn.Sequential:
+    """Build the network: three 5x5 convolutions (32, 32, 64 maps), each with 3x3 pooling of stride 2, and one layer.
+
+    Maximum pooling after the first convolution, average pooling after the others; the maps are 16, 8 and 4 pixels
+    wide because the pooling windows may overhang (``ceil_mode``), as cuda-convnet's do.
+
+    Args:
+        classes: Number of outputs.
+        batch_norm: Whether each convolution's bias is replaced by batch normalisation.
+
+    Returns:
+        A network from ``[N, 3, 32, 32]`` to logits ``[N, classes]``.
+    """
+
+    def convolution(inputs: int, outputs: int) -> list[nn.Module]:
+        layer = nn.Conv2d(inputs, outputs, 5, padding=2, bias=not batch_norm)
+        return [layer, nn.BatchNorm2d(outputs)] if batch_norm else [layer]
+
+    return initialise(  # type: ignore[return-value]
+        nn.Sequential(
+            *convolution(3, 32),
+            nn.MaxPool2d(3, 2, ceil_mode=True),
+            nn.ReLU(),
+            *convolution(32, 32),
+            nn.ReLU(),
+            nn.AvgPool2d(3, 2, ceil_mode=True),
+            *convolution(32, 64),
+            nn.ReLU(),
+            nn.AvgPool2d(3, 2, ceil_mode=True),
+            nn.Flatten(),
+            mark_linear(nn.Linear(64 * 4 * 4, classes)),
+        )
+    )

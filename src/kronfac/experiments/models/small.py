@@ -1,0 +1,51 @@
+"""Two small classifiers for images of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from kronfac.experiments.models.initialise import initialise, mark_linear
+
+
+def perceptron(widths: Sequence[int]) -> nn.Sequential:
+    """Build a fully-connected classifier with rectified hidden units.
+
+    Args:
+        widths: Units per layer, from the inputs to the classes.
+
+    Returns:
+        A network from ``[N, widths[0]]`` to logits ``[N, widths[-1]]``.
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths[:-1]):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    layers.append(mark_linear(nn.Linear(widths[-2], widths[-1])))
+    return initialise(nn.Sequential(*layers))  # type: ignore[return-value]
+
+
+def small_convolutional(maps: tuple[int, int] = (16, 32), classes: int = 10) -> nn.Sequential:
+    """Build a classifier of 8 by 8 images: two 3x3 convolutions with pooling, and one fully-connected layer.
+
+    Args:
+        maps: Maps of the two convolutions.
+        classes: Number of outputs.
+
+    Returns:
+        A network from ``[N, 1, 8, 8]`` to logits ``[N, classes]``.
+    """
+    first, second = maps
+    return initialise(  # type: ignore[return-value]
+        nn.Sequential(
+            nn.Conv2d(1, first, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(first, second, 3, padding=1),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            mark_linear(nn.Linear(second * 4, classes)),
+        )
+    )

@@ -1,0 +1,36 @@
+"""Optimisers by name. A new one is one file with a ``FAMILY`` of specifications, and one line here."""
+
+from __future__ import annotations
+
+from kronfac.experiments.errors import UnknownNameError
+from kronfac.experiments.optimizers import first_order, kfac
+from kronfac.experiments.optimizers.base import OptimizerSpec
+
+__all__ = ["OPTIMIZERS", "OptimizerSpec", "get_optimizer"]
+
+#: Every optimiser, by name.
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    spec.name: spec
+    for family in (
+        first_order.FAMILY,
+        kfac.FAMILY,
+    )
+    for spec in family
+}
+
+
+def get_optimizer(name: str) -> OptimizerSpec:
+    """Look an optimiser up.
+
+    Args:
+        name: A key of `OPTIMIZERS`.
+
+    Returns:
+        Its specification.
+
+    Raises:
+        UnknownNameError: If there is none of that name; the message lists those there are.
+    """
+    if name not in OPTIMIZERS:
+        raise UnknownNameError("optimiser", name, OPTIMIZERS)
+    return OPTIMIZERS[name]

@@ -1,0 +1,61 @@
+"""KFAC, from `kronfac.optim`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from kronfac.experiments.errors import ExperimentError
+from kronfac.experiments.optimizers.base import OptimizerSpec
+from kronfac.experiments.optimizers.options import COMMON, Option, choice, flag, integer, number, optional
+from kronfac.experiments.problems.base import Problem
+
+_OPTIONS = (
+    Option("lr", 0.1, number(0.0, open_low=True), "learning rate"),
+    Option("momentum", 0.9, number(0.0, 1.0, open_high=True), "momentum"),
+    Option("damping", 1e-3, number(0.0), "what is added to the curvature before it is inverted"),
+    Option("weight_decay", 0.0, number(0.0), "strength of the decay of weights"),
+    Option("decoupled_weight_decay", False, flag, "whether the decay bypasses the curvature"),
+    Option("approximation", "kfac", choice("kfac", "diagonal", "dense"), "what of the curvature is kept"),
+    Option(
+        "source", "sampled", choice("sampled", "exact", "empirical", "forward_only"), "which cotangents are pulled back"
+    ),
+    Option("damping_rule", "factored", choice("factored", "exact"), "how the damping is split over the factors"),
+    Option("stats_every", 10, integer(1), "steps between statistics passes"),
+    Option("invert_every", 100, integer(1), "steps between inversions"),
+    Option("burn_in", 10, integer(0), "first steps that all gather statistics"),
+    Option("ema", 0.95, number(0.0, 1.0, open_high=True), "decay of the running factors"),
+    Option(
+        "kl_clip",
+        None,
+        optional(number(0.0, open_low=True)),
+        "bound on the step's change of the outputs; none: no clip",
+    ),
+)
+
+
+def _kfac(
+    model: nn.Module, problem: Problem, values: Mapping[str, object], generator: torch.Generator
+) -> torch.optim.Optimizer:
+    from kronfac.optim import KFAC
+
+    shared = {option.name for option in COMMON}  # the runner averages and schedules for every optimiser alike
+    own: dict[str, Any] = {name: value for name, value in values.items() if name not in shared}
+    try:
+        return KFAC(model, problem.likelihood(), generator=generator, **own)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ExperimentError(f"kfac on {problem.name}: {error}") from error
+
+
+FAMILY = (
+    OptimizerSpec(
+        name="kfac",
+        title="KFAC",
+        description="Kronecker-factored approximate curvature (Martens and Grosse 2015; Grosse and Martens 2016)",
+        options=_OPTIONS,
+        build=_kfac,
+    ),
+)

@@ -1,0 +1,151 @@
+"""Hyper-parameters: their names, their defaults, and what values they may have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+#: Turns a value, or the text of one, into the value; raises ValueError saying what is accepted.
+Parser = Callable[[object], object]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One hyper-parameter.
+
+    Attributes:
+        name: Its name.
+        default: Its value where neither the problem nor the user gives one.
+        parse: Checks and converts a value.
+        help: One line for people.
+    """
+
+    name: str
+    default: object
+    parse: Parser
+    help: str
+
+
+def number(low: float = -math.inf, high: float = math.inf, open_low: bool = False, open_high: bool = False) -> Parser:
+    """Accept a finite number in an interval.
+
+    Args:
+        low: Lower end.
+        high: Upper end.
+        open_low: Whether the lower end itself is excluded.
+        open_high: Whether the upper end itself is excluded.
+
+    Returns:
+        The parser; it gives a float.
+    """
+    wanted = "a number"
+    if low > -math.inf:
+        wanted += f" {'above' if open_low else 'of at least'} {low:g}"
+    if high < math.inf:
+        wanted += f"{' and' if low > -math.inf else ''} {'below' if open_high else 'at most'} {high:g}"
+
+    def parse(value: object) -> float:
+        try:
+            result = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            result = math.nan
+        above = result > low if open_low else result >= low
+        below = result < high if open_high else result <= high
+        if not (math.isfinite(result) and above and below):
+            raise ValueError(wanted)
+        return result
+
+    return parse
+
+
+def integer(low: int) -> Parser:
+    """Accept a whole number.
+
+    Args:
+        low: The smallest one.
+
+    Returns:
+        The parser; it gives an int.
+    """
+
+    def parse(value: object) -> int:
+        try:
+            result = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            result = math.nan
+        if isinstance(value, bool) or not result.is_integer() or result < low:
+            raise ValueError(f"a whole number of at least {low}")
+        return int(result)
+
+    return parse
+
+
+def choice(*allowed: str) -> Parser:
+    """Accept one of several words.
+
+    Args:
+        allowed: The words.
+
+    Returns:
+        The parser; it gives a str.
+    """
+
+    def parse(value: object) -> str:
+        if value not in allowed:
+            raise ValueError(f"one of {', '.join(allowed)}")
+        return str(value)
+
+    return parse
+
+
+def flag(value: object) -> bool:
+    """Accept true or false.
+
+    Args:
+        value: A bool, or the text of one.
+
+    Returns:
+        The bool.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    words = {"true": True, "false": False}
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    raise ValueError("true or false")
+
+
+def optional(parse: Parser) -> Parser:
+    """Accept also None, written ``none`` as text.
+
+    Args:
+        parse: Parser of the other values.
+
+    Returns:
+        The parser.
+    """
+
+    def parse_optional(value: object) -> object:
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or none") from None
+
+    return parse_optional
+
+
+#: What every optimiser understands besides its own hyper-parameters.
+COMMON = (
+    Option("batch_size", None, optional(integer(1)), "examples per step; none for the problem's own"),
+    Option("schedule", "constant", choice("constant", "cosine", "exponential"), "how the learning rate falls"),
+    Option("final_lr", 0.1, number(0.0, 1.0), "with a schedule: last learning rate as a fraction of the first"),
+    Option(
+        "average", 0.0, number(0.0, 1.0, open_high=True), "decay of the average of iterates that is evaluated; 0: none"
+    ),
+)

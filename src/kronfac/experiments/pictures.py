@@ -1,0 +1,52 @@
+"""The PNG pictures of a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kronfac.experiments.errors import need
+from kronfac.experiments.files import replace_atomically
+from kronfac.experiments.optimizers import get_optimizer
+from kronfac.experiments.results import Results
+from kronfac.experiments.tables import curves, grid_table
+
+#: Horizontal axes, by the word in the pictures' file names.
+AXES = {"steps": "step", "seconds": "seconds", "epochs": "epoch"}
+
+
+def write_pictures(results: Results) -> list[Path]:
+    """Draw the compared metric, and its counterpart on the test set, against steps, epochs and seconds.
+
+    Args:
+        results: The comparison.
+
+    Returns:
+        The files written: ``<metric>-<axis>.png``, and ``grid-<optimizer>-<hyper-parameter>.png`` for each grid.
+    """
+    need("matplotlib", "experiments")
+    from kronfac import plots
+
+    table, plan = curves(results), results.plan
+    names = [get_optimizer(name).title for name in plan.optimizers]
+    counterpart = plan.metric.replace("train_", "test_") if plan.metric.startswith("train_") else "train_loss"
+    written = []
+    for metric in (plan.metric, counterpart):
+        for word, column in AXES.items():
+            axes = plots.training_curves(table, column, metric, names=names, title=plan.problem)
+            written.append(_save(axes, results.folder / f"{metric.replace('_', '-')}-{word}.png"))
+    for optimizer, axes_of_grid in plan.grid.items():
+        if not results.grids.get(optimizer):
+            continue
+        points = grid_table(results, optimizer).rename(columns={"final": plan.metric})
+        for name in axes_of_grid:
+            axes = plots.grid_profile(
+                points, name, plan.metric, title=f"{plan.problem}: {get_optimizer(optimizer).title}"
+            )
+            written.append(_save(axes, results.folder / f"grid-{optimizer}-{name}.png"))
+    return written
+
+
+def _save(axes: object, path: Path) -> Path:
+    with replace_atomically(path) as stream:
+        axes.figure.savefig(stream, format="png")  # type: ignore[attr-defined]
+    return path

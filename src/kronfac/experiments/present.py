@@ -1,0 +1,152 @@
+"""Tables as people read them: texts in rows, the same for the terminal and for the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kronfac.experiments.optimizers import get_optimizer
+from kronfac.experiments.problems import get_problem
+from kronfac.experiments.results import Results, at_edge, best_point
+from kronfac.experiments.tables import grid_table, reaches, summary
+
+
+@dataclass(frozen=True)
+class Table:
+    """Texts in rows.
+
+    Attributes:
+        columns: Headings.
+        rows: Cells.
+        marks: ``"chosen"`` or ``"bad"`` for rows that stand out, by index.
+    """
+
+    columns: list[str]
+    rows: list[list[str]]
+    marks: dict[int, str] = field(default_factory=dict)
+
+
+def number(value: object, form: str = ".4g") -> str:
+    """Word a number.
+
+    Args:
+        value: The number, or anything else.
+        form: Its format.
+
+    Returns:
+        The text; a dash for NaN.
+    """
+    if isinstance(value, float):
+        return "–" if value != value else f"{value:{form}}"
+    return str(value)
+
+
+def summary_view(results: Results) -> Table:
+    """Show `tables.summary`.
+
+    Args:
+        results: The comparison.
+
+    Returns:
+        A row per optimiser.
+    """
+    metrics = get_problem(results.plan.problem).metrics
+    metrics = [results.plan.metric, *(metric for metric in metrics if metric != results.plan.metric)]
+    frame = summary(results)
+    shared = frame["equal_seconds"].dropna()
+    at = f"{results.plan.metric.replace('_', ' ')} at {shared.mean():.3g} s" if len(shared) else "at equal seconds"
+    columns = ["optimiser", "status", *(metric.replace("_", " ") for metric in metrics), at]
+    columns += ["steps", "epochs", "seconds", "ms / step"]
+    rows, marks = [], {}
+    for index, row in enumerate(frame.to_dict("records")):
+        cells = [str(row["optimizer"]), str(row["status"])]
+        for metric in metrics:
+            spread = (
+                f" ± {number(row['spread'], '.2g')}"
+                if metric == results.plan.metric and row["spread"] == row["spread"]
+                else ""
+            )
+            cells.append(number(row[metric]) + spread)
+        cells += [number(row["at_equal_seconds"]), number(row["steps"], ".0f"), number(row["epochs"], ".1f")]
+        cells += [number(row["seconds"], ".2f"), number(row["ms_per_step"], ".2f")]
+        rows.append(cells)
+        if row["status"] != "done":
+            marks[index] = "bad"
+    return Table(columns, rows, marks)
+
+
+def reach_view(results: Results) -> Table:
+    """Show `tables.reaches`.
+
+    Args:
+        results: The comparison.
+
+    Returns:
+        A row per ordered pair of optimisers.
+    """
+    rows = []
+    for row in reaches(results).to_dict("records"):
+        cells = [row["optimizer"], f"{row['target_of']}'s {number(row['target'])}"]
+        if row["reached"] == row["seeds"]:
+            cells += [number(row["steps"], ".0f"), number(row["steps_ratio"], ".2f") + "×"]
+            cells += [number(row["epochs_ratio"], ".2f") + "×"]
+            cells += [number(row["seconds"], ".2f"), number(row["seconds_ratio"], ".2f") + "×"]
+        else:
+            cells += ["not reached" if row["reached"] == 0 else f"{row['reached']} of {row['seeds']} seeds", *["–"] * 4]
+        rows.append(cells)
+    return Table(["optimiser", "reaches", "steps", "of its steps", "of its epochs", "seconds", "of its seconds"], rows)
+
+
+def grid_view(results: Results, optimizer: str) -> Table:
+    """Show the grid of an optimiser, the best point first.
+
+    Args:
+        results: The comparison.
+        optimizer: The optimiser's name.
+
+    Returns:
+        A row per point.
+    """
+    frame = grid_table(results, optimizer).sort_values("final", na_position="last")
+    names = list(results.plan.grid[optimizer])
+    best = best_point(results.grids[optimizer], results.plan.metric)
+    edge = at_edge(results.plan, optimizer, best) if best else []
+    rows, marks = [], {}
+    for index, row in enumerate(frame.to_dict("records")):
+        note = str(row["status"])
+        if row["chosen"]:
+            note = "chosen" + (f", at the edge of {' and '.join(edge)}" if edge else "")
+            marks[index] = "chosen"
+        elif row["status"] != "done":
+            marks[index] = "bad"
+        rows.append([*(number(row[name], "g") for name in names), number(row["final"]), note])
+    return Table([*names, f"final {results.plan.metric.replace('_', ' ')}", ""], rows, marks)
+
+
+def settings_table(results: Results) -> Table:
+    """Show every hyper-parameter in use.
+
+    Args:
+        results: The comparison.
+
+    Returns:
+        A row per optimiser.
+    """
+    rows = []
+    for name in results.plan.optimizers:
+        values = results.chosen.get(name, results.plan.hyperparameters[name])
+        rows.append(
+            [get_optimizer(name).title, ", ".join(f"{key}={number(value, 'g')}" for key, value in values.items())]
+        )
+    return Table(["optimiser", "hyper-parameters"], rows)
+
+
+def environment_table(results: Results) -> Table:
+    """Show on what the comparison was run.
+
+    Args:
+        results: The comparison.
+
+    Returns:
+        A row per fact.
+    """
+    return Table(["", ""], [[name, str(value)] for name, value in results.environment.items()])

@@ -1,0 +1,162 @@
+"""Train one (problem, optimiser, hyper-parameters, seed) in a folder, going on from its checkpoint if it has one.
+
+The folder holds ``settings.json``, ``metrics.jsonl``, ``checkpoint.pt`` while the run is unfinished, and
+``result.json`` once it is done. A run with a budget in steps that was killed and started again writes the same metrics,
+bit for bit and but for the seconds, as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from kronfac.experiments.checkpoint import load_checkpoint, save_checkpoint
+from kronfac.experiments.errors import CheckpointError
+from kronfac.experiments.files import make_folder, read_json, remove_leftovers, write_json
+from kronfac.experiments.problems.base import Data, Problem
+from kronfac.experiments.progress import Progress
+from kronfac.experiments.records import MetricsLog
+from kronfac.experiments.settings import RunSettings
+from kronfac.experiments.training import Diverged, Training
+
+METRICS, RESULT, SETTINGS, CHECKPOINT = "metrics.jsonl", "result.json", "settings.json", "checkpoint.pt"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or a request to terminate arrived; the run is checkpointed and can go on later."""
+
+
+def run(
+    problem: Problem,
+    settings: RunSettings,
+    data: Data,
+    folder: Path,
+    progress: Progress | None = None,
+    checkpoint_every: float = 5.0,
+) -> dict[str, object]:
+    """Train until the budget is spent or the run diverges.
+
+    Args:
+        problem: The problem.
+        settings: The run's settings, checked.
+        data: The problem's data, on the run's device.
+        folder: The run's own folder; created if need be.
+        progress: Hears how the run goes.
+        checkpoint_every: Seconds of wall clock between checkpoints. They do not change the metrics.
+
+    Returns:
+        The contents of ``result.json``: ``status`` (``"done"`` or ``"diverged"``), ``note``, ``step``, ``seconds``.
+
+    Raises:
+        Interrupted: After writing a checkpoint, if Ctrl-C or SIGTERM arrived.
+        ExperimentError: If the folder cannot be written or its files are unusable.
+    """  # noqa: DOC502
+    progress = progress or Progress()
+    make_folder(folder)
+    remove_leftovers(folder)
+    if (folder / RESULT).exists():
+        result = read_json(folder / RESULT)
+        progress.started(settings, int(result["step"]))  # type: ignore[call-overload]
+        progress.finished(settings, str(result["status"]), str(result["note"] or "already there"))
+        return result
+    write_json(folder / SETTINGS, asdict(settings))
+    with torch.random.fork_rng(devices=[]), _signals() as interrupted:
+        torch.manual_seed(settings.seed)
+        training = Training(problem, settings, data)
+        offset = _resume(training, folder)
+        progress.started(settings, training.step)
+        with MetricsLog(folder / METRICS, offset) as log:
+            status, note = "done", ""
+            try:
+                _train(training, folder, log, progress, checkpoint_every, interrupted)
+            except Diverged as reason:
+                status, note = "diverged", f"diverged at step {training.step}: {reason}"
+            log.offset()
+    result = {"status": status, "note": note, "step": training.step, "seconds": training.seconds}
+    write_json(folder / RESULT, result)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    progress.finished(settings, status, note)
+    return result
+
+
+def _resume(training: Training, folder: Path) -> int:
+    path = folder / CHECKPOINT
+    state = load_checkpoint(path, training.settings.folder_name)
+    if state is None:
+        return 0
+    try:
+        training.load_state_dict(state)
+        return int(state["metrics_offset"])  # type: ignore[call-overload]
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path} does not fit this run; delete it to start the run anew") from error
+
+
+def _train(
+    training: Training,
+    folder: Path,
+    log: MetricsLog,
+    progress: Progress,
+    checkpoint_every: float,
+    interrupted: threading.Event,
+) -> None:
+    budget, every = training.settings.budget, training.settings.evaluate_every
+
+    def checkpoint() -> None:
+        state = training.state_dict() | {"metrics_offset": log.offset()}
+        save_checkpoint(folder / CHECKPOINT, training.settings.folder_name, state)
+
+    if training.step == 0:
+        metrics = training.evaluate()
+        log.append({"step": 0, "epoch": 0.0, "seconds": 0.0, **metrics})
+        progress.evaluated(0, 0.0, metrics)
+    last = time.monotonic()
+    while not budget.spent(training.step, training.seconds):
+        training.advance()
+        record = {"step": training.step, "epoch": training.epoch, "seconds": training.seconds}
+        record["batch_loss"] = training.batch_loss
+        progress.stepped(training.step, training.seconds, training.batch_loss)
+        if training.step % every == 0 or budget.spent(training.step, training.seconds):
+            metrics = training.evaluate()
+            record |= metrics
+            progress.evaluated(training.step, training.seconds, metrics)
+        log.append(record)
+        if interrupted.is_set():
+            checkpoint()
+            raise Interrupted
+        if time.monotonic() - last >= checkpoint_every:
+            checkpoint()
+            last = time.monotonic()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """Turn Ctrl-C and SIGTERM into an event that is looked at between steps, never in the middle of one.
+
+    A second Ctrl-C interrupts at once, at the price of the steps since the last checkpoint.
+
+    Yields:
+        The event.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield event
+        return
+
+    def handle(number: int, frame: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,119 @@
+"""One training in progress: everything that changes from step to step, and how to save and restore it."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+from kronfac.experiments.averaging import IterateAverage
+from kronfac.experiments.batches import Batches
+from kronfac.experiments.optimizers import get_optimizer
+from kronfac.experiments.problems.base import Data, Problem
+from kronfac.experiments.schedules import factor
+from kronfac.experiments.settings import RunSettings
+
+
+class Diverged(ArithmeticError):
+    """The loss, or something on the way to it, is no longer finite."""
+
+
+class Training:
+    """A network, its optimiser and their position in the run.
+
+    Args:
+        problem: The problem.
+        settings: The run's settings, checked.
+        data: The problem's data, on the run's device.
+    """
+
+    def __init__(self, problem: Problem, settings: RunSettings, data: Data) -> None:
+        values = settings.hyperparameters
+        self.problem, self.settings, self.data = problem, settings, data
+        self.batches = Batches(data, int(values.get("batch_size") or problem.batch_size), settings.seed)  # type: ignore[call-overload]
+        self.model = problem.model(settings.seed).to(settings.device)
+        self.generator = torch.Generator(settings.device).manual_seed(settings.seed)
+        spec = get_optimizer(settings.optimizer)
+        self.optimizer = spec.build(self.model, problem, values, self.generator)
+        self.average = IterateAverage(self.model, float(values["average"]))  # type: ignore[arg-type]
+        self.schedule, self.final_lr = str(values["schedule"]), float(values["final_lr"])  # type: ignore[arg-type]
+        self.first_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.step, self.seconds, self.batch_loss = 0, 0.0, math.nan
+
+    @property
+    def epoch(self) -> float:
+        """Passes through the training set."""
+        return self.step / self.batches.per_epoch
+
+    def advance(self) -> None:
+        """Do one step, and count its time.
+
+        Raises:
+            Diverged: If the loss of the batch is not finite, or the optimiser finds that something else is not.
+        """
+        start = time.perf_counter()
+        inputs, targets = self.batches.at(self.step)
+        if self.schedule != "constant":
+            scale = factor(self.schedule, self.settings.budget.progress(self.step, self.seconds), self.final_lr)
+            for group, lr in zip(self.optimizer.param_groups, self.first_lrs, strict=True):
+                group["lr"] = lr * scale
+        self.optimizer.zero_grad()
+        try:
+            loss = self.problem.loss(self.model(inputs), targets)
+            self.batch_loss = loss.item()
+            if not math.isfinite(self.batch_loss):
+                raise Diverged(f"the loss is {self.batch_loss}")
+            loss.backward()
+            self.optimizer.step()
+        except (FloatingPointError, torch.linalg.LinAlgError) as error:
+            raise Diverged(str(error)) from error
+        self.average.update()
+        self.step += 1
+        self.seconds += time.perf_counter() - start
+
+    def evaluate(self) -> dict[str, float]:
+        """Compute the problem's metrics with the averaged weights, or the current ones if there is no average.
+
+        Returns:
+            A finite value for each metric.
+
+        Raises:
+            Diverged: If one of them is not finite.
+        """
+        with torch.no_grad(), self.average.applied():
+            metrics = self.problem.evaluate(self.model, self.data)
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise Diverged(f"{name} is {value}")
+        return metrics
+
+    def state_dict(self) -> dict[str, object]:
+        """Give everything that `load_state_dict` needs to go on as if nothing had happened.
+
+        Returns:
+            Tensors and numbers only.
+        """
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict(),
+            "generator": self.generator.get_state(),
+            "global_generator": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Restore a state.
+
+        Args:
+            state: What `state_dict` gave.
+        """
+        self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
+        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+        self.average.load_state_dict(state["average"])  # type: ignore[arg-type]
+        # After the optimiser: it may hold this very generator and set it too.
+        self.generator.set_state(state["generator"])  # type: ignore[arg-type]
+        torch.set_rng_state(state["global_generator"])  # type: ignore[arg-type]
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])  # type: ignore[call-overload, arg-type]

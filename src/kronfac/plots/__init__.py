@@ -1,0 +1,13 @@
+"""Pictures: functions that draw a table on matplotlib axes and return the axes.
+
+They take pandas frames, or anything with named columns, and know nothing of how the numbers came about.
+"""
+
+from __future__ import annotations
+
+from kronfac.plots.bars import bars
+from kronfac.plots.curves import training_curves
+from kronfac.plots.grids import grid_profile
+from kronfac.plots.style import COLOURS, colour_of, new_axes
+
+__all__ = ["COLOURS", "bars", "colour_of", "grid_profile", "new_axes", "training_curves"]

@@ -1,0 +1,109 @@
+"""Training curves with bands over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kronfac.plots.style import colour_of, dress, new_axes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+_SAMPLES = 400
+
+
+def training_curves(
+    table: pd.DataFrame,
+    x: str = "step",
+    y: str = "train_loss",
+    *,
+    names: Sequence[str] | None = None,
+    axes: Axes | None = None,
+    log_y: bool = True,
+    start_at: float | None = None,
+    title: str | None = None,
+) -> Axes:
+    """Draw a metric against steps, epochs or seconds: a line for the mean over seeds, a band from least to greatest.
+
+    Args:
+        table: A row per evaluation with columns ``optimizer``, ``seed``, ``x`` and ``y``.
+        x: Column of the horizontal axis.
+        y: Column of the vertical axis.
+        names: The optimisers in order; that of their first appearance by default.
+        axes: Where to draw; new axes by default.
+        log_y: Whether the vertical axis is logarithmic (only if every value is positive).
+        start_at: Leave out what lies before this value of ``x``: the first evaluation often dwarfs all others.
+        title: Title, if any.
+
+    Returns:
+        The axes.
+    """
+    axes = axes if axes is not None else new_axes()
+    names = list(dict.fromkeys(table["optimizer"])) if names is None else names
+    if start_at is not None:
+        table = table[table[x] >= start_at]
+    for name in names:
+        runs = [run for _, run in table[table["optimizer"] == name].groupby("seed") if len(run)]
+        if not runs:
+            continue
+        positions, mean, low, high = seed_band([run[x].to_numpy() for run in runs], [run[y].to_numpy() for run in runs])
+        colour = colour_of(name, names)
+        axes.plot(positions, mean, color=colour, label=name, linewidth=1.8)
+        if len(runs) > 1:
+            axes.fill_between(positions, low, high, color=colour, alpha=0.2, linewidth=0)
+    if log_y and len(table) and (table[y].dropna() > 0).all():
+        axes.set_yscale("log")
+        _label_short_logarithms(axes)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    return dress(axes, title, label(x), label(y))
+
+
+def seed_band(
+    xs: Sequence[np.ndarray], ys: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Bring runs to common positions, for seeds take different seconds.
+
+    Args:
+        xs: Positions of each run's values, rising.
+        ys: The values.
+
+    Returns:
+        Positions, mean, least and greatest value there, over the range that all runs cover. Runs that share their
+        positions are not interpolated.
+    """
+    import numpy as np
+
+    if all(len(x) == len(xs[0]) and np.array_equal(x, xs[0]) for x in xs):
+        positions, values = xs[0], np.stack(ys)
+    else:
+        positions = np.linspace(max(x[0] for x in xs), min(x[-1] for x in xs), _SAMPLES)
+        values = np.stack([np.interp(positions, x, y) for x, y in zip(xs, ys, strict=True)])
+    return positions, values.mean(0), values.min(0), values.max(0)
+
+
+def label(column: str) -> str:
+    """Word a column for people.
+
+    Args:
+        column: Its name.
+
+    Returns:
+        The label.
+    """
+    words = {"step": "steps", "epoch": "epochs", "seconds": "seconds of training"}
+    text = column.replace("train_", "training ").replace("_", " ")
+    return words.get(column, text + " [%]" if column.endswith("_error") and "squared" not in column else text)
+
+
+def _label_short_logarithms(axes: Axes) -> None:
+    """Write plain numbers, at 1, 2 and 5 of a decade where the axis spans fewer than two."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 100 else (1.0,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,48 @@
+"""What a grid of hyper-parameters looked like."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kronfac.plots.style import COLOURS, dress, new_axes
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+
+def grid_profile(
+    table: pd.DataFrame, name: str, y: str = "final", *, axes: Axes | None = None, title: str | None = None
+) -> Axes:
+    """Draw the final metric against one hyper-parameter: all points, and a line through the best for each value.
+
+    Args:
+        table: A row per point with columns ``name`` and ``y``; a NaN in ``y`` (diverged) is marked at the top edge.
+        name: Column of the hyper-parameter.
+        y: Column of the final metric.
+        axes: Where to draw; new axes by default.
+        title: Title, if any.
+
+    Returns:
+        The axes.
+    """
+    import pandas as pd
+
+    axes = axes if axes is not None else new_axes(4.8, 3.6)
+    fine, failed = table.dropna(subset=[y]), table[table[y].isna()]
+    numeric = pd.to_numeric(table[name], errors="coerce").notna().all()
+    place = (lambda column: pd.to_numeric(column)) if numeric else (lambda column: column.astype(str))
+    axes.scatter(place(fine[name]), fine[y], s=18, color=COLOURS[5], zorder=2, label="points")
+    best = fine.groupby(name)[y].min().reset_index()
+    axes.plot(
+        place(best[name]), best[y], color=COLOURS[0], marker="o", markersize=4, zorder=3, label="best at this value"
+    )
+    if numeric and (pd.to_numeric(table[name]) > 0).all():
+        axes.set_xscale("log")
+    if len(fine) and (fine[y] > 0).all():
+        axes.set_yscale("log")
+    if len(failed):
+        top, edge = [0.98] * len(failed), axes.get_xaxis_transform()
+        axes.scatter(place(failed[name]), top, transform=edge, marker="x", color=COLOURS[2], label="diverged")
+    axes.legend(frameon=False, fontsize="small")
+    return dress(axes, title, name, y)

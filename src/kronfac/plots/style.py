@@ -1,0 +1,67 @@
+"""One look for every picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: Colours that people with the common forms of colour blindness tell apart (Okabe and Ito 2008).
+COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+
+
+def colour_of(name: str, names: Sequence[str]) -> str:
+    """Give a name the colour of its place in a list.
+
+    Args:
+        name: The name.
+        names: All names of the picture, in order.
+
+    Returns:
+        A colour; they repeat after the seventh name.
+    """
+    return COLOURS[list(names).index(name) % len(COLOURS)]
+
+
+def new_axes(width: float = 6.4, height: float = 4.2) -> Axes:
+    """Make a figure with one pair of axes, without touching pyplot's state or any display.
+
+    Args:
+        width: Inches.
+        height: Inches.
+
+    Returns:
+        The axes; ``axes.figure.savefig(path)`` writes the picture.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("kronfac.plots needs matplotlib: pip install 'kronfac[experiments]'") from error
+    return Figure(figsize=(width, height), dpi=150, layout="constrained").add_subplot()
+
+
+def dress(axes: Axes, title: str | None, x: str, y: str) -> Axes:
+    """Label axes and clear away what carries no information.
+
+    Args:
+        axes: The axes.
+        title: Title, if any.
+        x: Label of the horizontal axis.
+        y: Label of the vertical axis.
+
+    Returns:
+        The same axes.
+    """
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if title:
+        axes.set_title(title, loc="left", fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return axes
