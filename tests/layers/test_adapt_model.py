@@ -1,0 +1,133 @@
+"""Which parameters of a model have a block, and the reason for each that has none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kronfac.layers import adapt, adapt_model
+from kronfac.layers.linear import LinearAdapter
+from kronfac.layers.norm import FullNormAdapter
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_every_trained_parameter_is_covered_or_has_a_reason() -> None:
+    model = Attention()
+    found = adapt_model(model)
+    assert list(found.adapters) == ["head"]
+    assert found.covered == ("head.weight", "head.bias")
+    assert set(found.uncovered) == {
+        "attention.in_proj_weight",
+        "attention.in_proj_bias",
+        "attention.out_proj.weight",
+        "attention.out_proj.bias",
+    }
+    assert all("MultiheadAttention" in reason for reason in found.uncovered.values())
+    assert found.order == tuple(name for name, _ in model.named_parameters())
+
+
+def test_tied_weights_are_named_with_each_other() -> None:
+    model = nn.ModuleDict({"encoder": nn.Linear(3, 3), "decoder": nn.Linear(3, 3), "last": nn.Linear(3, 1)})
+    model["decoder"].weight = model["encoder"].weight
+    found = adapt_model(model)
+    assert list(found.adapters) == ["last"]
+    assert "decoder.weight" in found.uncovered["encoder.weight"]
+    assert "tied" in found.uncovered["decoder.bias"]
+    assert set(found.order) == set(found.uncovered) | set(found.covered)
+
+
+def test_a_module_under_two_names_is_one_layer() -> None:
+    """It is refused later, if it is really called twice."""
+    layer = nn.Linear(3, 3)
+    found = adapt_model(nn.ModuleDict({"one": layer, "two": layer}))
+    assert set(found.covered) | set(found.uncovered) == {"one.weight", "one.bias"}
+
+
+def test_frozen_parameters_have_neither_block_nor_reason() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    model[1].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    found = adapt_model(model)
+    assert found.frozen == ("0.weight", "0.bias", "1.weight", "2.bias")
+    assert not found.uncovered
+    assert found.adapters["1"].parameter_names == ("1.bias",)
+    assert found.adapters["1"].d_in == 1
+    assert found.adapters["2"].parameter_names == ("2.weight",)
+
+
+def test_parameters_that_an_adapter_does_not_know_are_named() -> None:
+    class Gated(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.gate = nn.Parameter(torch.zeros(2))
+
+    found = adapt_model(nn.Sequential(Gated()))
+    assert list(found.adapters) == ["0"]
+    assert list(found.uncovered) == ["0.gate"]
+    assert "Gated" in found.uncovered["0.gate"]
+
+
+def test_parameters_of_a_container_are_named() -> None:
+    class Positioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position = nn.Parameter(torch.zeros(3))
+            self.layer = nn.Linear(3, 1)
+
+    found = adapt_model(Positioned())
+    assert list(found.uncovered) == ["position"]
+    assert "Positioned" in found.uncovered["position"]
+
+
+def test_a_layer_alone_is_a_model() -> None:
+    assert adapt_model(nn.Linear(2, 1)).adapters[""].parameter_names == ("weight", "bias")
+
+
+def test_sharing_and_norm_reach_the_adapters() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Embedding(3, 2))
+    found = adapt_model(model, sharing="reduce", norm="full")
+    assert found.adapters["0"].sharing == "reduce"
+    assert isinstance(found.adapters["1"], FullNormAdapter)
+    assert "reduce" in found.uncovered["2.weight"]
+    assert adapt_model(model).adapters["1"].stack == (2,)
+
+
+def test_a_new_layer_type_is_one_registration() -> None:
+    class Transparent(nn.Module):
+        """y = W x under another name."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, 2))
+            self.in_features, self.out_features = 2, 3
+
+    assert "Transparent" in adapt_model(nn.Sequential(Transparent(), nn.Linear(2, 2))).uncovered["0.weight"]
+
+    adapt.register(Transparent, LinearAdapter)
+    assert adapt_model(nn.Sequential(Transparent())).adapters["0"].shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "text"),
+    [
+        (nn.Linear(2, 2), {"sharing": "both"}, ValueError, "sharing='both'"),
+        (nn.Linear(2, 2), {"norm": "none"}, ValueError, "norm='none'"),
+        (nn.Linear(2, 2).requires_grad_(False), {}, ValueError, "no trainable parameter"),
+        (nn.ReLU(), {}, ValueError, "no trainable parameter"),
+        ("model", {}, TypeError, "model must be a torch.nn.Module, not str"),
+    ],
+)
+def test_bad_arguments_are_named(model: nn.Module, options: dict[str, str], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        adapt_model(model, **options)

@@ -1,0 +1,226 @@
+"""The second moment of a convolution's rows without the rows, against rows that the convolution itself gives."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from tests.exactness_helpers import draw
+from torch import Tensor, nn
+
+from kronfac.layers import adapt
+from kronfac.layers.conv_moments import add_row_correlation_, row_correlation_pays
+from kronfac.layers.geometry import Geometry, column_sums, im2col
+from kronfac.linalg.symmetric import mirror_
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+class Convolution(NamedTuple):
+    channels: int
+    groups: int
+    size: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    mode: str
+    bias: bool
+    batch: int
+
+    def module(self) -> nn.Module:
+        return CONVOLUTIONS[len(self.size)](
+            self.channels,
+            2 * self.groups,
+            self.kernel,
+            stride=self.stride,
+            dilation=self.dilation,
+            padding=self.padding,
+            padding_mode=self.mode,
+            groups=self.groups,
+            bias=self.bias,
+        ).double()
+
+    def input(self) -> Tensor:
+        return draw(self.batch, self.channels, *self.size)
+
+
+@st.composite
+def convolutions(draw_: st.DrawFn) -> Convolution:
+    dims = draw_(st.integers(1, 3))
+    groups = draw_(st.sampled_from([1, 1, 2, 3]))
+    channels = groups * draw_(st.integers(1, 2 if dims == 3 else 3))
+    mode = draw_(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    same = draw_(st.sampled_from([False, False, False, True]))
+    size, kernel, stride, dilation, padding = [], [], [], [], []
+    for _ in range(dims):
+        k = draw_(st.integers(1, 3 if dims == 3 else 5))
+        d = draw_(st.integers(1, 3))
+        s = 1 if same else draw_(st.integers(1, 4))
+        p = draw_(st.integers(0, 3))
+        reach = d * (k - 1) + 1
+        least = max(1, reach - 2 * p) if not same else 1
+        # torch pads by reflection with less than the map, circularly with no more than it.
+        padded = -(-(reach - 1) // 2) if same else p
+        least = max(least, padded + (mode == "reflect"), padded * (mode == "circular"))
+        size.append(draw_(st.integers(least, least + (4 if dims == 3 else 9))))
+        kernel.append(k), stride.append(s), dilation.append(d), padding.append(p)
+    return Convolution(
+        channels,
+        groups,
+        tuple(size),
+        tuple(kernel),
+        tuple(stride),
+        tuple(dilation),
+        "same" if same else tuple(padding),
+        mode,
+        draw_(st.booleans()),
+        draw_(st.integers(1, 3)),
+    )
+
+
+def rows_by_forward(module: nn.Module, x: Tensor) -> Tensor:
+    """Rows ``[groups, N T, columns]``: outputs of the same convolution with one-hot filters."""
+    columns = module.weight[0].numel()
+    probe = type(module)(
+        module.in_channels,
+        module.groups * columns,
+        module.kernel_size,
+        stride=module.stride,
+        dilation=module.dilation,
+        padding=module.padding,
+        padding_mode=module.padding_mode,
+        groups=module.groups,
+        bias=False,
+    ).double()
+    with torch.no_grad():
+        probe.weight.copy_(torch.eye(columns).repeat(module.groups, 1).view_as(probe.weight))
+        out = probe(x)
+    return out.flatten(2).movedim(1, -1).flatten(0, 1).unflatten(-1, (module.groups, columns)).movedim(1, 0)
+
+
+def check(found: Tensor, wanted: Tensor) -> None:
+    scale = wanted.abs().max().clamp_min(1e-300)
+    assert float((found - wanted).abs().max() / scale) <= 1e-10
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+def test_both_forms_equal_im2col_over_a_grid_of_shapes() -> None:
+    fast: list[bool] = []
+
+    @settings(max_examples=800, deadline=None, derandomize=True, database=None)
+    @given(convolutions())
+    def compare(case: Convolution) -> None:
+        module, x = case.module(), case.input()
+        geometry = Geometry.of(module)
+        taken = row_correlation_pays(geometry, case.size)
+        fast.append(taken)
+        event("row correlation" if taken else "im2col")
+        rows = rows_by_forward(module, x)
+        check(im2col(x, geometry).flatten(0, 1).movedim(1, 0), rows)
+        check(column_sums(x, geometry), rows.sum(1))
+        ones = rows.new_ones(*rows.shape[:-1], 1)
+        wanted = torch.cat((rows, ones), -1) if case.bias else rows
+        wanted = wanted.mT @ wanted
+
+        # Whatever the layer chooses ...
+        adapter = adapt(module, "conv")
+        total = torch.zeros(*adapter.stack, adapter.d_in, adapter.d_in, dtype=torch.float64)
+        count = adapter.add_input_gram_(total, x)
+        assert count == rows.shape[1]
+        check(mirror_(total).reshape_as(wanted), wanted)
+        # ... and the row-correlation form, where it does not pay too.
+        inner = torch.zeros(case.groups, rows.shape[-1], rows.shape[-1], dtype=torch.float64)
+        add_row_correlation_(inner, x, geometry)
+        check(mirror_(inner), rows.mT @ rows)
+
+    compare()
+    assert sum(fast) >= 30, f"the fast path was taken only {sum(fast)} times in {len(fast)}"
+    assert len(fast) - sum(fast) >= 30
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_layer_takes_the_fast_path_only_without_weights(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import kronfac.layers.conv_moments as module_under_test
+
+    calls: list[str] = []
+    for name in ("add_row_correlation_", "im2col"):
+        original = getattr(module_under_test, name)
+        monkeypatch.setattr(
+            module_under_test, name, lambda *a, _name=name, _original=original: (calls.append(_name), _original(*a))[1]
+        )
+    adapter = adapt(nn.Conv2d(3, 4, 3, padding=1).double(), "conv")
+    x = draw(2, 3, 8, 8)
+    total = torch.zeros(28, 28, dtype=torch.float64)
+    adapter.add_input_gram_(total, x, draw(2, 64).square() if weighted else None)
+    assert ("add_row_correlation_" in calls) is not weighted
+    assert calls[0] == ("im2col" if weighted else "add_row_correlation_")
+
+
+def test_weights_of_positions_enter_the_moment() -> None:
+    module = nn.Conv2d(2, 4, 3, padding=1, stride=2, groups=2).double()
+    x, weights = draw(3, 2, 6, 5), draw(3, 9, seed=1).square()
+    rows = torch.cat((rows_by_forward(module, x), torch.ones(2, 27, 1, dtype=torch.float64)), -1)
+    adapter = adapt(module, "conv")
+    total = torch.zeros(2, 10, 10, dtype=torch.float64)
+    count = adapter.add_input_gram_(total, x, weights)
+    assert float(count) == pytest.approx(float(weights.sum()))
+    check(mirror_(total), rows.mT @ (rows * weights.reshape(1, -1, 1)))
+
+
+def test_moments_are_added_to_what_is_there() -> None:
+    module = nn.Conv1d(2, 2, 5, padding=2).double()
+    adapter = adapt(module, "conv")
+    whole, parts = (torch.zeros(11, 11, dtype=torch.float64) for _ in range(2))
+    x = draw(4, 2, 12)
+    adapter.add_input_gram_(whole, x)
+    adapter.add_input_gram_(parts, x[:1])
+    adapter.add_input_gram_(parts, x[1:])
+    check(mirror_(parts), mirror_(whole))
+
+
+def test_inputs_of_any_layout() -> None:
+    adapter = adapt(nn.Conv2d(3, 4, 3, padding=1).double(), "conv")
+    x = draw(2, 3, 6, 7)
+    totals = [torch.zeros(28, 28, dtype=torch.float64) for _ in range(3)]
+    inputs = (x, x.contiguous(memory_format=torch.channels_last), draw(2, 3, 7, 6).mT)
+    inputs = (*inputs[:2], inputs[2].copy_(x))
+    for total, given_x in zip(totals, inputs, strict=True):
+        adapter.add_input_gram_(total, given_x)
+    assert not inputs[2].is_contiguous()
+    check(totals[1], totals[0])
+    check(totals[2], totals[0])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    dims=st.integers(1, 3),
+    groups=st.integers(1, 2),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 2),
+    padding=st.integers(0, 2),
+    extra=st.integers(0, 1),
+    size=st.integers(1, 3),
+)
+def test_transposed_rows_times_the_weight_are_the_output(
+    dims: int, groups: int, kernel: int, stride: int, dilation: int, padding: int, extra: int, size: int
+) -> None:
+    padding = min(padding, dilation * (kernel - 1), ((size - 1) * stride + dilation * (kernel - 1)) // 2)
+    extra = min(extra, max(stride, dilation) - 1)
+    module = TRANSPOSED[dims](
+        2 * groups, groups, kernel, stride, padding, extra, groups=groups, dilation=dilation
+    ).double()
+    x = draw(2, 2 * groups, *(size,) * dims)
+    adapter = adapt(module, "conv")
+    rows = adapter.expand(x)
+    matrix = adapter.pack({key: p.detach() for key, p in adapter.parameters.items()})
+    product = torch.einsum("...oi,bs...i->bs...o", matrix, rows)
+    torch.testing.assert_close(product, adapter.expand_cotangents(module(x)).detach(), rtol=1e-11, atol=1e-12)
+    total = torch.zeros(*adapter.stack, adapter.d_in, adapter.d_in, dtype=torch.float64)
+    adapter.add_input_gram_(total, x)
+    check(mirror_(total), torch.einsum("bs...i,bs...j->...ij", rows, rows))
