@@ -16,8 +16,9 @@ from kronfac.sources import Sample, Source
 class Mean:
     """A running mean that carries its own weight: plain means and bias-corrected averages are one thing.
 
-    ``total`` and ``weight`` are summed; :meth:`decay` multiplies both, so that ``total / weight`` is the exponential
-    moving average with the right start (Kingma & Ba 2015, section 3) and any mini-batch sizes.
+    Sum and weight are both multiplied by :meth:`decay`, so that their ratio is the exponential moving average with the
+    right start (Kingma & Ba 2015, section 3) and any mini-batch sizes.  The sum is ``scale · total``: decaying it
+    touches one number instead of the whole tensor, and what is added is divided by the scale.
 
     Args:
         total: Zeros of the statistic's shape.
@@ -26,18 +27,27 @@ class Mean:
     def __init__(self, total: Tensor) -> None:
         self.total = total
         self.weight = 0.0
+        self.scale = 1.0
+
+    @property
+    def alpha(self) -> float:
+        """Factor of whatever is added to :attr:`total`."""
+        return 1.0 / self.scale
 
     def decay(self, factor: float) -> None:
         """Multiply what was gathered so far by ``factor``."""
-        self.total.mul_(factor)
+        self.scale *= factor
         self.weight *= factor
+        if self.scale < 1e-6:  # far from under- and overflow in float32
+            self.total.mul_(self.scale)
+            self.scale = 1.0
 
     def value(self) -> Tensor:
         """Return the mean over all processes, a new tensor: sums and weights are reduced, never averages averaged."""
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
-            return self.total / self.weight
-        total, weight = self.total.clone(), self.total.new_tensor(self.weight, dtype=torch.float64)
+            return self.total * (self.scale / self.weight)
+        total, weight = self.total * self.scale, self.total.new_tensor(self.weight, dtype=torch.float64)
         distributed.all_reduce(total)
         distributed.all_reduce(weight)
         return total.div_(weight.item())

@@ -46,11 +46,11 @@ class DenseStatistic(Statistic):
         if sample.cotangents is None:
             # Forward-only has no gradients; unit cotangents keep the scale of the identity output factor.
             if sample.first:
-                self.moment.total.diagonal(dim1=-2, dim2=-1).add_(sample.denominator)
+                self.moment.total.diagonal(dim1=-2, dim2=-1).add_(sample.denominator * self.moment.alpha)
             return
         gradients = self.layer.per_example_gradients(sample.inputs, sample.cotangents)
         rows = gradients.flatten(-2).movedim(0, -2)
-        add_gram_(self.moment.total, rows.to(self.moment.total.dtype), alpha=sample.weight)
+        add_gram_(self.moment.total, rows.to(self.moment.total.dtype), alpha=sample.weight * self.moment.alpha)
 
     def block(self) -> Block:
         """Return the dense block."""

@@ -42,7 +42,7 @@ class DiagonalStatistic(Statistic):
             pairs = iter([(sample.inputs, sample.cotangents)])  # type: ignore[assignment]
         for x, g in pairs:
             gradients = self.layer.per_example_gradients(x, g)
-            self.squares.total.add_(gradients.square().sum(0), alpha=sample.weight)
+            self.squares.total.add_(gradients.square().sum(0), alpha=sample.weight * self.squares.alpha)
 
     def block(self) -> Block:
         """Return the diagonal block."""

@@ -39,13 +39,15 @@ class KFACStatistic(Statistic):
         require_finite(sample)
         layer = self.layer
         if sample.first:
-            self.input.weight += float(layer.add_input_gram_(self.input.total, sample.inputs, sample.row_weights))
+            self.input.weight += float(
+                layer.add_input_gram_(self.input.total, sample.inputs, sample.row_weights, self.input.alpha)
+            )
             self.output.weight += sample.denominator
         if sample.cotangents is not None:
-            layer.add_output_gram_(self.output.total, sample.cotangents, sample.weight)
+            layer.add_output_gram_(self.output.total, sample.cotangents, sample.weight * self.output.alpha)
         elif sample.first:
             # Forward-only: the identity, times the denominator that block() divides by.
-            self.output.total.diagonal(dim1=-2, dim2=-1).add_(sample.denominator)
+            self.output.total.diagonal(dim1=-2, dim2=-1).add_(sample.denominator * self.output.alpha)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return ``A`` and ``G`` as new, full symmetric tensors (``A`` a vector for embeddings)."""

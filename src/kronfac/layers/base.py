@@ -152,19 +152,22 @@ class LayerAdapter(ABC):
         return rows.sum(1, keepdim=True) if self.sharing == "reduce" else rows
 
     # ---------------------------------------------------------------- second moments
-    def add_input_gram_(self, total: Tensor, x: Tensor, weights: Tensor | None = None) -> float | Tensor:
-        """Add ``Σ_r w_r ā_r ā_rᵀ`` to the upper triangle of ``total`` ``[*stack, d_in, d_in]``.
+    def add_input_gram_(
+        self, total: Tensor, x: Tensor, weights: Tensor | None = None, alpha: float = 1.0
+    ) -> float | Tensor:
+        """Add ``alpha Σ_r w_r ā_r ā_rᵀ`` to the upper triangle of ``total`` ``[*stack, d_in, d_in]``.
 
         Args:
             total: Running sum, changed in place.
             x: The layer's input.
             weights: Weight of each row, shape ``[B, S]`` (``[B, 1]`` when reduced); None means one.
+            alpha: Factor of what is added.
 
         Returns:
             ``Σ_r w_r``.
         """
         rows = stack_first(self.rows(x), len(self.stack))
-        add_gram_(total, rows, weights=None if weights is None else weights.reshape(-1))
+        add_gram_(total, rows, weights=None if weights is None else weights.reshape(-1), alpha=alpha)
         return float(rows.shape[-2]) if weights is None else weights.sum()
 
     def add_output_gram_(self, total: Tensor, g: Tensor, scale: float = 1.0) -> None:

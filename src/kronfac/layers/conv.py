@@ -54,12 +54,14 @@ class ConvAdapter(LayerAdapter):
         g = self._image(g)
         return g.reshape(g.shape[0], *self.stack, self.d_out, -1).movedim(-1, 1)
 
-    def add_input_gram_(self, total: Tensor, x: Tensor, weights: Tensor | None = None) -> float | Tensor:
+    def add_input_gram_(
+        self, total: Tensor, x: Tensor, weights: Tensor | None = None, alpha: float = 1.0
+    ) -> float | Tensor:
         """Add the patches' second moment by the cheapest exact form."""
         if self.sharing == "reduce" or not self.has_weight:
-            return super().add_input_gram_(total, x, weights)
+            return super().add_input_gram_(total, x, weights, alpha)
         stacked = total if self.stack else total.unsqueeze(0)
-        return add_conv_gram_(stacked, self._image(x), self.geometry, ones=self.has_bias, weights=weights)
+        return add_conv_gram_(stacked, self._image(x), self.geometry, ones=self.has_bias, weights=weights, alpha=alpha)
 
     def add_output_gram_(self, total: Tensor, g: Tensor, scale: float = 1.0) -> None:
         """Add the cotangents' second moment, channels first: one transposed copy, no interleaving."""

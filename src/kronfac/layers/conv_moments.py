@@ -12,13 +12,13 @@ This is the plug-in estimate of ``Ω`` in Grosse & Martens 2016, equation (32), 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from kronfac.layers.geometry import Geometry, column_sums, im2col, windows
+from kronfac.layers.geometry import Geometry, column_sums, im2col
 from kronfac.linalg.symmetric import add_gram_, add_product_
 
 
@@ -87,59 +87,97 @@ def row_correlation_pays(geometry: Geometry, size: tuple[int, ...]) -> bool:
     return cost < 0.7 * geometry.kernel[0] ** 2 * out[0]
 
 
-def _unfold_trailing(x: Tensor, geometry: Geometry, out: tuple[int, ...]) -> Tensor:
-    """Unfold all but the first spatial dimension: ``[groups, rows, N·positions, C/groups·taps]``."""
-    per_group = x.shape[1] // geometry.groups
-    step, tap, sizes = windows(x, geometry, out, 1)
-    s_n, s_c, s_h = x.stride()[:3]
-    view = x.as_strided(
-        (geometry.groups, x.shape[2], x.shape[0], *sizes, per_group, *geometry.kernel[1:]),
-        (s_c * per_group, s_h, s_n, *step, s_c, *tap),
+def _unfold_trailing(x: Tensor, geometry: Geometry, out: tuple[int, ...], rows: slice) -> Tensor:
+    """Unfold all but the first spatial dimension: ``[groups, rows, N, positions, taps·C/groups]``, channels last."""
+    x = x[:, :, rows]
+    per_group, pads = x.shape[1] // geometry.groups, geometry.padding[1:]
+    padded = [n + sum(p) for n, p in zip(x.shape[3:], pads, strict=True)]
+    last = x.new_zeros(geometry.groups, x.shape[2], x.shape[0], *padded, per_group)
+    inner = tuple(slice(p[0], p[0] + n) for n, p in zip(x.shape[3:], pads, strict=True))
+    last[(..., *inner, slice(None))] = x.unflatten(1, (geometry.groups, per_group)).movedim((1, 3, 0), (0, 1, 2)).movedim(3, -1)
+    strides = last.stride()
+    step = [a * m for a, m in zip(strides[3:-1], geometry.stride[1:], strict=True)]
+    tap = [a * m for a, m in zip(strides[3:-1], geometry.dilation[1:], strict=True)]
+    view = last.as_strided(
+        (*last.shape[:3], *out[1:], *geometry.kernel[1:], per_group), (*strides[:3], *step, *tap, strides[-1])
     )
-    return view.reshape(geometry.groups, x.shape[2], x.shape[0] * math.prod(sizes), -1)
+    # A reshape alone would stay a view of overlapping windows, and each product would copy it.
+    return view.contiguous().view(*last.shape[:3], math.prod(out[1:]), -1)
 
 
-def _correlate(left: Tensor, right: Tensor, symmetric: bool) -> Tensor:
-    """``Σ_m left_mᵀ right_m`` over rows, for ``[groups, rows, K, F]``: ``[groups, F, F]``, or ``[F, F]`` of one group."""
-    a, b = left.flatten(1, 2), right.flatten(1, 2)
+def _correlate(left: Tensor, right: Tensor, symmetric: bool, channels: int) -> Tensor:
+    """``Σ leftᵀ right`` over rows, examples and positions, for ``[groups, rows, N, X, F]``: ``[groups, F, F]``.
+
+    With ``channels > 0`` the trailing dimension is one line of unit stride whose taps are neighbours: the block of taps
+    ``(j+1, j'+1)`` is that of ``(j, j')`` less its first column of positions plus the next one, so that only the blocks
+    of tap 0 with all others need whole products: ``(2k-1)/k²`` of the multiplications.
+    """
+    a, b = left.flatten(1, 3), right.flatten(1, 3)
     if a.shape[0] > 1:
         return a.mT @ b
-    out = a.new_zeros(a.shape[-1], b.shape[-1])
-    add_product_(out, a[0], b[0], symmetric=symmetric)
-    return (out.triu() + out.triu(1).mT if symmetric else out).unsqueeze(0)
+    a, b, width = a[0], b[0], left.shape[-1]
+    out = a.new_zeros(width, width)
+    if channels == 0:
+        add_product_(out, a, b, symmetric=symmetric)
+        return (out.triu() + out.triu(1).mT if symmetric else out).unsqueeze(0)
+    torch.mm(a[:, :channels].T, b, out=out[:channels])
+    if symmetric:
+        out[:, :channels] = out[:channels].T
+    else:
+        torch.mm(a.T, b[:, :channels], out=out[:, :channels])
+    edge = width - channels
+    first, after = (0, slice(0, edge)), (left.shape[3] - 1, slice(channels, width))
+    change = a.new_zeros(edge, edge)
+    for (position, taps), sign in ((first, -1.0), (after, 1.0)):
+        change.addmm_(left[0, :, :, position, taps].flatten(0, 1).T, right[0, :, :, position, taps].flatten(0, 1), alpha=sign)
+    for start in range(channels, width, channels):
+        lines = slice(start, start + channels)
+        before = slice(start - channels, start)
+        torch.add(out[before, :edge], change[before], out=out[lines, channels:])
+    return out.unsqueeze(0)
 
 
-def add_row_correlation_(total: Tensor, x: Tensor, geometry: Geometry) -> None:
-    """Add ``Σ_r a_r a_rᵀ`` over all rows (without ones) to ``total``.
+def _neighbour_taps(geometry: Geometry, channels: int) -> int:
+    """Number of channels if sliding along the last dimension is possible and pays, else 0."""
+    taps = geometry.kernel[-1]
+    possible = len(geometry.kernel) > 1 and geometry.groups == 1 and math.prod(geometry.kernel[1:]) == taps
+    possible &= geometry.stride[-1] == 1 and geometry.dilation[-1] == 1
+    # Thin products run at a lower rate: measured break-even.
+    return channels if possible and ((taps >= 4 and channels >= 16) or (taps == 3 and channels >= 32)) else 0
+
+
+def add_row_correlation_(total: Tensor, x: Tensor, geometry: Geometry, alpha: float = 1.0) -> None:
+    """Add ``alpha Σ_r a_r a_rᵀ`` over all rows (without ones) to ``total``.
 
     Args:
         total: Running sum ``[groups, d, d]``, of which the blocks on and above the diagonal of kernel lines are
             written, a superset of the upper triangle within each pair of channels; see below for the order.
         x: Input ``[N, C, *size]``.
         geometry: The convolution.
+        alpha: Factor of what is added.
     """
     size = tuple(x.shape[2:])
     out = geometry.output_size(size)
-    zeros = geometry.mode == "constant"
-    x = geometry.pad(x, skip_first=zeros)
-    flat = geometry if zeros else Geometry(
-        geometry.kernel, geometry.stride, geometry.dilation, ((0, 0), *geometry.padding[1:]), "constant", geometry.groups
-    )
+    flat = geometry
+    if geometry.mode != "constant":
+        none = tuple((0, 0) for _ in geometry.kernel)
+        x, flat = geometry.pad(x), replace(geometry, padding=none, mode="constant")
     height, stride, pad = x.shape[2], geometry.stride[0], flat.padding[0][0]
     unfolded: dict[int, tuple[Tensor, int]] = {}
     for residue, (low, high) in _classes(flat, height).items():
         first = low * stride + residue - pad
-        rows = x[:, :, first : first + max(0, (high - low - 1) * stride + 1) : stride]
-        unfolded[residue] = (_unfold_trailing(rows, geometry, out), low)
+        rows = slice(first, first + max(0, (high - low - 1) * stride + 1), stride)
+        unfolded[residue] = (_unfold_trailing(x, flat, out, rows), low)
 
     channels, lines, taps = x.shape[1] // geometry.groups, geometry.kernel[0], math.prod(geometry.kernel[1:])
     blocks = total.unflatten(-1, (channels, lines, taps)).unflatten(1, (channels, lines, taps))
+    neighbours = _neighbour_taps(geometry, channels)
 
     def product(pair: _Pair, start: int, stop: int) -> Tensor:
         (left, low), (right, right_low) = unfolded[pair.left], unfolded[pair.right]
         a = left[:, start - low : stop - low]
         b = right[:, start + pair.lag - right_low : stop + pair.lag - right_low]
-        return _correlate(a, b, symmetric=pair.lag == 0 and pair.left == pair.right)
+        return _correlate(a, b, pair.lag == 0 and pair.left == pair.right, neighbours)
 
     previous: _Pair | None = None
     current = torch.empty(0)
@@ -148,25 +186,31 @@ def add_row_correlation_(total: Tensor, x: Tensor, geometry: Geometry) -> None:
             previous = None
             continue
         if previous is not None and _chain_cost(previous, pair)[1]:
-            for edge, old, new, sign in (("start", previous.start, pair.start, -1), ("stop", previous.stop, pair.stop, 1)):
+            # Rows that leave at the start of the window are subtracted, rows that enter at its end are added.
+            for old, new, sign in ((previous.start, pair.start, -1), (previous.stop, pair.stop, 1)):
                 if old != new:
                     part = product(pair, min(old, new), max(old, new))
                     current = current.add(part, alpha=sign if new > old else -sign)
-                del edge
         else:
             current = product(pair, pair.start, pair.stop)
         previous = pair
-        block = current.unflatten(-1, (channels, taps)).unflatten(1, (channels, taps))
-        blocks[:, :, pair.i, :, :, pair.j] += block
+        block = current.unflatten(-1, (taps, channels)).unflatten(1, (taps, channels)).permute(0, 2, 1, 4, 3)
+        blocks[:, :, pair.i, :, :, pair.j].add_(block, alpha=alpha)
         if pair.i != pair.j:
             # The matrix's upper triangle runs over channels first, so both orders of the lines are needed.
-            blocks[:, :, pair.j, :, :, pair.i] += block.permute(0, 3, 4, 1, 2)
+            blocks[:, :, pair.j, :, :, pair.i].add_(block.permute(0, 3, 4, 1, 2), alpha=alpha)
 
 
 def add_conv_gram_(
-    total: Tensor, x: Tensor, geometry: Geometry, *, ones: bool, weights: Tensor | None = None
+    total: Tensor,
+    x: Tensor,
+    geometry: Geometry,
+    *,
+    ones: bool,
+    weights: Tensor | None = None,
+    alpha: float = 1.0,
 ) -> float | Tensor:
-    """Add ``Σ_r w_r ā_r ā_rᵀ`` of a convolution to the upper triangle of ``total``, in the cheapest exact form.
+    """Add ``alpha Σ_r w_r ā_r ā_rᵀ`` of a convolution to the upper triangle of ``total``, in the cheapest exact form.
 
     Args:
         total: Running sum ``[groups, d, d]``.
@@ -174,13 +218,14 @@ def add_conv_gram_(
         geometry: The convolution.
         ones: Whether rows end with the bias's one.
         weights: Weight of every position, ``[N, T]``; needs the expanded rows.
+        alpha: Factor of what is added.
 
     Returns:
         ``Σ_r w_r``.
     """
     inner = total[:, :-1, :-1] if ones else total
     if weights is None and row_correlation_pays(geometry, tuple(x.shape[2:])):
-        add_row_correlation_(inner, x, geometry)
+        add_row_correlation_(inner, x, geometry, alpha)
         count: float | Tensor = float(x.shape[0] * math.prod(geometry.output_size(tuple(x.shape[2:]))))
         sums = column_sums(x, geometry) if ones else None
     else:
@@ -189,10 +234,10 @@ def add_conv_gram_(
         count = float(rows.shape[1]) if flat is None else flat.sum()
         sums = (rows.sum(1) if flat is None else (flat.unsqueeze(-1) * rows).sum(1)) if ones else None
         if rows.shape[0] == 1:
-            add_gram_(inner[0], rows[0], weights=flat)
+            add_gram_(inner[0], rows[0], weights=flat, alpha=alpha)
         else:
-            add_gram_(inner, rows, weights=flat)
+            add_gram_(inner, rows, weights=flat, alpha=alpha)
     if sums is not None:
-        total[:, :-1, -1] += sums
-        total[:, -1, -1] += count
+        total[:, :-1, -1].add_(sums, alpha=alpha)
+        total[:, -1, -1] += alpha * count
     return count

@@ -47,11 +47,13 @@ class ConvTransposeAdapter(ConvAdapter):
         """Return patches ``[B, T, *stack, d_in]`` of the zero-stuffed input."""
         return super().expand(self._zero_stuffed(x))
 
-    def add_input_gram_(self, total: Tensor, x: Tensor, weights: Tensor | None = None) -> float | Tensor:
+    def add_input_gram_(
+        self, total: Tensor, x: Tensor, weights: Tensor | None = None, alpha: float = 1.0
+    ) -> float | Tensor:
         """Add the second moment of the zero-stuffed input's patches."""
         if self.sharing == "reduce" or not self.has_weight:  # the general path expands, and so stuffs, itself
-            return super().add_input_gram_(total, x, weights)
-        return super().add_input_gram_(total, self._zero_stuffed(x), weights)
+            return super().add_input_gram_(total, x, weights, alpha)
+        return super().add_input_gram_(total, self._zero_stuffed(x), weights, alpha)
 
     def matrix_view(self, weight: Tensor) -> Tensor | None:  # type: ignore[override]
         """The weight is transposed and flipped: there is no view."""

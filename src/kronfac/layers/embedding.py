@@ -52,13 +52,16 @@ class EmbeddingAdapter(LayerAdapter):
         """Return ``[B, S, embedding_dim]``."""
         return require_float(g).reshape(g.shape[0], -1, self.d_out)
 
-    def add_input_gram_(self, total: Tensor, x: Tensor, weights: Tensor | None = None) -> float | Tensor:
+    def add_input_gram_(
+        self, total: Tensor, x: Tensor, weights: Tensor | None = None, alpha: float = 1.0
+    ) -> float | Tensor:
         """Add the (weighted) counts of each index to the vector ``total`` ``[V]``; padding is not counted.
 
         Args:
             total: Running counts, changed in place.
             x: Indices.
             weights: Weight of each index, shape ``[B, S]``; None means one.
+            alpha: Factor of what is added.
 
         Returns:
             The sum of all weights, padding included, so that the factor stays the mean over positions.
@@ -66,7 +69,7 @@ class EmbeddingAdapter(LayerAdapter):
         index = x.reshape(-1)
         weight = torch.ones_like(index, dtype=total.dtype) if weights is None else weights.reshape(-1).to(total.dtype)
         counted = weight if self._padding is None else weight * (index != self._padding)
-        total.index_add_(0, index, counted)
+        total.index_add_(0, index, counted, alpha=alpha)
         return weight.sum()
 
 

@@ -49,29 +49,10 @@ class Geometry:
         parts = zip(size, self.kernel, self.stride, self.dilation, self.padding, strict=True)
         return tuple((n + sum(p) - d * (k - 1) - 1) // s + 1 for n, k, s, d, p in parts)
 
-    def pad(self, x: Tensor, skip_first: bool = False) -> Tensor:
-        """Pad ``[N, C, *size]`` as the layer does; ``skip_first`` leaves the first spatial dimension (zeros only)."""
-        padding = [(0, 0), *self.padding[1:]] if skip_first else list(self.padding)
-        flat = [side for pair in reversed(padding) for side in pair]
+    def pad(self, x: Tensor) -> Tensor:
+        """Pad ``[N, C, *size]`` as the layer does."""
+        flat = [side for pair in reversed(self.padding) for side in pair]
         return F.pad(x, flat, mode=self.mode) if any(flat) else x
-
-
-def windows(x: Tensor, geometry: Geometry, out: tuple[int, ...], first: int) -> tuple[list[int], list[int], list[int]]:
-    """Sizes and strides that view a padded input as windows.
-
-    Args:
-        x: Padded input, ``[N, C, *size]``.
-        geometry: The convolution.
-        out: Spatial output size.
-        first: The spatial dimension at which the windows start (earlier ones stay plain).
-
-    Returns:
-        Output strides, kernel strides and output sizes of the dimensions from ``first`` on.
-    """
-    strides = x.stride()[2 + first :]
-    step = [s * m for s, m in zip(strides, geometry.stride[first:], strict=True)]
-    tap = [s * m for s, m in zip(strides, geometry.dilation[first:], strict=True)]
-    return step, tap, list(out[first:])
 
 
 def im2col(x: Tensor, geometry: Geometry) -> Tensor:
@@ -87,12 +68,13 @@ def im2col(x: Tensor, geometry: Geometry) -> Tensor:
     out = geometry.output_size(tuple(x.shape[2:]))
     x = geometry.pad(x)
     batch, channels, per_group = x.shape[0], x.shape[1], x.shape[1] // geometry.groups
-    step, tap, sizes = windows(x, geometry, out, 0)
-    s_n, s_c = x.stride()[:2]
+    s_n, s_c, *strides = x.stride()
+    step = [a * m for a, m in zip(strides, geometry.stride, strict=True)]
+    tap = [a * m for a, m in zip(strides, geometry.dilation, strict=True)]
     view = x.as_strided(
-        (batch, *sizes, geometry.groups, per_group, *geometry.kernel), (s_n, *step, s_c * per_group, s_c, *tap)
+        (batch, *out, geometry.groups, per_group, *geometry.kernel), (s_n, *step, s_c * per_group, s_c, *tap)
     )
-    return view.reshape(batch, math.prod(sizes), geometry.groups, channels // geometry.groups * math.prod(geometry.kernel))
+    return view.reshape(batch, math.prod(out), geometry.groups, channels // geometry.groups * math.prod(geometry.kernel))
 
 
 def column_sums(x: Tensor, geometry: Geometry) -> Tensor:

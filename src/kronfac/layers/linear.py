@@ -34,16 +34,18 @@ class LinearAdapter(LayerAdapter):
         g = _batched(require_float(g))
         return g.reshape(g.shape[0], -1, self.d_out)
 
-    def add_input_gram_(self, total: Tensor, x: Tensor, weights: Tensor | None = None) -> float | Tensor:
+    def add_input_gram_(
+        self, total: Tensor, x: Tensor, weights: Tensor | None = None, alpha: float = 1.0
+    ) -> float | Tensor:
         """Add the rows' second moment without copying the input to append its ones."""
         if self.sharing == "reduce" or not (self.has_weight and self.has_bias):
-            return super().add_input_gram_(total, x, weights)
+            return super().add_input_gram_(total, x, weights, alpha)
         rows = require_float(x).reshape(-1, self._features)
         flat = None if weights is None else weights.reshape(-1).to(rows.dtype)
         count = float(rows.shape[0]) if flat is None else flat.sum()
-        add_gram_(total[:-1, :-1], rows, weights=flat)
-        total[:-1, -1] += rows.sum(0) if flat is None else flat @ rows
-        total[-1, -1] += count
+        add_gram_(total[:-1, :-1], rows, weights=flat, alpha=alpha)
+        total[:-1, -1].add_(rows.sum(0) if flat is None else flat @ rows, alpha=alpha)
+        total[-1, -1] += alpha * count
         return count
 
 

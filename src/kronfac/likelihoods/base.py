@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kronfac.likelihoods.checks import Targets, check_generator, multiply, split_targets
+from kronfac.likelihoods.randomness import rademacher
 from kronfac.likelihoods.terms import TermLoss
 
 
@@ -199,17 +200,3 @@ def differentiate(function: Callable[..., Tensor], outputs: Tensor, *constants: 
         usable = [c.clone() if c is not None and c.is_inference() else c for c in constants]
         (gradient,) = torch.autograd.grad(function(leaf, *usable), leaf)
     return gradient.detach()
-
-
-def rademacher(shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw independent signs.
-
-    Args:
-        shape: Of what is drawn.
-        like: Gives dtype and device.
-        generator: Source of randomness.
-
-    Returns:
-        Elements -1 and 1 with equal probability.
-    """
-    return torch.randint(0, 2, shape, generator=generator, device=like.device).to(like.dtype).mul_(2).sub_(1)

@@ -147,7 +147,7 @@ class Bernoulli(ElementwiseLikelihood):
         Returns:
             Zeros and ones of the same shape.
         """
-        return torch.bernoulli(outputs.sigmoid(), generator=generator)
+        return coin_tosses(outputs.sigmoid(), generator)
 
     def target_cotangents(self, outputs: Tensor, targets: Targets) -> Tensor:
         """Gradient of the sum loss at the targets.

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kronfac.likelihoods.base import rademacher
+from kronfac.likelihoods.randomness import rademacher
+
 from kronfac.likelihoods.checks import Targets, check_generator, multiply
 from kronfac.likelihoods.cross_entropy import CrossEntropy
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kronfac.likelihoods.base import Likelihood, rademacher
+from kronfac.likelihoods.base import Likelihood
+from kronfac.likelihoods.randomness import rademacher
 from kronfac.likelihoods.checks import Targets, check_generator, multiply
 
 

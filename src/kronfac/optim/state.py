@@ -31,7 +31,7 @@ def save_curvature_state(optimizer: KFAC) -> dict[str, Any]:
         "version": VERSION,
         "steps": optimizer._steps,
         "statistics": {
-            layer: {key: {"total": mean.total, "weight": mean.weight} for key, mean in statistic.means().items()}
+            layer: {key: {"total": mean.total, "weight": mean.weight, "scale": mean.scale} for key, mean in statistic.means().items()}
             for layer, statistic in optimizer._estimator.statistics.items()
         },
         "inverses": save_inverses(optimizer._inverses),
@@ -85,6 +85,7 @@ def load_curvature_state(optimizer: KFAC, state_dict: dict[str, Any]) -> Callabl
             for key, mean in statistic.means().items():
                 mean.total.copy_(theirs[layer][key]["total"])
                 mean.weight = float(theirs[layer][key]["weight"])
+                mean.scale = float(theirs[layer][key]["scale"])
         optimizer._inverses = inverses
         optimizer._steps = int(saved["steps"])
         optimizer._clip.ratio = saved["clip_ratio"]
