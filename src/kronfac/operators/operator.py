@@ -1,0 +1,225 @@
+"""The face of a matrix-free curvature operator, by products over batches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronfac._typing import NamedTensors
+from kronfac.likelihoods import Likelihood
+from kronfac.operators.passes import Pick, random_state
+
+#: Beyond this a dense matrix takes gigabytes, and as many passes over the data as there are parameters.
+LARGEST = 20_000
+
+
+class ParameterOperator(ABC):
+    """A symmetric matrix over a model's parameters, known by its products.
+
+    The matrix is that of the loss as the likelihood's ``reduction`` defines it over all data: sums over batches divided
+    by the sum of the batches' denominators. It follows the model: its parameters and mode at the time of a product
+    count. Buffers and the random state are left alone. Dropout in train mode draws its masks from the random state of
+    the moment of construction in each pass, so that the operator is one matrix; batch norm in train mode couples the
+    examples of a batch and is differentiated through it.
+
+    Attributes:
+        model: The model.
+        likelihood: The loss.
+        parameter_names: The parameters that require gradients, in the order of ``model.parameters()``.
+        parameter_shapes: Their shapes.
+    """
+
+    def __init__(
+        self, model: nn.Module, likelihood: Likelihood, loader: Iterable[Any] | tuple[Any, Any], *, outputs: Pick = None
+    ) -> None:
+        """Store model and data; no pass is made.
+
+        Args:
+            model: The model.
+            likelihood: The loss.
+            loader: Pairs ``(inputs, targets)`` that can be iterated over more than once (a list or a ``DataLoader``),
+                or a single pair. Inputs are a tensor, a tuple of positional or a mapping of keyword arguments.
+            outputs: Takes the output tensor out of what the model returns.
+
+        Raises:
+            TypeError: If an argument is of the wrong kind.
+            ValueError: If the model has no parameter that requires gradients.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(likelihood, Likelihood):
+            raise TypeError(f"likelihood must be a kronfac.Likelihood, got {type(likelihood).__name__}")
+        if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
+            raise TypeError(
+                "loader must be iterable again and again (a list of pairs or a DataLoader), got "
+                f"{type(loader).__name__}"
+            )
+        self.model, self.likelihood, self._loader, self._pick = model, likelihood, loader, outputs
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not parameters:
+            raise ValueError("the model has no parameter that requires gradients")
+        self.parameter_names = tuple(parameters)
+        self.parameter_shapes = {name: p.shape for name, p in parameters.items()}
+        self._random_state = random_state(model)
+
+    @abstractmethod
+    def _product(self, inputs: Any, targets: Any, vector: NamedTensors) -> tuple[list[Tensor], Tensor]:
+        """Product of one batch's *sum* with a vector, in the order of the parameters, and the batch's denominator."""
+
+    @abstractmethod
+    def _form(self, inputs: Any, targets: Any, vector: NamedTensors) -> tuple[Tensor, Tensor]:
+        """Quadratic form of one batch's *sum*, and the batch's denominator."""
+
+    def matmul(self, vector: NamedTensors) -> dict[str, Tensor]:
+        """Multiply by a vector.
+
+        Args:
+            vector: ``{parameter name: tensor}``, exactly one for each of `parameter_names`.
+
+        Returns:
+            ``C v`` by parameter name.
+        """
+        vector = self._ordered(vector)
+        total = [torch.zeros_like(v) for v in vector.values()]
+        parts = []
+        for inputs, targets in self._batches():
+            product, part = self._product(inputs, targets, vector)
+            torch._foreach_add_(total, [g.to(t.dtype) for g, t in zip(product, total, strict=True)])
+            parts.append(part)
+        scale = self._denominator(parts)
+        return {name: t / scale.to(t) for name, t in zip(vector, total, strict=True)}
+
+    def quadratic_form(self, vector: NamedTensors) -> Tensor:
+        """``v^T C v``.
+
+        Args:
+            vector: ``{parameter name: tensor}``, exactly one for each of `parameter_names`.
+
+        Returns:
+            0-dimensional.
+        """
+        vector = self._ordered(vector)
+        forms, parts = zip(*(self._form(x, y, vector) for x, y in self._batches()), strict=True)
+        return torch.stack(forms).sum() / self._denominator(list(parts))
+
+    def trace(self, samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        """Estimate the trace by random signs, ``mean of xi^T C xi`` (Hutchinson 1989).
+
+        Unbiased; its variance is twice the sum of squares off the diagonal, over ``samples``.
+
+        Args:
+            samples: Number of vectors of signs, one pass over the data each.
+            generator: Source of randomness on the parameters' device; None for torch's own.
+
+        Returns:
+            0-dimensional.
+        """
+        return torch.stack([self.quadratic_form(v) for v in self._signs(samples, generator)]).mean()
+
+    def diagonal(self, samples: int = 100, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Estimate the diagonal by random signs, ``mean of xi * C xi`` (Bekas, Kokiopoulou & Saad 2007).
+
+        Unbiased, though single entries may come out negative.
+
+        Args:
+            samples: Number of vectors of signs, one pass over the data each.
+            generator: Source of randomness on the parameters' device; None for torch's own.
+
+        Returns:
+            ``{parameter name: tensor}``.
+        """
+        total = {name: torch.tensor(0.0) for name in self.parameter_names}
+        for vector in self._signs(samples, generator):
+            product = self.matmul(vector)
+            total = {name: total[name].to(vector[name]) + vector[name] * product[name] for name in total}
+        return {name: t / samples for name, t in total.items()}
+
+    def to_dense(self) -> Tensor:
+        """The whole matrix, by as many products as there are parameters.
+
+        Returns:
+            ``[P, P]``, in the order of `torch.nn.utils.parameters_to_vector`.
+
+        Raises:
+            ValueError: If there are too many parameters.
+        """
+        sizes = [shape.numel() for shape in self.parameter_shapes.values()]
+        if sum(sizes) > LARGEST:
+            raise ValueError(
+                f"{sum(sizes)} parameters make a dense matrix of {sum(sizes) ** 2 * 4 / 1e9:.1f} GB in float32; "
+                f"to_dense() stops at {LARGEST}. Use matmul, trace and diagonal"
+            )
+        first = next(iter(self._parameters().values()))
+        rows = []
+        for unit in torch.eye(sum(sizes), dtype=first.dtype, device=first.device):
+            vector = {
+                name: part.reshape(shape)
+                for (name, shape), part in zip(self.parameter_shapes.items(), unit.split(sizes), strict=True)
+            }
+            rows.append(torch.cat([t.reshape(-1) for t in self.matmul(vector).values()]))
+        return torch.stack(rows, 1)
+
+    def _parameters(self) -> dict[str, Tensor]:
+        known = dict(self.model.named_parameters())
+        return {name: known[name] for name in self.parameter_names}
+
+    def _ordered(self, vector: NamedTensors) -> dict[str, Tensor]:
+        """Check a vector, and bring it into the order of the parameters."""
+        check_vector(self.parameter_shapes, vector, complete=True)
+        return {name: vector[name].detach() for name in self.parameter_names}
+
+    def _signs(self, samples: int, generator: torch.Generator | None) -> Iterator[dict[str, Tensor]]:
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise ValueError(f"samples must be a positive integer, got {samples!r}")
+        for _ in range(samples):
+            yield {
+                name: torch.randint(0, 2, p.shape, generator=generator, device=p.device).to(p.dtype).mul_(2).sub_(1)
+                for name, p in self._parameters().items()
+            }
+
+    def _batches(self) -> Iterator[tuple[Any, Any]]:
+        loader = self._loader
+        single = isinstance(loader, tuple | list) and len(loader) == 2 and isinstance(loader[0], Tensor | Mapping)
+        empty = True
+        for batch in [loader] if single else loader:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise TypeError(f"loader must give pairs (inputs, targets), got {type(batch).__name__}")
+            empty = False
+            yield batch[0], batch[1]
+        if empty:
+            raise ValueError("loader is empty: there is no batch to take the curvature of")
+
+    def _denominator(self, parts: list[Tensor]) -> Tensor:
+        """Denominator of all batches together."""
+        return torch.ones_like(parts[0]) if self.likelihood.reduction == "sum" else torch.stack(parts).sum()
+
+
+def check_vector(shapes: Mapping[str, torch.Size], vector: NamedTensors, complete: bool) -> None:
+    """Refuse a vector that does not fit the parameters.
+
+    Args:
+        shapes: Shapes by parameter name.
+        vector: The vector.
+        complete: Whether every parameter must be there.
+
+    Raises:
+        TypeError: If it is no mapping of names to tensors.
+        ValueError: If entries are missing, unknown or misshaped.
+    """
+    if not isinstance(vector, Mapping):
+        raise TypeError(f"a vector is a mapping {{parameter name: tensor}}, got {type(vector).__name__}")
+    unknown = [name for name in vector if name not in shapes]
+    missing = [name for name in shapes if name not in vector] if complete else []
+    if unknown or missing:
+        raise ValueError(f"the vector does not fit the parameters: missing {missing[:5]}, unknown {unknown[:5]}")
+    for name, tensor in vector.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"the vector's entry {name!r} must be a tensor, got {type(tensor).__name__}")
+        if tensor.shape != shapes[name]:
+            raise ValueError(
+                f"the vector's entry {name!r} has shape {tuple(tensor.shape)}, the parameter {tuple(shapes[name])}"
+            )

@@ -1,0 +1,192 @@
+"""Passes through a live model that leave it, its buffers and the random state as they were.
+
+Parameters are replaced for the duration by aliases (`torch.func.functional_call`), never by copies; buffers are
+replaced by copies, so that running statistics are not touched.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kronfac._typing import NamedTensors
+
+Pick = Callable[[Any], Tensor] | None
+
+
+def run(model: nn.Module, parameters: NamedTensors, inputs: Any, pick: Pick) -> Tensor:
+    """Call a model with other tensors in place of its parameters.
+
+    Args:
+        model: The model.
+        parameters: Tensors to use, by parameter name; the rest are the model's own.
+        inputs: A tensor, a tuple or list of positional arguments, a mapping of keyword arguments, or a pair
+            ``(tuple, dict)`` of both.
+        pick: Takes the output tensor out of what the model returns.
+
+    Returns:
+        The outputs.
+
+    Raises:
+        TypeError: If they are no tensor.
+    """
+    arguments: tuple[Any, ...] = (inputs,)
+    keywords: dict[str, Any] = {}
+    if isinstance(inputs, Mapping):
+        arguments, keywords = (), dict(inputs)
+    elif (
+        isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict)
+    ):
+        arguments, keywords = inputs
+    elif isinstance(inputs, tuple | list):
+        arguments = tuple(inputs)
+    replaced = dict(parameters) | {name: buffer.clone() for name, buffer in model.named_buffers()}
+    found = functional_call(model, replaced, arguments, keywords)
+    found = found if pick is None else pick(found)
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"the model's outputs are of type {type(found).__name__}, not a tensor: say which tensor is meant, e.g. "
+            "outputs=lambda out: out.logits"
+        )
+    return found
+
+
+def leaves(model: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Aliases of parameters to differentiate in.
+
+    Args:
+        model: The model.
+        names: Names of the parameters.
+
+    Returns:
+        Leaves that share memory with the parameters, by name.
+    """
+    known = dict(model.named_parameters())
+    return {name: known[name].detach().requires_grad_() for name in names}
+
+
+def push_forward(model: nn.Module, inputs: Any, vector: NamedTensors, pick: Pick) -> tuple[Tensor, Tensor]:
+    """Outputs and their derivative in a direction, ``J v``.
+
+    One forward pass with dual numbers, at the cost of three forwards (a forward and a backward). Operations without a
+    forward derivative make it fall back to differentiating the backward pass in its cotangent, for up to twice that
+    and with gradients enabled, as hooks on the model may see. Batch norm in train mode is differentiated
+    through the batch.
+
+    Args:
+        model: The model.
+        inputs: As for `run`.
+        vector: The direction, by parameter name; parameters that are left out stay fixed.
+        pick: As for `run`.
+
+    Returns:
+        Outputs and ``J v`` of the same shape, detached.
+    """
+    known = dict(model.named_parameters())
+    vector = {name: tangent.detach().to(known[name].dtype) for name, tangent in vector.items()}
+    _load_forward_rules()
+    try:
+        with same_random_state(model), torch.no_grad(), plain_kernels(model), forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(known[name].detach(), tangent) for name, tangent in vector.items()}
+            value, tangent = forward_ad.unpack_dual(run(model, duals, inputs, pick))
+            return value, torch.zeros_like(value) if tangent is None else tangent
+    except NotImplementedError:
+        return _push_twice_backward(model, inputs, vector, pick)
+
+
+def _push_twice_backward(model: nn.Module, inputs: Any, vector: NamedTensors, pick: Pick) -> tuple[Tensor, Tensor]:
+    """``J v`` as the derivative of ``J^T u`` in ``u``."""
+    with same_random_state(model), torch.enable_grad(), plain_kernels(model):
+        parameters = leaves(model, tuple(vector))
+        outputs = run(model, parameters, inputs, pick)
+        if not outputs.requires_grad:
+            return outputs, torch.zeros_like(outputs)
+        dummy = torch.zeros_like(outputs, requires_grad=True)
+        pulled = torch.autograd.grad(
+            outputs, list(parameters.values()), dummy, create_graph=True, materialize_grads=True
+        )
+        total = torch.stack([(g * v).sum() for g, v in zip(pulled, vector.values(), strict=True)]).sum()
+        (tangent,) = torch.autograd.grad(total, dummy, materialize_grads=True)
+    return outputs.detach(), tangent
+
+
+@contextmanager
+def same_random_state(model: nn.Module, state: tuple[Tensor, ...] | None = None) -> Iterator[None]:
+    """Put the random state back at the end, so that passes neither disturb a training run nor differ in dropout masks.
+
+    Args:
+        model: The model, whose devices are looked at.
+        state: Random state to start from, as `random_state` returns it; None for the present one.
+
+    Yields:
+        Nothing.
+    """
+    devices = _devices(model)
+    with torch.random.fork_rng(devices):
+        if state is not None:
+            torch.set_rng_state(state[0])
+            for device, own in zip(devices, state[1:], strict=True):
+                torch.cuda.set_rng_state(own, device)
+        yield
+
+
+def random_state(model: nn.Module) -> tuple[Tensor, ...]:
+    """The present random state on the CPU and the model's devices.
+
+    Args:
+        model: The model.
+
+    Returns:
+        One state for each.
+    """
+    return torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(model))
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+@contextmanager
+def plain_kernels(model: nn.Module) -> Iterator[None]:
+    """Avoid the fused kernels of attention and recurrent layers: they have no forward and no second derivatives.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    backends: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    before = [backend.enabled for backend in backends]
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        if recurrent:
+            for backend in backends:
+                backend.enabled = False
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        if recurrent:
+            for backend, enabled in zip(backends, before, strict=True):
+                backend.enabled = enabled
+
+
+@cache
+def _load_forward_rules() -> None:
+    """Let torch register its forward derivatives, whose import warns of torch's own use of TorchScript."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
