@@ -16,9 +16,13 @@ if TYPE_CHECKING:
         approximations,
         blocks,
         damping,
+        experiments,
+        inspect,
         layers,
         likelihoods,
+        operators,
         optim,
+        plots,
         reference,
         sources,
     )
@@ -54,7 +58,20 @@ _HOMES = {
     "TapeError": "tape",
 }
 _SUBMODULES = frozenset(
-    {"approximations", "blocks", "damping", "layers", "likelihoods", "optim", "reference", "sources"}
+    {
+        "approximations",
+        "blocks",
+        "damping",
+        "experiments",
+        "inspect",
+        "layers",
+        "likelihoods",
+        "operators",
+        "optim",
+        "plots",
+        "reference",
+        "sources",
+    }
 )
 
 __all__ = [
@@ -74,11 +91,15 @@ __all__ = [
     "coverage",
     "damping",
     "estimate",
+    "experiments",
+    "inspect",
     "layers",
     "likelihood_of",
     "likelihoods",
     "load",
+    "operators",
     "optim",
+    "plots",
     "reference",
     "save",
     "sources",
