@@ -54,8 +54,8 @@ class Estimator:
     ) -> None:
         if not isinstance(likelihood, Likelihood):
             raise TypeError(
-                f"likelihood must be a kronfac.Likelihood such as kronfac.Categorical(), not {type(likelihood).__name__}; "
-                "kronfac.likelihood_of(loss_module) translates PyTorch's loss modules."
+                "likelihood must be a kronfac.Likelihood such as kronfac.Categorical(), not "
+                f"{type(likelihood).__name__}; kronfac.likelihood_of(loss_module) translates PyTorch's loss modules."
             )
         self.model, self.likelihood = model, likelihood
         self.approximation, self.source = get_approximation(approximation), get_source(source, samples)
@@ -86,9 +86,6 @@ class Estimator:
             tape: The recorded layers.
             outputs: The model's outputs, attached to the graph.
             targets: Targets, where source or likelihood needs them.
-
-        Raises:
-            ValueError: Outputs, targets, source or layers do not fit.
         """
         self.source.check(self.model, couples_examples(self.model))
         for samples in self.source.samples(tape, self.likelihood, outputs, targets, self.generator):

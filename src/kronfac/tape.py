@@ -97,7 +97,9 @@ class Tape:
             values = (*args, *kwargs.values())
             if len(values) != 1 or not isinstance(values[0], Tensor):
                 raise TapeError(f"Layer {name!r} must be called with one tensor, the input, to gather its curvature.")
-            if not isinstance(output, Tensor) or not output.requires_grad:
+            if not isinstance(output, Tensor):
+                raise TapeError(f"Layer {name!r} returned a {type(output).__name__}; its curvature needs one tensor.")
+            if not output.requires_grad:
                 raise TapeError(
                     f"The output of layer {name!r} carries no gradient: its forward ran under torch.no_grad() or "
                     "re-entrant checkpointing. Use torch.utils.checkpoint with use_reentrant=False."
@@ -122,7 +124,9 @@ class Tape:
             TapeError: The outputs carry no gradient, or a layer's input was changed in place.
         """
         if not outputs.requires_grad:
-            raise TapeError("The model's outputs carry no gradient; do not detach them and run outside torch.no_grad().")
+            raise TapeError(
+                "The model's outputs carry no gradient; do not detach them and run outside torch.no_grad()."
+            )
         for call in self.calls.values():
             call.check()
         grads = torch.autograd.grad(

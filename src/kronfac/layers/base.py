@@ -116,7 +116,7 @@ class LayerAdapter(ABC):
             columns = matrix[..., : self.d_in - 1] if self.has_bias else matrix
             out[self.weight_key] = self._matrix_to_weight(columns)
         if self.has_bias:
-            out[self.bias_key] = matrix[..., -1].reshape(self.module.bias.shape)  # type: ignore[union-attr]
+            out[self.bias_key] = matrix[..., -1].reshape(self.parameters[self.bias_key].shape)
         return out
 
     def _weight_to_matrix(self, weight: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class LayerAdapter(ABC):
         return view
 
     def _matrix_to_weight(self, columns: Tensor) -> Tensor:
-        return columns.reshape(self.module.weight.shape)  # type: ignore[union-attr]
+        return columns.reshape(self.parameters[self.weight_key].shape)
 
     # ---------------------------------------------------------------- rows
     @abstractmethod

@@ -1,10 +1,10 @@
 """Second moment of a convolution's rows without materialising them: the row-correlation form.
 
 Let ``U_m`` hold, for input row ``m`` (a line of the first spatial dimension), the input unfolded along the other
-spatial dimensions only.  The block of the moment for kernel lines ``i, i'`` is ``Σ_y U_{ys+id}ᵀ U_{ys+i'd}``: it depends
-on ``i`` only through the window over which whole rows are correlated at the lag ``(i'-i)d``.  So one product per lag is
-formed, and the window slides by subtracting and adding single boundary rows.  With a stride ``s`` the rows of each
-residue class modulo ``s`` play this part.  Exact (2e-7 in float32), about ``1/k`` of im2col's flops and memory.
+spatial dimensions only.  The block of the moment for kernel lines ``i, i'`` is ``Σ_y U_{ys+id}ᵀ U_{ys+i'd}``: it
+depends on ``i`` only through the window over which whole rows are correlated at the lag ``(i'-i)d``.  So one product
+per lag is formed, and the window slides by subtracting and adding single boundary rows.  With a stride ``s`` the rows
+of each residue class modulo ``s`` play this part.  Exact (2e-7 in float32), about ``1/k`` of im2col's flops and memory.
 
 This is the plug-in estimate of ``Ω`` in Grosse & Martens 2016, equation (32), divided by its number of terms.
 """
@@ -24,7 +24,7 @@ from kronfac.linalg.symmetric import add_gram_, add_product_
 
 @dataclass(frozen=True)
 class _Pair:
-    """Block of kernel lines ``(i, j)``: correlation of rows ``[start, stop)`` of class ``left`` with class ``right``."""
+    """Block of kernel lines ``(i, j)``: rows ``[start, stop)`` of class ``left`` correlated with class ``right``."""
 
     i: int
     j: int
@@ -93,8 +93,10 @@ def _unfold_trailing(x: Tensor, geometry: Geometry, out: tuple[int, ...], rows: 
     per_group, pads = x.shape[1] // geometry.groups, geometry.padding[1:]
     padded = [n + sum(p) for n, p in zip(x.shape[3:], pads, strict=True)]
     last = x.new_zeros(geometry.groups, x.shape[2], x.shape[0], *padded, per_group)
-    inner = tuple(slice(p[0], p[0] + n) for n, p in zip(x.shape[3:], pads, strict=True))
-    last[(..., *inner, slice(None))] = x.unflatten(1, (geometry.groups, per_group)).movedim((1, 3, 0), (0, 1, 2)).movedim(3, -1)
+    inner = last
+    for dim, (n, p) in enumerate(zip(x.shape[3:], pads, strict=True), 3):
+        inner = inner.narrow(dim, p[0], n)
+    inner.copy_(x.unflatten(1, (geometry.groups, per_group)).movedim((1, 3, 0), (0, 1, 2)).movedim(3, -1))
     strides = last.stride()
     step = [a * m for a, m in zip(strides[3:-1], geometry.stride[1:], strict=True)]
     tap = [a * m for a, m in zip(strides[3:-1], geometry.dilation[1:], strict=True)]
@@ -102,7 +104,7 @@ def _unfold_trailing(x: Tensor, geometry: Geometry, out: tuple[int, ...], rows: 
         (*last.shape[:3], *out[1:], *geometry.kernel[1:], per_group), (*strides[:3], *step, *tap, strides[-1])
     )
     # A reshape alone would stay a view of overlapping windows, and each product would copy it.
-    return view.contiguous().view(*last.shape[:3], math.prod(out[1:]), -1)
+    return view.contiguous().view(*last.shape[:3], math.prod(out[1:]), math.prod(geometry.kernel[1:]) * per_group)
 
 
 def _correlate(left: Tensor, right: Tensor, symmetric: bool, channels: int) -> Tensor:
@@ -111,6 +113,9 @@ def _correlate(left: Tensor, right: Tensor, symmetric: bool, channels: int) -> T
     With ``channels > 0`` the trailing dimension is one line of unit stride whose taps are neighbours: the block of taps
     ``(j+1, j'+1)`` is that of ``(j, j')`` less its first column of positions plus the next one, so that only the blocks
     of tap 0 with all others need whole products: ``(2k-1)/k²`` of the multiplications.
+
+    Returns:
+        The correlation, both triangles of it.
     """
     a, b = left.flatten(1, 3), right.flatten(1, 3)
     if a.shape[0] > 1:
@@ -129,7 +134,8 @@ def _correlate(left: Tensor, right: Tensor, symmetric: bool, channels: int) -> T
     first, after = (0, slice(0, edge)), (left.shape[3] - 1, slice(channels, width))
     change = a.new_zeros(edge, edge)
     for (position, taps), sign in ((first, -1.0), (after, 1.0)):
-        change.addmm_(left[0, :, :, position, taps].flatten(0, 1).T, right[0, :, :, position, taps].flatten(0, 1), alpha=sign)
+        column, other = (side[0, :, :, position, taps].flatten(0, 1) for side in (left, right))
+        change.addmm_(column.T, other, alpha=sign)
     for start in range(channels, width, channels):
         lines = slice(start, start + channels)
         before = slice(start - channels, start)

@@ -23,8 +23,8 @@ class ConvTransposeAdapter(ConvAdapter):
         super().__init__(module, name, sharing)  # type: ignore[arg-type]
         kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
         padding: list[tuple[int, int]] = []
-        for k, d, p, extra in zip(kernel, dilation, module.padding, module.output_padding, strict=True):
-            before = d * (k - 1) - int(p)
+        for k, d, p, extra in zip(kernel, dilation, _integers(module.padding), module.output_padding, strict=True):
+            before = d * (k - 1) - p
             padding.append((before, before + extra))
         self._stuff = tuple(module.stride)
         ones = tuple(1 for _ in kernel)
@@ -70,12 +70,16 @@ class ConvTransposeAdapter(ConvAdapter):
         return grouped.flip(tuple(range(3, grouped.ndim))).flatten(0, 1)
 
 
+def _integers(padding: object) -> tuple[int, ...]:
+    assert isinstance(padding, tuple)  # transposed convolutions know no "same" or "valid"
+    return tuple(int(p) for p in padding)
+
+
 @adapt.register(nn.ConvTranspose1d)
 @adapt.register(nn.ConvTranspose2d)
 @adapt.register(nn.ConvTranspose3d)
 def _(module: Transposed, name: str, sharing: str = "expand") -> LayerAdapter:
-    if any(d * (k - 1) < int(p) for d, k, p in zip(module.dilation, module.kernel_size, module.padding, strict=True)):
+    padding = _integers(module.padding)
+    if any(d * (k - 1) < p for d, k, p in zip(module.dilation, module.kernel_size, padding, strict=True)):
         raise UnsupportedLayer("its padding exceeds dilation·(kernel-1)")
     return ConvTransposeAdapter(module, name, sharing)
-
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +18,7 @@ class Geometry:
         stride: Strides.
         dilation: Dilations.
         padding: ``(before, after)`` of each dimension.
-        mode: Padding mode of ``torch.nn.functional.pad`` (``"constant"``, ``"reflect"``, ``"replicate"``, ``"circular"``).
+        mode: ``"constant"``, ``"reflect"``, ``"replicate"`` or ``"circular"``, as ``torch.nn.functional.pad`` has it.
         groups: Number of groups.
     """
 
@@ -67,16 +66,16 @@ def im2col(x: Tensor, geometry: Geometry) -> Tensor:
     """
     out = geometry.output_size(tuple(x.shape[2:]))
     x = geometry.pad(x)
-    batch, channels, per_group = x.shape[0], x.shape[1], x.shape[1] // geometry.groups
+    batch, per_group = x.shape[0], x.shape[1] // geometry.groups
     s_n, s_c, *strides = x.stride()
     step = [a * m for a, m in zip(strides, geometry.stride, strict=True)]
     tap = [a * m for a, m in zip(strides, geometry.dilation, strict=True)]
     view = x.as_strided(
         (batch, *out, geometry.groups, per_group, *geometry.kernel), (s_n, *step, s_c * per_group, s_c, *tap)
     )
-    return view.reshape(batch, math.prod(out), geometry.groups, channels // geometry.groups * math.prod(geometry.kernel))
+    return view.reshape(batch, math.prod(out), geometry.groups, per_group * math.prod(geometry.kernel))
 
 
 def column_sums(x: Tensor, geometry: Geometry) -> Tensor:
     """Sum of all rows, ``[groups, (C/groups)·prod(kernel)]``, from the input's batch sum alone."""
-    return im2col(x.sum(0, keepdim=True), geometry).sum((0, 1)) if x.shape[0] else torch.zeros(0)
+    return im2col(x.sum(0, keepdim=True), geometry).sum((0, 1))

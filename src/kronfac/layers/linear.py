@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import Tensor, nn
 
 from kronfac.layers.base import LayerAdapter, UnsupportedLayer, require_float, with_ones
@@ -60,4 +58,4 @@ def _(module: nn.Linear, name: str, sharing: str = "expand") -> LayerAdapter:
     # nn.MultiheadAttention reads out_proj's weight without calling it, so that no hook ever fires.
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise UnsupportedLayer("nn.MultiheadAttention uses this projection without calling it")
-    return LinearAdapter(cast(nn.Linear, module), name, sharing)
+    return LinearAdapter(module, name, sharing)

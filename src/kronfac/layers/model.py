@@ -70,10 +70,12 @@ def adapt_model(model: nn.Module, *, sharing: str = "expand", norm: str = "unitw
         if not own:
             continue
         tied = [key for key, p in own.items() if uses[id(p)] > 1]
+        if tied:
+            others = [n for n, p in every.items() if p is own[tied[0]] and n != tied[0]]
+            reason = f"its parameter is shared (tied) with {', '.join(others)}"
+            result.uncovered |= {key: reason for key in own if key in order}
+            continue
         try:
-            if tied:
-                others = [n for n, p in every.items() if p is own[tied[0]] and n != tied[0]]
-                raise UnsupportedLayer(f"its parameter is shared (tied) with {', '.join(others)}")
             adapter = adapt(module, name, sharing)
             if isinstance(adapter, NormAdapter) and norm == "full":
                 adapter = adapter.full()

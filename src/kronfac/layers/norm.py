@@ -26,7 +26,7 @@ class NormAdapter(LayerAdapter):
 
     def __init__(self, module: nn.Module, name: str, sharing: str = "expand") -> None:
         super().__init__(module, name, "expand")
-        self._units = module.weight.numel() if self.has_weight else module.bias.numel()  # type: ignore[union-attr, operator]
+        self._units = module.weight.numel() if self.has_weight else module.bias.numel()  # type: ignore[operator]
         self.stack = (self._units,)
         self.d_out, self.d_in = 1, int(self.has_weight) + int(self.has_bias)
 
@@ -102,7 +102,9 @@ class ChannelNorm(NormAdapter):
             return F.group_norm(x, module.num_groups, eps=module.eps)
         if isinstance(module, _InstanceNorm):
             if module.track_running_stats and not module.training:
-                return F.instance_norm(x, module.running_mean, module.running_var, use_input_stats=False, eps=module.eps)
+                return F.instance_norm(
+                    x, module.running_mean, module.running_var, use_input_stats=False, eps=module.eps
+                )
             return F.instance_norm(x, eps=module.eps)
         assert isinstance(module, _BatchNorm)
         if module.training or module.running_mean is None:
@@ -145,7 +147,9 @@ def _adapt_last(module: nn.Module, name: str, sharing: str = "expand") -> LayerA
     return LastDimNorm(module, name, sharing)
 
 
-for _kind in (_BatchNorm, _InstanceNorm, nn.GroupNorm):
+_CHANNEL: tuple[type[nn.Module], ...] = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
+_LAST: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm)
+for _kind in _CHANNEL:
     adapt.register(_kind)(_adapt_channel)
-for _kind in (nn.LayerNorm, nn.RMSNorm):
+for _kind in _LAST:
     adapt.register(_kind)(_adapt_last)

@@ -18,9 +18,6 @@ def adapt(module: nn.Module, name: str, sharing: str = "expand") -> LayerAdapter
         name: Its name within the model.
         sharing: ``"expand"`` or ``"reduce"``.
 
-    Returns:
-        The adapter.
-
     Raises:
         UnsupportedLayer: There is no exact adapter for this module; the text says why.
     """

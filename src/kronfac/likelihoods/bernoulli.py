@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from kronfac.likelihoods.checks import Targets, check_finite, check_weight, multiply
 from kronfac.likelihoods.elementwise import ElementwiseLikelihood
+from kronfac.likelihoods.randomness import coin_tosses
 
 
 class Bernoulli(ElementwiseLikelihood):

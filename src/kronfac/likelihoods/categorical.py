@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kronfac.likelihoods.randomness import rademacher
-
 from kronfac.likelihoods.checks import Targets, check_generator, multiply
 from kronfac.likelihoods.cross_entropy import CrossEntropy
+from kronfac.likelihoods.randomness import rademacher
 
 
 class Categorical(CrossEntropy):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kronfac.likelihoods.base import Likelihood
-from kronfac.likelihoods.randomness import rademacher
 from kronfac.likelihoods.checks import Targets, check_generator, multiply
+from kronfac.likelihoods.randomness import rademacher
 
 
 class ElementwiseLikelihood(Likelihood):

@@ -9,6 +9,8 @@ A matrix accumulated here is valid in its **upper** triangle only, until :func:`
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1
         return total.addmm_(left.T, right, alpha=alpha)
     panels = round(width / PANEL)
     edges = [width * i // panels for i in range(panels + 1)]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         total[start:stop, start:].addmm_(left[:, start:stop].T, right[:, start:], alpha=alpha)
     return total
 

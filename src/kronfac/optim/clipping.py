@@ -52,7 +52,9 @@ class KLClip:
         if exact is not None or self.ratio is None:
             value = exact() if exact is not None else approximate
             if not math.isfinite(value):
-                raise FloatingPointError("The curvature product vᵀFv of the KL clip is NaN or Inf; no parameter was changed.")
+                raise FloatingPointError(
+                    "The curvature product vᵀFv of the KL clip is NaN or Inf; no parameter was changed."
+                )
             self.ratio = value / approximate if approximate > 0 else 1.0
         self.last = self.ratio * approximate
         self.scale = math.sqrt(bound / self.last) if self.last > bound else 1.0
@@ -90,7 +92,7 @@ def exact_product(
         return value[:part] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch else value
 
     inputs = (tuple(cut(v) for v in args), {k: cut(v) for k, v in kwargs.items()})
-    with torch.autocast(next(iter(vector.values())).device.type, enabled=False):
+    with gatherer.paused(), torch.autocast(next(iter(vector.values())).device.type, enabled=False):
         value = ggn_quadratic_form(
             gatherer.root,
             likelihood,

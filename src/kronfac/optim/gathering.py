@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kronfac.estimation import Estimator, pick_outputs
 from kronfac.tape import Tape, TapeError, frozen_buffers, record
@@ -48,6 +49,11 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _inert, ()
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _inert() -> Callable[..., None]:
@@ -96,7 +102,7 @@ class Gatherer:
             model.register_forward_pre_hook(_Hook(self, "_before"), with_kwargs=True),
             model.register_forward_hook(_Hook(self, "_after"), with_kwargs=True, always_call=True),
         ]
-        weakref.finalize(self, lambda: [handle.remove() for handle in handles])
+        weakref.finalize(self, _remove, handles)
 
     def reset(self) -> None:
         """Start counting for the next step."""

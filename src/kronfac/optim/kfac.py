@@ -184,7 +184,7 @@ class KFAC(Optimizer):
         return self._gatherer.capture()
 
     def warm_up(self, loader: Iterable[Any] | tuple[Any, Any], batches: int | None = None) -> None:
-        """Gather factors from several batches before the first step (Grosse & Martens 2016, section 3.1: the whole set).
+        """Gather factors from several batches before the first step (Grosse & Martens 2016, 3.1: the whole set).
 
         Args:
             loader: Pairs ``(inputs, targets)``.
@@ -213,7 +213,7 @@ class KFAC(Optimizer):
 
     # ---------------------------------------------------------------- step
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
         Args:
@@ -222,9 +222,8 @@ class KFAC(Optimizer):
         Returns:
             The closure's loss, or None.
 
-        Raises:
-            RuntimeError: Statistics were due, but no forward of the model was seen.
-            FloatingPointError: A gradient is NaN or Inf; no parameter was changed.
+        A gradient that is NaN or Inf stops it with a ``FloatingPointError``, and statistics that were due but never
+        gathered with a ``RuntimeError``; no parameter is changed then.
         """
         loss = None
         if closure is not None:
@@ -261,8 +260,8 @@ class KFAC(Optimizer):
             seen = "in eval mode or inside paused()" if self._gatherer.forwards == 0 else "without gathering"
             if not (self._steps == 0 and not any(s.empty for s in self._estimator.statistics.values())):
                 raise RuntimeError(
-                    "Statistics are due at this step, but no forward of the model passed to KFAC was seen since the last "
-                    f"one (or only {seen}). Call that module itself in train mode, or gather by hand:\n"
+                    "Statistics are due at this step, but no forward of the model passed to KFAC was seen since the "
+                    f"last one (or only {seen}). Call that module itself in train mode, or gather by hand:\n"
                     "    with optimizer.capture() as capture:\n        z = ...\n        capture(z)"
                 )
 
@@ -311,9 +310,12 @@ class KFAC(Optimizer):
                 for name, parameter in adapter.parameters.items()
             }
             out |= {name: moved for name, moved in direction(adapter, inverse, given).items() if name in gradients}
-        without = [name for name, s in self._estimator.statistics.items() if name not in self._inverses and not s.empty]
-        if lost := [n for n in without if any(k in gradients for k in self._estimator.adaptation.adapters[n].parameters)]:
-            raise RuntimeError(f"Layers {lost} have gradients but no inverse; they were first called after a refresh.")
+        for layer, adapter in self._estimator.adaptation.adapters.items():
+            if layer not in self._inverses and any(name in gradients for name in adapter.parameter_names):
+                raise RuntimeError(
+                    f"Layer {layer!r} has a gradient but no inverse: no forward that gathered statistics called it. "
+                    "Freeze it, or call it in every forward."
+                )
         return out
 
     # ---------------------------------------------------------------- KL clip
@@ -388,7 +390,7 @@ class KFAC(Optimizer):
         if self._fallback is not None:
             self._fallback.zero_grad(set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to continue bit for bit: factors, inverses and generator included.
 
         Returns:
@@ -396,14 +398,12 @@ class KFAC(Optimizer):
         """
         return {**super().state_dict(), "kronfac": save_curvature_state(self)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
 
         Args:
-            state_dict: From an optimiser of the same model and settings; nothing is changed if it does not fit.
-
-        Raises:
-            ValueError: It is not a state of this optimiser; the text says why.
+            state_dict: From an optimiser of the same model and settings; if it does not fit, a ``ValueError`` says why
+                and nothing is changed.
         """
         apply = load_curvature_state(self, state_dict)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "kronfac"})
@@ -418,6 +418,6 @@ def _check_finite(gradients: dict[str, Tensor]) -> None:
         bad = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
         if bad:
             raise FloatingPointError(
-                f"NaN or Inf in the gradient of {', '.join(bad)}; no parameter was changed. The loss may have diverged: "
-                "lower lr, raise damping, or set kl_clip."
+                f"NaN or Inf in the gradient of {', '.join(bad)}; no parameter was changed. The loss may have "
+                "diverged: lower lr, raise damping, or set kl_clip."
             )

@@ -47,12 +47,11 @@ def complete(options: KFACOptions) -> KFACOptions:
 
     Raises:
         TypeError: A name is unknown.
-        ValueError: ``burn_in`` is negative.
     """
     unknown = set(options) - set(DEFAULTS)
     if unknown:
         raise TypeError(f"KFAC got unknown options {sorted(unknown)}; known are {sorted(DEFAULTS)}.")
-    merged = KFACOptions(**{**DEFAULTS, **options})  # type: ignore[typeddict-item]
+    merged = KFACOptions(**{**DEFAULTS, **options})
     at_least("burn_in", merged["burn_in"], 0, integer=True)
     return merged
 

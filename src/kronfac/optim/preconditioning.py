@@ -14,9 +14,7 @@ from kronfac.layers import LayerAdapter
 from kronfac.linalg.factorise import invert
 
 
-def refresh(
-    statistics: Mapping[str, Statistic], damping: Callable[[str], float], rule: Rule
-) -> dict[str, Inverse]:
+def refresh(statistics: Mapping[str, Statistic], damping: Callable[[str], float], rule: Rule) -> dict[str, Inverse]:
     """Factorise the damped blocks of all layers, equal shapes together.
 
     Args:
@@ -25,10 +23,8 @@ def refresh(
         rule: How it is added.
 
     Returns:
-        Inverses by layer.
-
-    Raises:
-        torch.linalg.LinAlgError: A block cannot be inverted even in float64; the text names the layer.
+        Inverses by layer. A block that cannot be inverted even in float64 raises a ``torch.linalg.LinAlgError`` that
+        names the layer.
     """
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, statistic in statistics.items():
@@ -45,11 +41,14 @@ def _refresh_equal(
 ) -> dict[str, Inverse]:
     blocks = {name: statistics[name].block() for name in names}
     shifts = {name: rule(block, damping(name)) for name, block in blocks.items()}
-    if all(isinstance(b, Kronecker) for b in blocks.values()) and all(isinstance(s, PerFactor) for s in shifts.values()):
+    if all(isinstance(b, Kronecker) for b in blocks.values()) and all(
+        isinstance(s, PerFactor) for s in shifts.values()
+    ):
         factors, values, labels = [], [], []
         for name, block in blocks.items():
             shift = shifts[name]
-            assert isinstance(block, Kronecker) and isinstance(shift, PerFactor)
+            assert isinstance(block, Kronecker)
+            assert isinstance(shift, PerFactor)
             factors += [block.input, block.output]
             values += [shift.input, shift.output]
             labels += [f"the input factor of layer {name!r}", f"the output factor of layer {name!r}"]
@@ -138,7 +137,8 @@ def load_inverses(saved: Mapping[str, Mapping[str, object]], move: Callable[[Ten
         kind, tensors, shape = entry["kind"], entry["tensors"], entry["shape"]
         if kind not in INVERSES:
             raise ValueError(f"The checkpoint holds an inverse of unknown kind {kind!r} for layer {name!r}.")
-        assert isinstance(tensors, dict) and isinstance(shape, list)
+        assert isinstance(tensors, dict)
+        assert isinstance(shape, list)
         moved = {key: move(tensor) for key, tensor in tensors.items()}
         out[name] = INVERSES[str(kind)].from_tensors(moved, torch.Size(shape))
     return out

@@ -31,7 +31,10 @@ def save_curvature_state(optimizer: KFAC) -> dict[str, Any]:
         "version": VERSION,
         "steps": optimizer._steps,
         "statistics": {
-            layer: {key: {"total": mean.total, "weight": mean.weight, "scale": mean.scale} for key, mean in statistic.means().items()}
+            layer: {
+                key: {"total": mean.total, "weight": mean.weight, "scale": mean.scale}
+                for key, mean in statistic.means().items()
+            }
             for layer, statistic in optimizer._estimator.statistics.items()
         },
         "inverses": save_inverses(optimizer._inverses),
@@ -70,7 +73,9 @@ def load_curvature_state(optimizer: KFAC, state_dict: dict[str, Any]) -> Callabl
         for key, mean in means.items():
             shape = tuple(theirs[layer][key]["total"].shape)
             if shape != tuple(mean.total.shape):
-                raise ValueError(f"Layer {layer!r}: the state's {key} has shape {shape}, not {tuple(mean.total.shape)}.")
+                raise ValueError(
+                    f"Layer {layer!r}: the state's {key} has shape {shape}, not {tuple(mean.total.shape)}."
+                )
     if (saved["fallback"] is None) != (optimizer._fallback is None):
         raise ValueError("Only one of the saved and the present optimiser has a fallback.")
 

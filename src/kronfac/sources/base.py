@@ -73,7 +73,7 @@ class Source(ABC):
             generator: For everything random.
         """
 
-    def check(self, model: nn.Module, couples: bool) -> None:
+    def check(self, model: nn.Module, couples: bool) -> None:  # noqa: B027  (most sources have nothing to refuse)
         """Refuse a model for which this source would be wrong.
 
         Args:
@@ -109,8 +109,8 @@ class Source(ABC):
             likelihood.validate(values, targets)  # type: ignore[arg-type]
             denominator = float(likelihood.denominator(values, targets))  # type: ignore[arg-type]
             weights = likelihood.row_weights(values, targets)  # type: ignore[arg-type]
-            if weights is not None and bool((weights == weights.flatten()[0]).all()) and float(weights.flatten()[0]) > 0:
-                weights = None
+            if weights is not None and float(weights.min()) == float(weights.max()) > 0:
+                weights = None  # uniform: the same means by the cheaper unweighted forms
             rows = {name: align_weights(call.adapter, call.input, weights) for name, call in tape.calls.items()}
             for index, seed in enumerate(self.seeds(likelihood, values, targets, generator)):
                 if seed.cotangent is None:
@@ -118,9 +118,7 @@ class Source(ABC):
                 else:
                     pulled = tape.pull(outputs, seed.cotangent, retain_graph=True)
                 yield [
-                    Sample(
-                        call.adapter, call.input, pulled.get(name), seed.weight, denominator, index == 0, rows[name]
-                    )
+                    Sample(call.adapter, call.input, pulled.get(name), seed.weight, denominator, index == 0, rows[name])
                     for name, call in tape.calls.items()
                 ]
         if not retain_graph:
@@ -155,8 +153,8 @@ def align_weights(adapter: LayerAdapter, x: Tensor, weights: Tensor | None) -> T
         return weights.reshape(positions[0], -1)
     if positions[0] != weights.shape[0]:
         raise ValueError(
-            f"Layer {adapter.name!r}: its rows {positions} match neither the loss's terms {tuple(weights.shape)} nor its "
-            "batch, so that weights, masks or ignored targets cannot be brought to them. Keep the batch dimension first."
+            f"Layer {adapter.name!r}: its rows {positions} match neither the loss's terms {tuple(weights.shape)} nor "
+            "its batch, so that weights, masks or ignored targets cannot be brought to them. Keep the batch first."
         )
     per_example = weights.reshape(weights.shape[0], -1).sum(1, keepdim=True)
     return per_example.expand(-1, size // positions[0])

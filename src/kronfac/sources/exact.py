@@ -29,8 +29,8 @@ class Exact(Source):
         """
         if couples:
             raise ValueError(
-                'source="exact" pulls all examples at once, which is wrong where batch norm in train mode couples them: '
-                'call model.eval() first, or use source="sampled", whose independent labels keep them apart.'
+                'source="exact" pulls all examples at once, which is wrong where batch norm in train mode couples '
+                'them: call model.eval() first, or use source="sampled", whose independent labels keep them apart.'
             )
 
     def seeds(

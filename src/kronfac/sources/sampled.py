@@ -17,7 +17,8 @@ class Sampled(Source):
     Args:
         samples: Number of pulls ``k`` per forward pass.
         probe: ``"labels"`` draws labels; ``"root"`` pulls ``S ξ`` with Rademacher ``ξ`` and ``S Sᵀ`` the Hessian of the
-            loss with respect to the outputs (``√p⊙ξ − p √pᵀξ`` for the categorical): same mean, lower variance.
+            loss with respect to the outputs (``√p⊙ξ − p √pᵀξ`` for the categorical): same mean, and lower variance for
+            Bernoulli and Gaussian losses and for confident classifiers (with few, equally likely classes about equal).
 
     Raises:
         ValueError: ``samples`` is no positive integer or ``probe`` unknown.
