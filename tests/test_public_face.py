@@ -11,8 +11,6 @@ import pytest
 
 import kronfac as kf
 
-pytest.importorskip("kronfac.optim")
-
 #: Optional dependencies, and what only the command line and the experiments need.
 HEAVY = [
     "huggingface_hub",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     )
     from kronfac.curvature import BlockDiagonal
     from kronfac.estimation import CoverageWarning, Estimator, estimate
-    from kronfac.inspect import coverage, verify
+    from kronfac.inspect import VerificationError, coverage, verify
     from kronfac.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, likelihood_of
     from kronfac.operators import GaussNewtonOperator, HessianOperator
     from kronfac.storage import StorageError, load, save
@@ -43,6 +43,7 @@ _HOMES = {
     "CoverageWarning": "estimation",
     "Estimator": "estimation",
     "estimate": "estimation",
+    "VerificationError": "inspect",
     "coverage": "inspect",
     "verify": "inspect",
     "Bernoulli": "likelihoods",
@@ -86,6 +87,7 @@ __all__ = [
     "Likelihood",
     "StorageError",
     "TapeError",
+    "VerificationError",
     "approximations",
     "blocks",
     "coverage",
