@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     )
     from kronfac.curvature import BlockDiagonal
     from kronfac.estimation import CoverageWarning, Estimator, estimate
-    from kronfac.inspect import VerificationError, coverage, verify
+    from kronfac.inspect.coverage import coverage
+    from kronfac.inspect.verification import verify
+    from kronfac.inspect.verified import VerificationError
     from kronfac.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, likelihood_of
     from kronfac.operators import GaussNewtonOperator, HessianOperator
     from kronfac.storage import StorageError, load, save
