@@ -42,6 +42,7 @@ CASES: dict[str, Case] = {
     "conv1d": Case(lambda: nn.Conv1d(2, 3, 3, padding=1), (3, 2, 7)),
     "conv1d, same, reflect": Case(lambda: nn.Conv1d(2, 3, 4, padding="same", padding_mode="reflect"), (2, 2, 7)),
     "conv2d": Case(lambda: nn.Conv2d(2, 3, 3, padding=1), (3, 2, 5, 4)),
+    "conv2d, valid": Case(lambda: nn.Conv2d(2, 3, (1, 2), padding="valid"), (2, 2, 3, 4)),
     "conv2d, 1x1": Case(lambda: nn.Conv2d(2, 3, 1), (3, 2, 3, 3)),
     "conv2d, no bias, strided": Case(lambda: nn.Conv2d(2, 3, (3, 2), stride=(2, 3), bias=False), (2, 2, 7, 8)),
     "conv2d, groups, dilated": Case(lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2), (2, 4, 6, 5)),

@@ -88,9 +88,9 @@ def test_second_moments_are_those_of_the_rows(name: str, frozen: str, sharing: s
     start = draw(*shape, seed=7)  # moments are added to what is there
     start = start if adapter.diagonal_input else start + start.mT
     total = start.clone()
-    count = adapter.add_input_gram_(total, x, weights)
+    count = adapter.add_input_gram_(total, x, weights, 0.5)
     scaled = rows if weights is None else rows * weights.reshape(*rows.shape[:2], *(1,) * (rows.ndim - 2))
-    wanted = torch.einsum("bs...i,bs...j->...ij", scaled, rows)
+    wanted = 0.5 * torch.einsum("bs...i,bs...j->...ij", scaled, rows)
     found = total if adapter.diagonal_input else mirror_(total)
     wanted = wanted.diagonal() if adapter.diagonal_input else wanted
     torch.testing.assert_close(found - start, wanted, rtol=1e-11, atol=1e-11)

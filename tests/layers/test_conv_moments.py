@@ -12,7 +12,7 @@ from tests.exactness_helpers import draw
 from torch import Tensor, nn
 
 from kronfac.layers import adapt
-from kronfac.layers.conv_moments import add_row_correlation_, row_correlation_pays
+from kronfac.layers.conv_moments import _neighbour_taps, add_row_correlation_, row_correlation_pays
 from kronfac.layers.geometry import Geometry, column_sums, im2col
 from kronfac.linalg.symmetric import mirror_
 
@@ -141,6 +141,48 @@ def test_both_forms_equal_im2col_over_a_grid_of_shapes() -> None:
     compare()
     assert sum(fast) >= 30, f"the fast path was taken only {sum(fast)} times in {len(fast)}"
     assert len(fast) - sum(fast) >= 30
+
+
+def test_taps_slid_along_the_last_dimension() -> None:
+    """Wide layers with unit stride and dilation there; the other dimensions are free."""
+    slid: list[bool] = []
+
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @given(
+        channels=st.sampled_from([15, 16, 32]),
+        kernel=st.tuples(st.integers(2, 4), st.integers(3, 5)),
+        between=st.sampled_from([None, None, 1, 2]),
+        stride=st.integers(1, 2),
+        dilation=st.integers(1, 2),
+        padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+        size=st.tuples(st.integers(8, 11), st.integers(5, 9)),
+        mode=st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]),
+        batch=st.integers(1, 2),
+    )
+    def compare(channels, kernel, between, stride, dilation, padding, size, mode, batch) -> None:
+        middle = () if between is None else (between,)
+        case = Convolution(
+            channels,
+            1,
+            (size[0], *(3 for _ in middle), size[1]),
+            (kernel[0], *middle, kernel[1]),
+            (stride, *(2 for _ in middle), 1),
+            (dilation, *(1 for _ in middle), 1),
+            (padding[0], *(0 for _ in middle), padding[1]),
+            mode,
+            False,
+            batch,
+        )
+        module, x = case.module(), case.input()
+        geometry = Geometry.of(module)
+        slid.append(_neighbour_taps(geometry, channels) > 0)
+        rows = rows_by_forward(module, x)[0]
+        total = torch.zeros(1, rows.shape[1], rows.shape[1], dtype=torch.float64)
+        add_row_correlation_(total, x, geometry, alpha=0.5)
+        check(mirror_(total)[0], 0.5 * rows.T @ rows)
+
+    compare()
+    assert sum(slid) >= 15, f"taps were slid only {sum(slid)} times in {len(slid)}"
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -1,0 +1,301 @@
+"""What the tape reads, and what it refuses instead of being silently wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.exactness_helpers import double, draw
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kronfac as kf
+from kronfac.layers import adapt_model
+from kronfac.tape import Tape, TapeError, couples_examples, frozen_buffers, record
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+def outputs_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Outputs of the layers, by hooks of our own; nothing may change them in place."""
+    seen: dict[str, Tensor] = {}
+    handles = [
+        layer.register_forward_hook(lambda m, args, out, name=name: seen.setdefault(name, out))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def network(activation: nn.Module) -> nn.Module:
+    return double(nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(4, 4), activation, nn.Linear(4, 2)))
+
+
+def test_inputs_and_cotangents_of_every_layer() -> None:
+    model, x, v = network(nn.Tanh()), draw(5, 3), draw(5, 2, seed=1)
+    with record(adapt_model(model).adapters) as tape:
+        out = model(x)
+    pulled = tape.pull(out, v)
+    assert list(tape.calls) == list(pulled) == ["0", "2", "4"]
+    seen = outputs_of(model, x)
+    final = seen["4"]
+    wanted = torch.autograd.grad(final, list(seen.values()), v)
+    for (name, cotangent), gradient in zip(pulled.items(), wanted, strict=True):
+        torch.testing.assert_close(cotangent, gradient)
+        assert not cotangent.requires_grad
+        assert tape.calls[name].output_shape == gradient.shape
+    assert torch.equal(tape.calls["0"].input, x)
+    torch.testing.assert_close(tape.calls["2"].input, seen["0"].tanh().detach())
+    assert not tape.calls["2"].input.requires_grad
+
+
+def test_pulls_are_linear_and_repeatable_and_leave_the_loss_its_graph() -> None:
+    model, x, v, w = network(nn.Tanh()), draw(5, 3), draw(5, 2, seed=1), draw(5, 2, seed=2)
+    with record(adapt_model(model).adapters) as tape:
+        out = model(x)
+    first, second, both = tape.pull(out, v), tape.pull(out, w), tape.pull(out, v + w)
+    for name in both:
+        torch.testing.assert_close(both[name], first[name] + second[name])
+    assert all(p.grad is None for p in model.parameters())
+    out.square().sum().backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), found, strict=True))
+
+
+def test_gradients_are_untouched() -> None:
+    model = network(nn.Tanh())
+    for i, p in enumerate(model.parameters()):
+        p.grad = draw(*p.shape, seed=i)
+    before = [p.grad for p in model.parameters()]
+    copies = [g.clone() for g in before]
+    kf.estimate(model, kf.Gaussian(), (draw(4, 3), draw(4, 2)), source="exact")
+    assert all(p.grad is g for p, g in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(g, copy) for g, copy in zip(before, copies, strict=True))
+
+
+@pytest.mark.parametrize(("inplace", "plain"), [(nn.ReLU(inplace=True), nn.ReLU()), (nn.ELU(inplace=True), nn.ELU())])
+def test_activations_in_place_after_a_layer_are_fine(inplace: nn.Module, plain: nn.Module) -> None:
+    x, y = draw(6, 3), draw(6, 2)
+    found, wanted = (
+        kf.estimate(network(activation), kf.Gaussian(), (x, y), source="exact") for activation in (inplace, plain)
+    )
+    torch.testing.assert_close(found.to_dense(), wanted.to_dense(), rtol=1e-13, atol=1e-13)
+
+
+class Calls(nn.Module):
+    """A linear layer and a head, called as the test likes."""
+
+    def __init__(self, call: Callable[[Calls, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.head, self.call = nn.Linear(3, 3), nn.Linear(3, 2), call
+        double(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self, x)
+
+
+def changed_in_place(model: Calls, x: Tensor) -> Tensor:
+    hidden = x * 1.0
+    out = model.layer(hidden)
+    hidden.detach().add_(1.0)  # detached, or autograd would see it too
+    return model.head(out)
+
+
+def twice(model: Calls, x: Tensor) -> Tensor:
+    return model.head(model.layer(model.layer(x)))
+
+
+def without_grad(model: Calls, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        hidden = model.layer(x)
+    return model.head(hidden)
+
+
+def reentrant(model: Calls, x: Tensor) -> Tensor:
+    return model.head(checkpoint(model.layer, x.clone().requires_grad_(), use_reentrant=True))
+
+
+def detached(model: Calls, x: Tensor) -> Tensor:
+    return model.head(model.layer(x)).detach()
+
+
+class TwoInputs(nn.Linear):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x) * scale
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = double(TwoInputs(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, scale=2.0)
+
+
+class Pair(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), x
+
+
+class Unpacked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = double(Pair(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "input changed in place": (lambda: Calls(changed_in_place), "'layer' was changed in place"),
+    "used twice": (lambda: Calls(twice), "'layer' is used more than once"),
+    "no_grad": (lambda: Calls(without_grad), "'layer' carries no gradient"),
+    "re-entrant checkpoint": (lambda: Calls(reentrant), "'layer' carries no gradient.*use_reentrant=False"),
+    "detached outputs": (lambda: Calls(detached), "outputs carry no gradient"),
+    "two arguments": (Scaled, "'layer' must be called with one tensor"),
+    "two outputs": (Unpacked, "'layer' returned a tuple"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(("make", "text"), REFUSED.values(), ids=REFUSED)
+def test_what_would_be_silently_wrong_is_refused(make: Callable[[], nn.Module], text: str) -> None:
+    model = make()
+    with pytest.raises(TapeError, match=text):
+        kf.estimate(model, kf.Gaussian(), (draw(4, 3), draw(4, 2)))
+    assert hooks(model) == 0
+
+
+def test_a_checkpoint_that_is_not_reentrant_is_read() -> None:
+    x, y = draw(4, 3), draw(4, 2)
+    model = Calls(lambda m, v: m.head(checkpoint(m.layer, v, use_reentrant=False)))
+    plain = Calls(lambda m, v: m.head(m.layer(v)))
+    found, wanted = (kf.estimate(m, kf.Gaussian(), (x, y), source="exact") for m in (model, plain))
+    assert torch.equal(found.to_dense(), wanted.to_dense())
+
+
+def test_keyword_arguments_are_read() -> None:
+    x, y = draw(4, 3), draw(4, 2)
+    model = Calls(lambda m, v: m.head(input=m.layer(input=v)))
+    plain = Calls(lambda m, v: m.head(m.layer(v)))
+    found, wanted = (kf.estimate(m, kf.Gaussian(), (x, y), source="exact") for m in (model, plain))
+    assert torch.equal(found.to_dense(), wanted.to_dense())
+
+
+def test_a_layer_the_outputs_do_not_depend_on_has_zero_cotangents() -> None:
+    def unused(model: Calls, x: Tensor) -> Tensor:
+        model.layer(x)
+        return model.head(x)
+
+    model = Calls(unused)
+    with record(adapt_model(model).adapters) as tape:
+        out = model(draw(4, 3))
+    pulled = tape.pull(out, draw(4, 2))
+    assert not pulled["layer"].any()
+    assert pulled["head"].any()
+
+
+def test_a_layer_that_is_never_called_is_named() -> None:
+    model = Calls(lambda m, x: m.head(x))
+    with pytest.raises(RuntimeError, match=r"No statistics for layers \['layer'\]"):
+        kf.estimate(model, kf.Gaussian(), (draw(4, 3), draw(4, 2)))
+
+
+def test_multihead_attention_is_uncovered_by_name() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+    model = double(Model())
+    with pytest.warns(kf.CoverageWarning, match=r"attention\.in_proj_weight.*attention\.out_proj\.weight.*Attention"):
+        curvature = kf.estimate(model, kf.Gaussian(), (draw(3, 5, 4), draw(3, 5, 2)))
+    assert curvature.parameter_names == ("head.weight", "head.bias")
+
+
+def test_hooks_are_removed_when_the_forward_raises() -> None:
+    def broken(model: Calls, x: Tensor) -> Tensor:
+        model.layer(x)
+        raise KeyError("the user's own")
+
+    model = Calls(broken)
+    with pytest.raises(KeyError, match="the user's own"):
+        kf.estimate(model, kf.Gaussian(), (draw(4, 3), draw(4, 2)))
+    assert hooks(model) == 0
+
+
+def test_hooks_are_in_place_only_while_the_tape_is_open() -> None:
+    model = network(nn.Tanh())
+    tape = Tape(adapt_model(model).adapters)
+    assert (tape.is_open, hooks(model)) == (False, 0)
+    tape.open()
+    assert (tape.is_open, hooks(model)) == (True, 3)
+    model(draw(2, 3))
+    tape.open()  # forgets, and does not stack hooks up
+    assert (tape.calls, hooks(model)) == ({}, 3)
+    tape.close()
+    assert (tape.is_open, hooks(model)) == (False, 0)
+
+
+def test_buffers_are_put_back_whatever_happens() -> None:
+    model = nn.BatchNorm1d(3).double()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def run_and_fail() -> None:
+        with frozen_buffers(model):
+            model(draw(4, 3))
+            assert not torch.equal(model.running_mean, before["running_mean"])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_and_fail()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), True),
+        (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval(), False),
+        (nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False)).eval(), True),
+        (nn.Sequential(nn.LayerNorm(2), nn.GroupNorm(1, 2)), False),
+    ],
+)
+def test_batch_norm_in_train_mode_couples_examples(model: nn.Module, expected: bool) -> None:
+    assert couples_examples(model) is expected
+
+
+def test_autocast_statistics_are_float32() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4), nn.LayerNorm(4))
+    x, y = torch.randn(5, 1, 4, 4), torch.arange(5) % 4
+    wanted = kf.estimate(model, kf.Categorical(), (x, y), source="exact")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model[:4](x).dtype == torch.bfloat16
+        found = kf.estimate(model, kf.Categorical(), (x, y), source="exact")
+    for block in found.blocks.values():
+        for tensor in block.tensors().values():
+            assert tensor.dtype == torch.float32
+            # Sums in bfloat16 would leave eight bits; the numbers themselves were rounded once.
+            assert not torch.equal(tensor, tensor.bfloat16().float())
+    assert float((found.to_dense() - wanted.to_dense()).norm() / wanted.to_dense().norm()) < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_low_precision_have_float32_statistics(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).to(dtype)
+    curvature = kf.estimate(model, kf.Categorical(), (torch.randn(6, 4, dtype=dtype), torch.arange(6) % 3))
+    assert curvature.to_dense().dtype == torch.float32
