@@ -273,6 +273,18 @@ def test_ignored_tokens_count_in_neither_factor(reduction: str, class_dim: int) 
     assert relative(found.to_dense(), clean.to_dense()) <= 1e-12
 
 
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+@pytest.mark.parametrize("boolean", [True, False])
+def test_masked_positions_of_elementwise_losses(reduction: str, boolean: bool) -> None:
+    """A term for each output of each position: the mask of positions reaches the rows all the same."""
+    mask = (BOOL_MASK if boolean else FLOAT_MASK).view(4, 3)
+    tokens = mlp(4, 5, 2)
+    check(ggn_errors(tokens, kf.Gaussian(0.7, reduction), draw(4, 3, 4), (draw(4, 3, 2), mask)), 2)
+    image = double(nn.Sequential(nn.Conv1d(4, 5, 1), nn.Conv1d(5, 2, 1)))
+    spread = mask.unsqueeze(1).expand(4, 2, 3)
+    check(ggn_errors(image, kf.Gaussian(0.7, reduction), draw(4, 4, 3), (draw(4, 2, 3), spread)), 2)
+
+
 def test_convolutions_reduce_exactly_under_global_pooling() -> None:
     """A linear convolution whose positions are averaged."""
     model = double(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)))

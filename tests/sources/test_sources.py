@@ -235,6 +235,7 @@ class Alignment(nn.Module):
         (nn.Linear(2, 1), (3, 2), draw(3), "expand", (3, 1)),
         (nn.Linear(2, 1), (3, 4, 2), draw(3, 4), "expand", (3, 4)),
         (nn.Linear(2, 1), (3, 4, 5, 2), draw(3, 4, 5), "expand", (3, 20)),
+        (nn.Linear(2, 1), (12, 2), draw(3, 4), "expand", (12, 1)),
         (nn.Linear(2, 1), (3, 4, 2), draw(3), "expand", (3, 4)),
         (nn.Linear(2, 1), (3, 2), draw(3, 4), "expand", (3, 1)),
         (nn.Linear(2, 1), (3, 4, 2), draw(3, 4), "reduce", (3, 1)),
@@ -255,10 +256,31 @@ def test_weights_are_brought_to_a_layers_rows(
         torch.testing.assert_close(found, weights.reshape(3, -1).sum(1, keepdim=True).expand(wanted))
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape", "weights", "outputs"),
+    [
+        (nn.Linear(2, 1), (3, 4, 2), draw(3, 4, 5), -1),
+        (nn.Linear(2, 1), (3, 4, 2), draw(3, 4, 4), -1),
+        (nn.Conv1d(2, 1, 1), (3, 2, 4), draw(3, 5, 4), 1),
+        (nn.Conv1d(2, 1, 1), (3, 2, 4), draw(3, 4, 4), 1),
+        (nn.Conv2d(2, 1, 1), (3, 2, 4, 2), draw(3, 5, 4, 2), 1),
+        (nn.LayerNorm(2), (3, 4, 2), draw(3, 4, 5), -1),
+        (nn.BatchNorm1d(2), (3, 2, 4), draw(3, 5, 4), 1),
+    ],
+)
+def test_the_terms_of_a_position_are_added_up(
+    layer: nn.Module, shape: tuple[int, ...], weights: Tensor, outputs: int
+) -> None:
+    for norm in ("unitwise", "full"):
+        adapter = adapt_model(Alignment(layer), norm=norm).adapters["layer"]
+        found = align_weights(adapter, torch.zeros(shape), weights)
+        torch.testing.assert_close(found, weights.sum(outputs).flatten(1))
+
+
 def test_no_weights_stay_none_and_a_foreign_batch_is_refused() -> None:
     adapter = adapt_model(Alignment(nn.Linear(2, 1))).adapters["layer"]
     assert align_weights(adapter, torch.zeros(3, 2), None) is None
-    with pytest.raises(ValueError, match=r"'layer'.*\(4, 3\).*\(3,\).*batch dimension first"):
+    with pytest.raises(ValueError, match=r"'layer'.*\(4, 3\).*\(3,\).*Keep the batch first"):
         align_weights(adapter, torch.zeros(4, 3, 2), torch.ones(3))
 
 

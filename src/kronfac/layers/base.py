@@ -38,6 +38,7 @@ class LayerAdapter(ABC):
         has_bias: Whether the bias is trained.
         diagonal_input: The input factor is diagonal and kept as a vector ``[d_in]`` (embeddings).
         unit_wise: The block is kept densely per stack element (normalisation layers).
+        channel_dim: The dimension of the layer's input and output that holds no positions: -1 or 1.
     """
 
     stack: tuple[int, ...] = ()
@@ -45,6 +46,7 @@ class LayerAdapter(ABC):
     d_out: int
     diagonal_input: bool = False
     unit_wise: bool = False
+    channel_dim: int = -1
 
     def __init__(self, module: nn.Module, name: str, sharing: str = "expand") -> None:
         self.module = module

@@ -88,6 +88,8 @@ class LastDimNorm(NormAdapter):
 class ChannelNorm(NormAdapter):
     """BatchNorm, GroupNorm and InstanceNorm: units are dimension 1."""
 
+    channel_dim = 1
+
     def positions(self, x: Tensor) -> tuple[int, ...]:
         """Batch and spatial dimensions."""
         return (x.shape[0], *x.shape[2:])
@@ -121,7 +123,7 @@ class FullNormAdapter(NormAdapter):
     def __init__(self, inner: NormAdapter) -> None:
         super().__init__(inner.module, inner.name)
         self._inner = inner
-        self.stack, self.d_out = (), self._units
+        self.stack, self.d_out, self.channel_dim = (), self._units, inner.channel_dim
 
     def _weight_to_matrix(self, weight: Tensor) -> Tensor:
         return weight.reshape(self._units, 1)

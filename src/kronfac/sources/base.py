@@ -129,8 +129,8 @@ def align_weights(adapter: LayerAdapter, x: Tensor, weights: Tensor | None) -> T
     """Bring the weights of the loss's terms to a layer's rows.
 
     A layer whose rows are the terms' positions (a token-wise layer under a token-wise loss) gives each row its term's
-    weight, so that ignored and masked positions do not count; otherwise all rows of an example carry the sum of its
-    terms' weights.
+    weight, or the sum over its terms, so that ignored and masked positions do not count; otherwise all rows of an
+    example carry the sum of its terms' weights.
 
     Args:
         adapter: The layer.
@@ -149,6 +149,10 @@ def align_weights(adapter: LayerAdapter, x: Tensor, weights: Tensor | None) -> T
     size = torch.Size(positions).numel()
     if adapter.sharing == "reduce":
         positions, size = positions[:1], positions[0]
+    # One term for each output of a position: the position carries their sum.
+    by_position = weights.movedim(adapter.channel_dim, -1) if weights.ndim == len(positions) + 1 else weights
+    if by_position.shape[:-1] == positions:
+        return by_position.sum(-1).reshape(positions[0], -1)
     if size == weights.numel():
         return weights.reshape(positions[0], -1)
     if positions[0] != weights.shape[0]:
