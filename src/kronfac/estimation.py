@@ -153,9 +153,12 @@ def estimate(
         The curvature as an operator on the parameters.
 
     Raises:
+        TypeError: ``seed`` is no integer.
         ValueError: The loader is empty, or anything does not fit.
     """
     device = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
+    if not isinstance(seed, int):
+        raise TypeError(f"seed={seed!r} must be an integer.")
     generator = torch.Generator(device).manual_seed(seed)
     estimator = Estimator(
         model,
@@ -236,8 +239,10 @@ def batches_of(loader: Iterable[Any] | tuple[Any, Any]) -> Iterator[tuple[Any, A
         Pairs.
 
     Raises:
-        TypeError: An entry is no pair.
+        TypeError: It is not iterable, or an entry is no pair.
     """
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"loader must be an iterable of pairs (inputs, targets), not {type(loader).__name__}.")
     single = isinstance(loader, (tuple, list)) and len(loader) == 2 and isinstance(loader[0], (Tensor, Mapping))
     for batch in [loader] if single else loader:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:

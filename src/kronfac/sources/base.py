@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kronfac.layers import LayerAdapter
 from kronfac.likelihoods import Likelihood
+from kronfac.linalg.symmetric import all_finite
 from kronfac.tape import Tape
 
 
@@ -102,10 +103,15 @@ class Source(ABC):
 
         Yields:
             Samples of one pull.
+
+        Raises:
+            FloatingPointError: The outputs are not finite; the text names the layer where that began.
         """
         with torch.no_grad(), torch.autocast(outputs.device.type, enabled=False):
             values = outputs.detach()
             values = values if values.dtype in (torch.float32, torch.float64) else values.float()
+            if not all_finite(values):
+                raise FloatingPointError(_first_not_finite(tape))
             likelihood.validate(values, targets)  # type: ignore[arg-type]
             denominator = float(likelihood.denominator(values, targets))  # type: ignore[arg-type]
             weights = likelihood.row_weights(values, targets)  # type: ignore[arg-type]
@@ -123,6 +129,25 @@ class Source(ABC):
                 ]
         if not retain_graph:
             tape.calls = {}
+
+
+def _first_not_finite(tape: Tape) -> str:
+    """Say where NaN or Inf entered the forward pass."""
+    names = list(tape.calls)
+    inputs = [call.input for call in tape.calls.values()]
+    broken = [n for n, x in zip(names, inputs, strict=True) if x.is_floating_point() and not all_finite(x)]
+    if not broken:
+        where = f"every layer's input is finite, up to that of layer {names[-1]!r}" if names else "no layer was called"
+    elif broken[0] == names[0]:
+        where = f"they are in the input of the first layer, {broken[0]!r}"
+    else:
+        where = (
+            f"they first appear in the input of layer {broken[0]!r}, after layer {names[names.index(broken[0]) - 1]!r}"
+        )
+    return (
+        f"NaN or Inf in the model's outputs; {where}. No statistics were updated and no parameter was changed. Look for "
+        "invalid inputs or a diverged loss; lower lr or raise damping."
+    )
 
 
 def align_weights(adapter: LayerAdapter, x: Tensor, weights: Tensor | None) -> Tensor | None:
