@@ -13,6 +13,7 @@ from kronfac import experiments
 from kronfac.cli import lists
 from kronfac.cli.display import progress_display
 from kronfac.cli.options import (
+    CheckpointEvery,
     Device,
     Epochs,
     EvaluateEvery,
@@ -63,6 +64,7 @@ def compare(
     fresh: Fresh = False,
     device: Device = "cpu",
     threads: Threads = None,
+    checkpoint_every: CheckpointEvery = 5.0,
 ) -> None:
     """Train one problem with several optimisers under the same budget, and report.
 
@@ -95,6 +97,7 @@ def compare(
             progress=display,
             command=this_command(),
             fresh=fresh,
+            checkpoint_every=checkpoint_every,
         )
     print_outcome(results, as_text=not as_json)
 

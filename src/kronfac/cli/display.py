@@ -220,7 +220,7 @@ def print_table(table: Table, title: str = "") -> None:
     if console.is_terminal:
         drawn = RichTable(title=title or None, title_justify="left", title_style="bold")
         for index, column in enumerate(table.columns):
-            drawn.add_column(escape(column), justify="left" if index == 0 else "right")
+            drawn.add_column(escape(column), justify="left" if index in table.words else "right")
         styles = {"chosen": "bold green", "bad": "red"}
         for index, row in enumerate(table.rows):
             drawn.add_row(*map(escape, row), style=styles.get(table.marks.get(index, "")))
@@ -230,8 +230,8 @@ def print_table(table: Table, title: str = "") -> None:
         print(title)
     widths = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
     for row in (table.columns, *table.rows):
-        first, rest = (
-            row[0].ljust(widths[0]),
-            (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        cells = (
+            cell.ljust(width) if index in table.words else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        print("  ".join([first, *rest]).rstrip())
+        print("  ".join(cells).rstrip())

@@ -59,6 +59,12 @@ Fresh = Annotated[
         "--fresh", help="Throw away what these runs did before, instead of going on.", rich_help_panel=_OUTPUT
     ),
 ]
+CheckpointEvery = Annotated[
+    float,
+    typer.Option(
+        help="Seconds between checkpoints: what a kill costs at most. They change no result.", rich_help_panel=_MACHINE
+    ),
+]
 Device = Annotated[str, typer.Option(help="Torch device.", rich_help_panel=_MACHINE)]
 Threads = Annotated[
     int | None,

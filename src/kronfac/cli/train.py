@@ -12,6 +12,7 @@ from kronfac.cli import lists
 from kronfac.cli.compare import this_command
 from kronfac.cli.display import progress_display
 from kronfac.cli.options import (
+    CheckpointEvery,
     Device,
     Epochs,
     EvaluateEvery,
@@ -45,6 +46,7 @@ def train(
     fresh: Fresh = False,
     device: Device = "cpu",
     threads: Threads = None,
+    checkpoint_every: CheckpointEvery = 5.0,
 ) -> None:
     """Train one problem with one optimiser.
 
@@ -69,5 +71,6 @@ def train(
             progress=display,
             command=this_command(),
             fresh=fresh,
+            checkpoint_every=checkpoint_every,
         )
     print_outcome(results, as_text=not as_json)

@@ -18,11 +18,13 @@ class Table:
         columns: Headings.
         rows: Cells.
         marks: ``"chosen"`` or ``"bad"`` for rows that stand out, by index.
+        words: Indices of columns that hold words rather than numbers, and are aligned so.
     """
 
     columns: list[str]
     rows: list[list[str]]
     marks: dict[int, str] = field(default_factory=dict)
+    words: tuple[int, ...] = (0,)
 
 
 def number(value: object, form: str = ".4g") -> str:
@@ -71,7 +73,7 @@ def summary_view(results: Results) -> Table:
         rows.append(cells)
         if row["status"] != "done":
             marks[index] = "bad"
-    return Table(columns, rows, marks)
+    return Table(columns, rows, marks, words=(0, 1))
 
 
 def reach_view(results: Results) -> Table:
@@ -93,7 +95,11 @@ def reach_view(results: Results) -> Table:
         else:
             cells += ["not reached" if row["reached"] == 0 else f"{row['reached']} of {row['seeds']} seeds", *["–"] * 4]
         rows.append(cells)
-    return Table(["optimiser", "reaches", "steps", "of its steps", "of its epochs", "seconds", "of its seconds"], rows)
+    return Table(
+        ["optimiser", "reaches", "steps", "of its steps", "of its epochs", "seconds", "of its seconds"],
+        rows,
+        words=(0, 1),
+    )
 
 
 def grid_view(results: Results, optimizer: str) -> Table:
@@ -119,7 +125,7 @@ def grid_view(results: Results, optimizer: str) -> Table:
         elif row["status"] != "done":
             marks[index] = "bad"
         rows.append([*(number(row[name], "g") for name in names), number(row["final"]), note])
-    return Table([*names, f"final {results.plan.metric.replace('_', ' ')}", ""], rows, marks)
+    return Table([*names, f"final {results.plan.metric.replace('_', ' ')}", ""], rows, marks, words=(len(names) + 1,))
 
 
 def settings_table(results: Results) -> Table:
@@ -137,7 +143,7 @@ def settings_table(results: Results) -> Table:
         rows.append(
             [get_optimizer(name).title, ", ".join(f"{key}={number(value, 'g')}" for key, value in values.items())]
         )
-    return Table(["optimiser", "hyper-parameters"], rows)
+    return Table(["optimiser", "hyper-parameters"], rows, words=(0, 1))
 
 
 def environment_table(results: Results) -> Table:
@@ -149,4 +155,4 @@ def environment_table(results: Results) -> Table:
     Returns:
         A row per fact.
     """
-    return Table(["", ""], [[name, str(value)] for name, value in results.environment.items()])
+    return Table(["", ""], [[name, str(value)] for name, value in results.environment.items()], words=(0, 1))

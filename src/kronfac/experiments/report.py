@@ -148,9 +148,11 @@ def _grids(results: Results, pictures: Iterable[Path]) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
+    kinds = [' class="text"' if index in table.words else "" for index in range(len(table.columns))]
+    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, table.columns, strict=True))
     body = []
     for index, row in enumerate(table.rows):
-        kind = f' class="{table.marks[index]}"' if table.marks.get(index) else ""
-        body.append(f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+        mark = f' class="{table.marks[index]}"' if table.marks.get(index) else ""
+        cells = "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
+        body.append(f"<tr{mark}>{cells}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'

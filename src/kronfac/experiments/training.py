@@ -6,6 +6,7 @@ import math
 import time
 
 import torch
+from torch import Tensor
 
 from kronfac.experiments.averaging import IterateAverage
 from kronfac.experiments.batches import Batches
@@ -51,6 +52,7 @@ class Training:
 
         Raises:
             Diverged: If the loss of the batch is not finite, or the optimiser finds that something else is not.
+            ValueError: If the optimiser refuses something that is finite.
         """
         start = time.perf_counter()
         inputs, targets = self.batches.at(self.step)
@@ -68,9 +70,21 @@ class Training:
             self.optimizer.step()
         except (FloatingPointError, torch.linalg.LinAlgError) as error:
             raise Diverged(str(error)) from error
+        except ValueError as error:  # curvature refuses outputs that are not finite before the loss is seen
+            if self._finite(inputs, targets):
+                raise
+            raise Diverged(str(error)) from error
         self.average.update()
         self.step += 1
         self.seconds += time.perf_counter() - start
+
+    def _finite(self, inputs: Tensor, targets: Tensor) -> bool:
+        self.model.eval()  # in which no statistics are gathered
+        try:
+            with torch.no_grad():
+                return math.isfinite(self.problem.loss(self.model(inputs), targets).item())
+        finally:
+            self.model.train()
 
     def evaluate(self) -> dict[str, float]:
         """Compute the problem's metrics with the averaged weights, or the current ones if there is no average.

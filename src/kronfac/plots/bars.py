@@ -45,7 +45,10 @@ def bars(
     drawn = axes.barh(
         places, values, xerr=errors, color=[colour_of(name, names) for name in names], height=0.6, ecolor="#444444"
     )
-    axes.bar_label(drawn, ["–" if value != value else form.format(value) for value in values], padding=4)
+    axes.bar_label(drawn, [form.format(value) if value == value else "" for value in values], padding=4)
+    for place, value in zip(places, values, strict=True):
+        if value != value:  # matplotlib labels no bar it did not draw
+            axes.annotate("–", (0.0, place), (4, 0), textcoords="offset points", va="center")
     axes.set_yticks(places, names)
     axes.invert_yaxis()
     axes.margins(x=0.12)

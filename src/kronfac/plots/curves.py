@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kronfac.plots.style import colour_of, dress, new_axes
+from kronfac.plots.style import colour_of, dress, label, new_axes, plain_logarithms
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +56,7 @@ def training_curves(
             axes.fill_between(positions, low, high, color=colour, alpha=0.2, linewidth=0)
     if log_y and len(table) and (table[y].dropna() > 0).all():
         axes.set_yscale("log")
-        _label_short_logarithms(axes)
+        plain_logarithms(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     return dress(axes, title, label(x), label(y))
@@ -83,27 +83,3 @@ def seed_band(
         positions = np.linspace(max(x[0] for x in xs), min(x[-1] for x in xs), _SAMPLES)
         values = np.stack([np.interp(positions, x, y) for x, y in zip(xs, ys, strict=True)])
     return positions, values.mean(0), values.min(0), values.max(0)
-
-
-def label(column: str) -> str:
-    """Word a column for people.
-
-    Args:
-        column: Its name.
-
-    Returns:
-        The label.
-    """
-    words = {"step": "steps", "epoch": "epochs", "seconds": "seconds of training"}
-    text = column.replace("train_", "training ").replace("_", " ")
-    return words.get(column, text + " [%]" if column.endswith("_error") and "squared" not in column else text)
-
-
-def _label_short_logarithms(axes: Axes) -> None:
-    """Write plain numbers, at 1, 2 and 5 of a decade where the axis spans fewer than two."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 100 else (1.0,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())

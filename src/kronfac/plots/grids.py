@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kronfac.plots.style import COLOURS, dress, new_axes
+from kronfac.plots.style import COLOURS, dress, label, new_axes, plain_logarithms
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +32,7 @@ def grid_profile(
     fine, failed = table.dropna(subset=[y]), table[table[y].isna()]
     numeric = pd.to_numeric(table[name], errors="coerce").notna().all()
     place = (lambda column: pd.to_numeric(column)) if numeric else (lambda column: column.astype(str))
+    axes.scatter(place(table[name]), table[y].fillna(fine[y].mean()), alpha=0.0)  # diverged values widen the axis too
     axes.scatter(place(fine[name]), fine[y], s=18, color=COLOURS[5], zorder=2, label="points")
     best = fine.groupby(name)[y].min().reset_index()
     axes.plot(
@@ -41,8 +42,9 @@ def grid_profile(
         axes.set_xscale("log")
     if len(fine) and (fine[y] > 0).all():
         axes.set_yscale("log")
+        plain_logarithms(axes)
     if len(failed):
         top, edge = [0.98] * len(failed), axes.get_xaxis_transform()
         axes.scatter(place(failed[name]), top, transform=edge, marker="x", color=COLOURS[2], label="diverged")
     axes.legend(frameon=False, fontsize="small")
-    return dress(axes, title, name, y)
+    return dress(axes, title, name, label(y))

@@ -65,3 +65,33 @@ def dress(axes: Axes, title: str | None, x: str, y: str) -> Axes:
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     return axes
+
+
+def label(column: str) -> str:
+    """Word a column for people.
+
+    Args:
+        column: Its name.
+
+    Returns:
+        The label.
+    """
+    words = {"step": "steps", "epoch": "epochs", "seconds": "seconds of training"}
+    text = column.replace("train_", "training ").replace("_", " ")
+    return words.get(column, text + " [%]" if column.endswith("_error") and "squared" not in column else text)
+
+
+def plain_logarithms(axes: Axes) -> None:
+    """Write plain numbers on a logarithmic vertical axis, at 1, 2 and 5 of a decade where it spans fewer than two.
+
+    Args:
+        axes: The axes, changed in place.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_ylim()
+    span = high / low
+    subs = (1.0,) if span >= 100 else (1.0, 2.0, 5.0) if span >= 3 else tuple(1.0 + 0.5 * i for i in range(18))
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

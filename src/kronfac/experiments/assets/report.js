@@ -11,7 +11,6 @@
     metric.add(new Option(name.replaceAll("_", " "), name, name === data.metric, name === data.metric));
   }
 
-  // "tozerox"-like ranges would hide the first steps on a logarithmic axis, so plotly chooses the ranges.
   function draw(target, x) {
     const seen = new Set();
     const traces = data.runs.map((run) => {
@@ -33,7 +32,7 @@
       };
     });
     const layout = {
-      margin: { l: 64, r: 16, t: 16, b: 48 },
+      margin: { l: 64, r: 16, t: 16, b: 60 },
       font: { family: "system-ui, sans-serif", size: 13, color: "#1d2433" },
       xaxis: { title: { text: labels[x] }, gridcolor: "#e6e9ef", rangemode: "tozero", zeroline: false },
       yaxis: {
@@ -41,7 +40,6 @@
         type: logarithmic.checked ? "log" : "linear",
         gridcolor: "#e6e9ef",
         zeroline: false,
-        dtick: null,
       },
       legend: { x: 1, xanchor: "right", y: 1 },
       hovermode: "closest",

@@ -46,7 +46,7 @@ def read(source: Path, name: str, split: str) -> Split | None:
     numpy = need("numpy", "data")
     path = _path(source, name, split)
     try:
-        with numpy.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as stream, numpy.load(stream, allow_pickle=False) as archive:
             images, labels = torch.from_numpy(archive["images"]), torch.from_numpy(archive["labels"])
     except FileNotFoundError:
         return None

@@ -1,0 +1,106 @@
+"""``kronfac analyse``: is the curvature of a problem's network what it should be?"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import torch
+import typer
+
+from kronfac.cli.options import Json
+from kronfac.experiments.errors import ExperimentError
+from kronfac.experiments.problems import get_problem
+
+app = typer.Typer(
+    help="Look at the curvature of a problem's network: what each parameter gets, and whether it is right.",
+    rich_markup_mode="rich",
+)
+
+Problem = Annotated[
+    str, typer.Argument(help="Name of a problem; kronfac compare --help lists them.", show_default=False)
+]
+Approximation = Annotated[str, typer.Option(help="What of the curvature is kept: kfac, diagonal or dense.")]
+Norm = Annotated[str, typer.Option(help="Blocks of normalisation layers: unitwise or full.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("coverage")
+def coverage(
+    problem: Problem,
+    approximation: Approximation = "kfac",
+    norm: Norm = "unitwise",
+    damping_rule: Annotated[str, typer.Option(help="How inverses are damped: factored or exact.")] = "factored",
+    as_json: Json = False,
+) -> None:
+    """Show which block each parameter of a network gets, its size and memory, and whether it is exact. Needs no data.
+
+    [dim]kronfac analyse coverage cifar10-resnet20[/dim]
+    """  # noqa: DOC501 - a person reads this as help
+    import kronfac as kf
+
+    model = get_problem(problem).model(seed=0)
+    try:
+        report = kf.coverage(model, approximation=approximation, norm=norm, damping_rule=damping_rule)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ExperimentError(str(error)) from error
+    print(json.dumps(report.to_dict(), indent=2) if as_json else report)
+
+
+@app.command("verify")
+def verify(
+    problem: Problem,
+    approximation: Approximation = "kfac",
+    norm: Norm = "unitwise",
+    source: Annotated[str, typer.Option(help="Which cotangents are pulled back: sampled or exact.")] = "sampled",
+    samples: Annotated[int, typer.Option(help="Samples of the sampled source.", min=1)] = 1,
+    examples: Annotated[int, typer.Option(help="Training examples to look at; a few are enough.", min=1)] = 8,
+    seed: Annotated[int, typer.Option(help="Of the initial weights and the sampled labels.", min=0)] = 0,
+    train_mode: Annotated[
+        bool, typer.Option("--train-mode", help="Compare in training mode, in which batch norm couples the examples.")
+    ] = False,
+    scale: Annotated[
+        float | None,
+        typer.Option(help="Exit with code 1 if a factor's scale is further than this from 1.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare the curvature that training would use with the exact Gauss-Newton matrix, layer by layer, in float64.
+
+    [dim]kronfac analyse verify digits-cnn --source exact --scale 1e-8[/dim]
+    """  # noqa: DOC501 - a person reads this as help
+    import kronfac as kf
+    from kronfac.inspect import VerificationError
+
+    task = get_problem(problem)
+    data, model = task.data(), task.model(seed).double().train(train_mode)
+    inputs, targets = data.train_inputs[:examples].double(), data.train_targets[:examples]
+    targets = targets.double() if targets.is_floating_point() else targets
+    try:
+        with torch.random.fork_rng(devices=[]):
+            report = kf.verify(
+                model,
+                task.likelihood(),
+                (inputs, targets),
+                approximation=approximation,
+                norm=norm,
+                source=source,
+                samples=samples,
+                seed=seed,
+            )
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ExperimentError(str(error)) from error
+    print(json.dumps(report.to_dict(), indent=2) if as_json else report)
+    if scale is not None:
+        try:
+            report.raise_if(scale=scale)
+        except ValueError as error:
+            raise ExperimentError(str(error)) from error
+        except VerificationError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from error

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+
+from kronfac import plots
+from kronfac.plots.curves import seed_band
+
+TABLE = pd.DataFrame(
+    {
+        "optimizer": ["SGD"] * 6 + ["KFAC"] * 3,
+        "seed": [0, 0, 0, 1, 1, 1, 0, 0, 0],
+        "step": [0, 10, 20] * 3,
+        "seconds": [0.0, 1.0, 2.0, 0.0, 1.5, 3.0, 0.0, 2.0, 4.0],
+        "train_loss": [8.0, 4.0, 2.0, 8.0, 6.0, 4.0, 8.0, 2.0, 1.0],
+    }
+)
+
+
+def test_curves_draw_the_mean_and_a_band_from_least_to_greatest() -> None:
+    axes = plots.training_curves(TABLE)
+    assert isinstance(axes, Axes)
+    sgd, kfac = axes.get_lines()
+    assert sgd.get_xdata().tolist() == [0, 10, 20]
+    assert sgd.get_ydata().tolist() == [8.0, 5.0, 3.0]
+    assert kfac.get_ydata().tolist() == [8.0, 2.0, 1.0]
+    assert len(axes.collections) == 1  # a band for the optimiser with two seeds alone
+    corners = axes.collections[0].get_paths()[0].vertices
+    assert corners[:, 1].min() == 2.0
+    assert axes.get_yscale() == "log"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["SGD", "KFAC"]
+    assert axes.get_ylabel() == "training loss"
+
+
+def test_curves_draw_on_given_axes_and_from_a_given_start() -> None:
+    axes = plots.new_axes()
+    assert plots.training_curves(TABLE, axes=axes, start_at=10, log_y=False, title="t") is axes
+    assert axes.get_lines()[0].get_xdata().tolist() == [10, 20]
+    assert axes.get_yscale() == "linear"
+
+
+def test_runs_with_other_seconds_are_brought_to_common_ones() -> None:
+    axes = plots.training_curves(TABLE, "seconds")
+    x = axes.get_lines()[0].get_xdata()
+    assert (x[0], x[-1]) == (0.0, 2.0)  # what both seeds cover
+    positions, mean, low, high = seed_band(
+        [np.array([0.0, 1.0]), np.array([0.0, 2.0])], [np.array([0.0, 1.0]), np.array([4.0, 0.0])]
+    )
+    middle = len(positions) // 2
+    assert low[middle] <= mean[middle] <= high[middle]
+    assert mean[-1] == pytest.approx((1.0 + 2.0) / 2)
+
+
+def test_an_optimiser_keeps_its_colour_when_another_is_missing() -> None:
+    names = ["SGD", "KFAC"]
+    alone = plots.training_curves(TABLE[TABLE["optimizer"] == "KFAC"], names=names).get_lines()[0]
+    both = plots.training_curves(TABLE, names=names).get_lines()[1]
+    assert alone.get_color() == both.get_color()
+
+
+def test_an_empty_table_gives_empty_axes() -> None:
+    assert plots.training_curves(TABLE.iloc[:0]).get_lines() == []
+
+
+def test_bars_have_the_lengths_given() -> None:
+    axes = plots.bars(["a", "b", "c"], [1.0, 2.0, math.nan], x_label="seconds")
+    assert [bar.get_width() for bar in axes.patches][:2] == [1.0, 2.0]
+    assert {text.get_text() for text in axes.texts} == {"1", "2", "", "–"}
+    with pytest.raises(ValueError, match="2 names and 1 values"):
+        plots.bars(["a", "b"], [1.0])
+
+
+def test_a_grid_shows_best_points_and_divergence() -> None:
+    table = pd.DataFrame({"lr": [0.1, 0.1, 1.0, 10.0], "final": [2.0, 1.0, 3.0, math.nan]})
+    axes = plots.grid_profile(table, "lr")
+    line = axes.get_lines()[0]
+    assert line.get_xdata().tolist() == [0.1, 1.0]
+    assert line.get_ydata().tolist() == [1.0, 3.0]
+    assert "diverged" in [text.get_text() for text in axes.get_legend().get_texts()]
+    low, high = axes.get_xlim()
+    assert low < 0.1
+    assert high > 10.0
+
+
+def test_a_grid_over_words_is_drawn_in_words() -> None:
+    axes = plots.grid_profile(pd.DataFrame({"source": ["sampled", "exact"], "final": [2.0, 1.0]}), "source")
+    assert axes.get_xscale() == "linear"
