@@ -113,10 +113,13 @@ def test_import_costs_next_to_nothing_over_torch() -> None:
         "middle = time.perf_counter(); kf.optim.KFAC; kf.Categorical\n"
         "print(middle - start, time.perf_counter() - middle)"
     )
-    # The best of three, because other processes share the machine.
-    times = [tuple(map(float, run_python(code).split())) for _ in range(3)]
-    assert min(alone for alone, _ in times) < 0.1
-    assert min(used for _, used in times) < 1.5
+
+    def is_quick() -> bool:
+        alone, used = map(float, run_python(code).split())
+        return alone < 0.1 and used < 1.5
+
+    # Other processes share the machine: it may be slow twice.
+    assert any(is_quick() for _ in range(3))
 
 
 def test_version_agrees_with_the_installed_package() -> None:
