@@ -1,0 +1,160 @@
+"""What a layer's statistics stand for: kind of block, sizes, memory, and what is assumed. No data is needed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from kronfac.approximations import Approximation, Statistic
+from kronfac.approximations.dense import DenseStatistic
+from kronfac.approximations.diagonal import DiagonalStatistic
+from kronfac.approximations.kfac import KFACStatistic
+from kronfac.layers import LayerAdapter
+
+
+@dataclass(frozen=True)
+class Description:
+    """One layer's block.
+
+    Attributes:
+        kind: Kind of block.
+        factors: Sizes of its factors.
+        widths: Width of each matrix, or length of each vector, that is kept.
+        entries: Numbers kept as statistics.
+        inverse: Numbers kept once inverted, with factored damping.
+        exact_inverse: Numbers kept once inverted, with exact damping.
+        holds: What the block is, where nothing is assumed.
+        assumes: What is assumed of the model or the data; empty for an exact block.
+    """
+
+    kind: str
+    factors: str
+    widths: tuple[int, ...]
+    entries: int
+    inverse: int
+    exact_inverse: int
+    holds: str
+    assumes: tuple[str, ...] = ()
+
+
+class _Weightless(TorchFunctionMode):
+    """Factory functions give tensors without memory, whatever device they are asked for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.zeros, torch.ones, torch.empty, torch.full, torch.eye):
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def start(approximation: Approximation, layer: LayerAdapter) -> Statistic:
+    """Return a layer's empty statistics on the meta device: shapes, and no memory.
+
+    Args:
+        approximation: The approximation.
+        layer: The layer's adapter.
+
+    Returns:
+        The statistics.
+    """
+    with _Weightless():
+        return approximation.start(layer)
+
+
+@singledispatch
+def describe(statistic: Statistic) -> Description:
+    """Describe what statistics stand for; register those of a new approximation with ``@describe.register``.
+
+    Args:
+        statistic: Empty statistics.
+
+    Returns:
+        The description; for unknown statistics, the sizes of what they keep, counted once more for the inverse.
+    """
+    totals = {name: mean.total for name, mean in statistic.means().items()}
+    entries = sum(total.numel() for total in totals.values())
+    text = ", ".join(f"{name} {_times(*total.shape)}" for name, total in totals.items())
+    kind = type(statistic).__name__.removesuffix("Statistic").lower()
+    widths = tuple(total.shape[-1] for total in totals.values())
+    return Description(kind, text, widths, entries, entries, entries, "", (f"see {type(statistic).__name__}",))
+
+
+@describe.register
+def _(statistic: KFACStatistic) -> Description:
+    layer = statistic.layer
+    d_in, d_out, stack = layer.d_in, layer.d_out, math.prod(layer.stack)
+    input = d_in if layer.diagonal_input else d_in * d_in
+    basis = d_out * d_out + (0 if layer.diagonal_input else input)
+    left = f"diag {d_in}" if layer.diagonal_input else _times(d_in, d_in)
+    return Description(
+        kind="kronecker, diagonal input" if layer.diagonal_input else "kronecker",
+        factors=_repeated(layer, f"{left} (x) {_times(d_out, d_out)}"),
+        widths=(d_in, d_out),
+        entries=stack * (input + d_out * d_out),
+        inverse=stack * (input + d_out * d_out),
+        exact_inverse=stack * (basis + 2 * d_in * d_out),
+        holds="bias alone, its input is constant",
+        assumes=_factored_assumptions(layer),
+    )
+
+
+@describe.register
+def _(statistic: DenseStatistic) -> Description:
+    layer = statistic.layer
+    width, stack = layer.d_out * layer.d_in, math.prod(layer.stack)
+    entries = stack * width * width
+    if layer.unit_wise:
+        holds = "unit-wise block, nothing between units" if layer.stack else "one block over all units"
+        if isinstance(layer.module, nn.modules.batchnorm._NormBase):
+            holds += " (train mode)" if layer.module.training else " (eval mode)"
+    else:
+        holds = "block of every group, nothing between groups" if layer.stack else "block of the whole layer"
+    return Description(
+        kind="dense per unit" if layer.unit_wise and layer.stack else "dense per group" if layer.stack else "dense",
+        factors=_repeated(layer, _times(width, width)),
+        widths=(width,),
+        entries=entries,
+        inverse=entries,
+        exact_inverse=entries,
+        holds=holds,
+    )
+
+
+@describe.register
+def _(statistic: DiagonalStatistic) -> Description:
+    layer = statistic.layer
+    entries = layer.shape.numel()
+    inverse = 2 * entries
+    holds = "the diagonal; nothing off it"
+    return Description("diagonal", f"diag {entries}", (entries,), entries, inverse, inverse, holds)
+
+
+def _factored_assumptions(layer: LayerAdapter) -> tuple[str, ...]:
+    """What K-FAC assumes of a layer (Martens & Grosse 2015, section 3; Grosse & Martens 2016, section 3.1)."""
+    assumed = []
+    if layer.has_weight:
+        assumed.append("inputs taken as independent of cotangents")
+    if layer.sharing == "reduce":
+        if layer.has_weight:
+            assumed.append("positions averaged")
+    elif isinstance(layer.module, nn.modules.conv._ConvNd):
+        assumed.append("positions as uncorrelated")
+    else:
+        assumed.append("positions, where there are several, as uncorrelated")
+    if layer.stack:
+        assumed.append("nothing between groups")
+    return tuple(assumed)
+
+
+def _repeated(layer: LayerAdapter, text: str) -> str:
+    return f"{math.prod(layer.stack)} of {text}" if layer.stack else text
+
+
+def _times(*lengths: int) -> str:
+    return "x".join(map(str, lengths))

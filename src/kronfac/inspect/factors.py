@@ -1,0 +1,156 @@
+"""What must be right to rounding in any right implementation, whatever the model: checks that locate a mistake.
+
+The product ``G ⊗ A`` differs from the exact block by what K-FAC assumes; its factors have definitions that assume
+nothing. So a wrong scale, a transposed kernel or a misread dilation shows here, and shows in which factor it is. Where
+cotangents are sampled, what is expected is computed for the very cotangents that were drawn: no sampling error is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from kronfac.blocks import Block, DiagonalKronecker, Kronecker
+from kronfac.inspect.comparison import ratio
+from kronfac.layers import LayerAdapter
+from kronfac.sources import Seed
+from kronfac.tape import Call, Tape, frozen_buffers
+
+#: Random directions in which an input factor is looked at.
+DIRECTIONS = 4
+
+
+def input_ratio(block: Block, call: Call, weights: Tensor | None, generator: torch.Generator) -> float:
+    """Compare ``wᵀ A w`` with the mean over rows of ``(āᵀw)²``, which the layer itself gives.
+
+    A layer's output is linear in its parameters: their derivative in the direction ``V = c wᵀ`` is ``c (āᵀw)`` at every
+    row. It is taken by autodiff (the derivative of a pullback in its cotangent), so that neither rows nor second
+    moments of the adapter are used. Its layouts of parameters and outputs are, and are checked with it.
+
+    Args:
+        block: The layer's block.
+        call: What the layer was called with.
+        weights: Weights of the rows, ``[B, S]``, or None.
+        generator: For the directions ``w`` and ``c``, on the CPU.
+
+    Returns:
+        The ratio, of all directions and groups the one farthest from 1.
+    """
+    assert isinstance(block, (Kronecker, DiagonalKronecker))
+    adapter = call.adapter
+    with torch.enable_grad(), frozen_buffers(adapter.module):
+        output, cotangent, pulled = _pullback(adapter, call.input)
+        found = []
+        for _ in range(DIRECTIONS):
+            w, c = (
+                torch.randn(*adapter.stack, width, generator=generator, dtype=torch.float64).to(block.device)
+                for width in (adapter.d_in, adapter.d_out)
+            )
+            direction = adapter.unpack((c.unsqueeze(-1) * w.unsqueeze(-2)).to(output.dtype))
+            inner = torch.stack([(pulled[name] * tangent).sum() for name, tangent in direction.items()]).sum()
+            (tangent,) = torch.autograd.grad(inner, cotangent, retain_graph=True)
+            rows = adapter.expand_cotangents(tangent).double()
+            products = (rows * c).sum(-1) / c.square().sum(-1)
+            products = products.mean(1, keepdim=True) if adapter.sharing == "reduce" else products
+            found += _ratios(_form(block, w), _mean(products.square(), weights))
+    return max(found, key=lambda value: abs(value - 1))
+
+
+def output_traces(tape: Tape, outputs: Tensor, seeds: Sequence[Seed]) -> dict[str, float]:
+    """Compute what ``D tr G`` must be for given cotangents of the outputs.
+
+    Args:
+        tape: A recorded forward pass.
+        outputs: Its outputs.
+        seeds: The cotangents, with their weights.
+
+    Returns:
+        ``Σ_seeds weight Σ_rows |g|²`` for each layer, where ``g`` is the seed pulled back to the layer's output.
+    """
+    totals = dict.fromkeys(tape.calls, 0.0)
+    for seed in seeds:
+        assert seed.cotangent is not None
+        for name, cotangent in tape.pull(outputs, seed.cotangent).items():
+            rows = _shared(tape.calls[name].adapter, cotangent).double()
+            totals[name] += seed.weight * float(rows.square().sum())
+    return totals
+
+
+def gradient_traces(parameters: Mapping[str, Tensor], outputs: Tensor, seeds: Sequence[Seed]) -> dict[str, float]:
+    """Sum the squares of the gradients of each example alone, by plain autodiff.
+
+    Args:
+        parameters: The parameters by name.
+        outputs: Outputs attached to the graph, examples first.
+        seeds: Cotangents of the outputs, with their weights.
+
+    Returns:
+        ``Σ_seeds weight Σ_n |J_nᵀ v_n|²`` for each parameter: ``D`` times the trace of its block for these cotangents.
+    """
+    totals = dict.fromkeys(parameters, 0.0)
+    for seed in seeds:
+        assert seed.cotangent is not None
+        for index, cotangent in enumerate(seed.cotangent.to(outputs.dtype)):
+            alone = torch.zeros_like(outputs)
+            alone[index] = cotangent
+            pulled = torch.autograd.grad(
+                outputs, list(parameters.values()), alone, retain_graph=True, materialize_grads=True, allow_unused=True
+            )
+            for name, gradient in zip(parameters, pulled, strict=True):
+                totals[name] += seed.weight * float(gradient.double().square().sum())
+    return totals
+
+
+def output_trace(block: Block) -> float:
+    """Trace of the output factor, summed over groups.
+
+    Args:
+        block: A Kronecker block.
+
+    Returns:
+        ``tr G``.
+    """
+    assert isinstance(block, (Kronecker, DiagonalKronecker))
+    return float(block.output.diagonal(dim1=-2, dim2=-1).double().sum())
+
+
+def _pullback(adapter: LayerAdapter, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Output, a cotangent of it, and the parameters' gradients as functions of that cotangent."""
+    prefix = f"{adapter.name}." if adapter.name else ""
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in adapter.parameters.items()}
+    local = {name.removeprefix(prefix): leaf for name, leaf in leaves.items()}
+    output = functional_call(adapter.module, local, (x,))
+    cotangent = torch.zeros_like(output, requires_grad=True)
+    gradients = torch.autograd.grad(output, list(leaves.values()), cotangent, create_graph=True)
+    return output, cotangent, dict(zip(leaves, gradients, strict=True))
+
+
+def _shared(adapter: LayerAdapter, cotangent: Tensor) -> Tensor:
+    """Sum over positions where weights are shared by *reduce*; otherwise rows need no order."""
+    if adapter.sharing != "reduce":
+        return cotangent
+    return adapter.expand_cotangents(cotangent).sum(1)
+
+
+def _form(block: Kronecker | DiagonalKronecker, w: Tensor) -> Tensor:
+    """``wᵀ A w`` for each stack element."""
+    factor = block.input.double()
+    if isinstance(block, DiagonalKronecker):
+        return (factor * w.square()).sum(-1)
+    return torch.einsum("...i,...ij,...j->...", w, factor, w)
+
+
+def _mean(squares: Tensor, weights: Tensor | None) -> Tensor:
+    """Weighted mean over ``[B, S]`` of ``[B, S, *stack]``."""
+    if weights is None:
+        return squares.mean((0, 1))
+    weights = weights.to(squares).reshape(*weights.shape, *(1,) * (squares.ndim - 2)).expand_as(squares)
+    return (squares * weights).sum((0, 1)) / weights.sum((0, 1))
+
+
+def _ratios(found: Tensor, wanted: Tensor) -> list[float]:
+    pairs = zip(found.flatten().tolist(), wanted.flatten().tolist(), strict=True)
+    return [ratio(left, right) for left, right in pairs]

@@ -1,0 +1,275 @@
+"""``verify``: the curvature of a probe batch against the exact Gauss-Newton matrix, layer by layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronfac import reference
+from kronfac.approximations import KFAC, Approximation, get_approximation
+from kronfac.blocks import Block, DiagonalKronecker, Kronecker
+from kronfac.curvature import BlockDiagonal
+from kronfac.estimation import CoverageWarning, call_model, estimate, pick_outputs
+from kronfac.inspect import seeds
+from kronfac.inspect.budget import Budget
+from kronfac.inspect.comparison import Comparison, compare, ratio
+from kronfac.inspect.factors import gradient_traces, input_ratio, output_trace, output_traces
+from kronfac.inspect.sampling import Spread, measure
+from kronfac.inspect.verified import LayerCheck, VerificationError, VerificationReport
+from kronfac.layers import LayerAdapter, adapt_model
+from kronfac.likelihoods import Likelihood
+from kronfac.sources import Empirical, ForwardOnly, Sampled, Seed, Source, align_weights, get_source
+from kronfac.tape import Tape, couples_examples, frozen_buffers, record
+
+
+def verify(
+    model: nn.Module,
+    likelihood: Likelihood,
+    batch: tuple[Any, Any],
+    *,
+    approximation: str | Approximation = "kfac",
+    source: str | Source = "sampled",
+    samples: int = 1,
+    seed: int = 0,
+    sharing: str = "expand",
+    norm: str = "unitwise",
+    outputs: Callable[[Any], Tensor] | None = None,
+    memory_limit: int = 1 << 31,
+) -> VerificationReport:
+    """Estimate the curvature of a probe batch as training would, and compare it with the exact Gauss-Newton matrix.
+
+    The exact matrix ``F = (1/D) Σ_n J_nᵀ H_n J_n`` comes from `kronfac.reference.per_example_roots`: the loss
+    differentiated by `torch.func`, which knows nothing of layers and factors. No matrix over the parameters is formed,
+    so that layers may be large; the time is that of one backward pass per output of each example and per group of
+    layers that fits into `memory_limit`. A batch of a few examples is enough.
+
+    The model is compared in the mode it is in. Batch norm in train mode couples the examples: ``F`` then
+    differentiates through the whole batch, while the blocks treat examples as independent, and the report shows the
+    difference; ``verify(model.eval(), ...)`` is without it. A model whose forward is random (dropout in train mode) is
+    refused, and so are sources that estimate another matrix, and batches beyond `memory_limit`.
+
+    Args:
+        model: The model.
+        likelihood: The loss.
+        batch: ``(inputs, targets)``, inputs as for `kronfac.estimate`.
+        approximation: Name or object.
+        source: ``"sampled"``, ``"exact"``, or an object.
+        samples: Samples of the sampled source. Its expected error is measured by drawing 16 times more.
+        seed: Seed of the sampled labels.
+        sharing: ``"expand"`` or ``"reduce"``.
+        norm: ``"unitwise"`` or ``"full"`` blocks of normalisation layers.
+        outputs: Picks the output tensor where the model returns something else.
+        memory_limit: Bytes that the exact matrix's roots may take; batches that need more are refused.
+
+    Returns:
+        The report.
+    """
+    method, drawn = get_approximation(approximation), get_source(source, samples)
+    inputs, targets = _check(model, batch, drawn)
+    adaptation = adapt_model(model, sharing=sharing, norm=norm)
+
+    def curvature_from(origin: Source, number: int) -> BlockDiagonal:
+        with _quiet():
+            return estimate(
+                model,
+                likelihood,
+                [(inputs, targets)],
+                approximation=method,
+                source=origin,
+                seed=number,
+                sharing=sharing,
+                norm=norm,
+                outputs=outputs,
+            )
+
+    def run() -> Tensor:
+        return pick_outputs(call_model(model, inputs), outputs)
+
+    values = _probe(model, run)
+    curvature = curvature_from(drawn, seed)
+    groups = Budget(values, memory_limit).groups(curvature)
+    seeds_checked = seeds.check(_single(drawn), likelihood, values, targets, seed)
+    given = seeds.draw(_single(drawn), likelihood, values, targets, seed)
+    one = curvature if drawn.exact else curvature_from(seeds.Replay(given), seed)
+    with frozen_buffers(model), torch.enable_grad(), record(adaptation.adapters) as tape:
+        graph = run()
+        tape.close()
+        factored = [name for name, block in one.blocks.items() if _factored(method, block)]
+        checks = _factored_checks(one, factored, tape, graph, likelihood, targets, given, seed)
+        if not couples_examples(model):
+            checks |= _trace_checks(one, factored, graph, likelihood, targets, given)
+    spreads = {} if drawn.exact else _spreads(curvature_from, drawn, seed)
+    rows = []
+    for layers in groups:
+        wanted = {name for layer in layers for name in curvature.layouts[layer].parameter_names}
+        names = [name for name in adaptation.order if name in wanted]
+        with torch.no_grad():
+            roots = reference.per_example_roots(model, likelihood, inputs, targets, names, outputs=outputs)
+        for layer in layers:
+            block, adapter = curvature.blocks[layer].to(dtype=torch.float64), curvature.layouts[layer]
+            assert isinstance(adapter, LayerAdapter)
+            found = compare(block, _matrices(adapter, roots, names, model))
+            rows.append(_row(layer, block, found, checks.get(layer, {}), spreads.get(layer)))
+    settings = {"approximation": method.name, "source": drawn.name, "sharing": sharing, "norm": norm}
+    if isinstance(drawn, Sampled):
+        settings |= {"samples": drawn.count, "seed": seed}  # type: ignore[dict-item]
+    settings |= {"examples": len(values), "roots": values.numel()}  # type: ignore[dict-item]
+    notes = _notes(model, adaptation.uncovered)
+    return VerificationReport(tuple(rows), settings, seeds_checked, adaptation.uncovered, notes)
+
+
+def _check(model: nn.Module, batch: Any, source: Source) -> tuple[Any, Any]:
+    if isinstance(source, (Empirical, ForwardOnly)):
+        raise ValueError(
+            f"source={source.name!r} does not estimate the Gauss-Newton matrix, with which verify compares; use "
+            "source='sampled' or 'exact'."
+        )
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(
+            f"batch must be a pair (inputs, targets), not {type(batch).__name__}; take one from a loader by "
+            "next(iter(loader))."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"Parameter {name!r} is {parameter.dtype}: verify needs float32 or float64, such as "
+                "copy.deepcopy(model).float()."
+            )
+    return batch[0], batch[1]
+
+
+def _probe(model: nn.Module, run: Callable[[], Tensor]) -> Tensor:
+    """Outputs of the model; refuse one whose forward is random."""
+    with frozen_buffers(model), torch.enable_grad():  # as in training: attention takes another path without gradients
+        first, second = run().detach(), run().detach()
+    if first.shape != second.shape or float((first - second).abs().max()) > 1e-3 * float(first.abs().max()):
+        raise ValueError(
+            "Two forward passes over the same batch give different outputs, so that there is no one matrix to compare "
+            "with: dropout in train mode? Use model.eval(), or set its p to 0."
+        )
+    return first
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The report itself names the parameters without a block."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CoverageWarning)
+        yield
+
+
+def _factored(approximation: Approximation, block: Block) -> bool:
+    """Whether the factors are K-FAC's own, whose definition is checked."""
+    return isinstance(approximation, KFAC) and isinstance(block, (Kronecker, DiagonalKronecker))
+
+
+def _factored_checks(
+    curvature: BlockDiagonal,
+    layers: list[str],
+    tape: Tape,
+    outputs: Tensor,
+    likelihood: Likelihood,
+    targets: Any,
+    given: list[Seed],
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Both factors of the layers over their exact values."""
+    values = outputs.detach()
+    traces = output_traces(tape, outputs, given) if layers else {}
+    denominator, weights = float(likelihood.denominator(values, targets)), likelihood.row_weights(values, targets)
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name in layers:
+        block, call = curvature.blocks[name], tape.calls[name]
+        rows = align_weights(call.adapter, call.input, weights)
+        found[name] = {
+            "input_factor": input_ratio(block, call, rows, generator),
+            "output_factor": ratio(output_trace(block), traces[name] / denominator),
+        }
+    return found
+
+
+def _trace_checks(
+    curvature: BlockDiagonal,
+    factored: list[str],
+    outputs: Tensor,
+    likelihood: Likelihood,
+    targets: Any,
+    given: list[Seed],
+) -> dict[str, dict[str, float]]:
+    """Traces of the blocks that are no Kronecker products over their exact values."""
+    denominator = float(likelihood.denominator(outputs.detach(), targets))
+    adapters = {name: curvature.layouts[name] for name in curvature.blocks if name not in factored}
+    parameters: dict[str, Tensor] = {}
+    for adapter in adapters.values():
+        assert isinstance(adapter, LayerAdapter)
+        parameters |= adapter.parameters
+    traces = gradient_traces(parameters, outputs, given) if parameters else {}
+    exact = {name: sum(traces[key] for key in adapter.parameter_names) for name, adapter in adapters.items()}
+    return {
+        name: {"trace_factor": ratio(float(curvature.blocks[name].trace()), value / denominator)}
+        for name, value in exact.items()
+    }
+
+
+def _single(source: Source) -> Source:
+    """The source with one sample, of which more are means."""
+    return Sampled(1, source.probe) if isinstance(source, Sampled) else source
+
+
+def _spreads(curvature_from: Callable[[Source, int], BlockDiagonal], source: Source, seed: int) -> dict[str, Spread]:
+    """Spread of an estimate with as many samples as the source draws."""
+    count = source.count if isinstance(source, Sampled) else 1
+    return measure(lambda index: curvature_from(_single(source), seed + 1 + index), count)
+
+
+def _matrices(adapter: LayerAdapter, roots: Tensor, names: list[str], model: nn.Module) -> Tensor:
+    """Columns of the roots that belong to a layer, as ``[K, *stack, d_out, d_in]`` in float64."""
+    start, places = 0, {}
+    for name in names:
+        parameter = model.get_parameter(name)
+        places[name] = torch.arange(start, start + parameter.numel(), device=roots.device).view(parameter.shape)
+        start += parameter.numel()
+    own = {name: places[name] for name in adapter.parameter_names}
+    matrix = adapter.pack(own)
+    if any(not torch.equal(part, own[name]) for name, part in adapter.unpack(matrix).items()):
+        raise VerificationError(f"Layer {adapter.name!r}: its adapter's unpack does not invert its pack.")
+    return roots[:, matrix.flatten()].reshape(len(roots), *matrix.shape).double()
+
+
+def _row(layer: str, block: Block, found: Comparison, checks: Mapping[str, float], spread: Spread | None) -> LayerCheck:
+    spread = spread or Spread()
+    return LayerCheck(
+        layer=layer,
+        block=block.kind,
+        parameters=block.shape.numel(),
+        cosine=found.cosine,
+        scale=found.scale,
+        error=found.error,
+        scale_sampling=spread.trace / found.trace if found.trace else 0.0,
+        error_sampling=spread.norm / found.norm if found.norm else 0.0,
+        left_out=found.left_out,
+        input_factor=checks.get("input_factor"),
+        output_factor=checks.get("output_factor"),
+        trace_factor=checks.get("trace_factor"),
+        norm_ratio=ratio(found.block_norm, found.norm),
+    )
+
+
+def _notes(model: nn.Module, uncovered: Mapping[str, str]) -> tuple[str, ...]:
+    notes = []
+    if couples_examples(model):
+        notes.append(
+            "batch norm in train mode couples the examples: F differentiates through the whole batch, while the blocks "
+            "treat examples as independent"
+        )
+    if uncovered:
+        notes.append(f"not compared, without a block: {', '.join(uncovered)} (see kronfac.coverage)")
+    return tuple(notes)
