@@ -249,6 +249,27 @@ def test_hooks_are_in_place_only_while_the_tape_is_open() -> None:
     assert (tape.is_open, hooks(model)) == (False, 0)
 
 
+def test_hooks_of_the_user_that_change_an_output_come_after() -> None:
+    model, x, y = network(nn.Tanh()), draw(5, 3), draw(5, 2)
+
+    class Doubled(nn.Module):
+        def forward(self, v: Tensor) -> Tensor:
+            return 2 * v
+
+    layers = list(network(nn.Tanh()))
+    plain = nn.Sequential(layers[0], Doubled(), *layers[1:])
+    model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    found, wanted = (kf.estimate(m, kf.Gaussian(), (x, y), source="exact").blocks["0"] for m in (model, plain))
+    assert torch.equal(found.to_dense(), wanted.to_dense())
+
+
+def test_a_model_that_is_a_layer() -> None:
+    layer = double(nn.Linear(3, 2))
+    curvature = kf.estimate(layer, kf.Gaussian(), (draw(5, 3), draw(5, 2)))
+    assert list(curvature.blocks) == [""]
+    assert curvature.parameter_names == ("weight", "bias")
+
+
 def test_buffers_are_put_back_whatever_happens() -> None:
     model = nn.BatchNorm1d(3).double()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -8,7 +8,7 @@ tensor later is silently wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +67,7 @@ class Tape:
         self.adapters = adapters
         self.calls: dict[str, Call] = {}
         self._handles: list[RemovableHandle] = []
+        self._last: tuple[Tensor, list[str]] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -76,9 +77,11 @@ class Tape:
     def open(self) -> None:
         """Forget earlier calls and register the hooks."""
         self.close()
-        self.calls = {}
+        self.calls, self._last = {}, None
         for name, adapter in self.adapters.items():
-            self._handles.append(adapter.module.register_forward_hook(self._hook(name, adapter), with_kwargs=True))
+            # First of the module's hooks: later ones may change the output, or belong to a root that is itself a layer.
+            hook = self._hook(name, adapter)
+            self._handles.append(adapter.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
     def close(self) -> None:
         """Remove the hooks; calls stay."""
@@ -100,6 +103,8 @@ class Tape:
             if not isinstance(output, Tensor):
                 raise TapeError(f"Layer {name!r} returned a {type(output).__name__}; its curvature needs one tensor.")
             if not output.requires_grad:
+                if not any(parameter.requires_grad for parameter in adapter.parameters.values()):
+                    return  # frozen since the adapters were made
                 raise TapeError(
                     f"The output of layer {name!r} carries no gradient: its forward ran under torch.no_grad() or "
                     "re-entrant checkpointing. Use torch.utils.checkpoint with use_reentrant=False."
@@ -123,23 +128,94 @@ class Tape:
         Raises:
             TapeError: The outputs carry no gradient, or a layer's input was changed in place.
         """
+        pulled: dict[str, Tensor] = {}
+        self.stream(outputs, cotangent, pulled.__setitem__, retain_graph=retain_graph)
+        return {
+            name: pulled[name] if name in pulled else outputs.new_zeros(call.output_shape)
+            for name, call in self.calls.items()
+        }
+
+    def stream(
+        self,
+        outputs: Tensor,
+        cotangent: Tensor,
+        receive: Callable[[str, Tensor], None],
+        *,
+        retain_graph: bool = True,
+    ) -> None:
+        """Pull as :meth:`pull` does, but hand out each layer's cotangent as soon as it is complete, and keep none.
+
+        Args:
+            outputs: The model's outputs, attached to the graph.
+            cotangent: Same shape; cast to the outputs' dtype.
+            receive: Called with the layer's name and its cotangent, last layers first; not called for layers that the
+                outputs do not depend on.
+            retain_graph: Keep the graph for further pulls and for the training loss.
+
+        Raises:
+            TapeError: The outputs carry no gradient, or a layer's input was changed in place.
+        """
         if not outputs.requires_grad:
             raise TapeError(
                 "The model's outputs carry no gradient; do not detach them and run outside torch.no_grad()."
             )
         for call in self.calls.values():
             call.check()
-        grads = torch.autograd.grad(
-            outputs,
-            [call.edge for call in self.calls.values()],
-            cotangent.to(outputs.dtype),
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
-        return {
-            name: outputs.new_zeros(call.output_shape) if grad is None else grad.detach()
-            for (name, call), grad in zip(self.calls.items(), grads, strict=True)
+        last = self._last_edges(outputs)
+
+        def hook(name: str, index: int) -> Callable[[tuple[Tensor | None, ...]], None]:
+            def take(gradients: tuple[Tensor | None, ...]) -> None:
+                gradient = gradients[index]
+                if gradient is not None:
+                    receive(name, gradient.detach())
+
+            return take
+
+        # Layers behind which no other recorded layer lies end the pull; the others are met on the way.
+        handles = [
+            call.edge.node.register_prehook(hook(name, call.edge.output_nr))
+            for name, call in self.calls.items()
+            if name not in last
+        ]
+        try:
+            gradients = torch.autograd.grad(
+                outputs,
+                [self.calls[name].edge for name in last],
+                cotangent.to(outputs.dtype),
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, gradient in zip(last, gradients, strict=True):
+            if gradient is not None:
+                receive(name, gradient.detach())
+
+    def _last_edges(self, outputs: Tensor) -> list[str]:
+        """Names of recorded layers from which no other recorded layer can be reached, and of unreachable ones."""
+        if self._last is not None and self._last[0] is outputs:
+            return self._last[1]
+        recorded = {call.edge.node for call in self.calls.values()}
+        below: dict[Any, bool] = {}  # whether a recorded node lies at or behind a node
+        stack = [outputs.grad_fn]
+        while stack:
+            node = stack[-1]
+            following = [n for n, _ in node.next_functions if n is not None] if node is not None else []
+            waiting = [n for n in following if n not in below]
+            if waiting:
+                stack += waiting
+                continue
+            stack.pop()
+            below[node] = node in recorded or any(below[n] for n in following)
+        behind = {
+            node for node in recorded if any(below.get(n, False) for n, _ in node.next_functions if n is not None)
         }
+        names = [
+            name for name, call in self.calls.items() if call.edge.node not in behind or call.edge.node not in below
+        ]
+        self._last = (outputs, names)
+        return names
 
 
 @contextmanager

@@ -89,6 +89,8 @@ def exact_product(
     part = max(1, math.ceil(batch / FRACTION))
 
     def cut(value: Any) -> Any:
+        if isinstance(value, tuple):  # targets with their mask
+            return tuple(cut(part) for part in value)
         return value[:part] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch else value
 
     inputs = (tuple(cut(v) for v in args), {k: cut(v) for k, v in kwargs.items()})
@@ -101,4 +103,5 @@ def exact_product(
             cut(gatherer.last_targets),
             outputs=lambda out: pick_outputs(out, pick),
         )
-    return float(value)
+    # A sum over a part of the batch is as much smaller; means are not.
+    return float(value) * (batch / part if likelihood.reduction == "sum" and batch else 1.0)

@@ -64,6 +64,10 @@ def _do_nothing(*args: Any) -> None:
     return None
 
 
+def _identities(model: nn.Module) -> list[int]:
+    return [id(part) for part in (*model.modules(), *model.parameters())]
+
+
 class Gatherer:
     """Feeds an estimator from the forwards of a model.
 
@@ -91,12 +95,12 @@ class Gatherer:
         keep: Callable[[], bool],
     ) -> None:
         self.model, self.root, self.estimator = model, estimator.model, estimator
-        self.gathered, self.forwards, self.enabled = 0, 0, True
+        self.gathered, self.forwards, self.enabled, self._capturing = 0, 0, True, False
         self.last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.last_targets: Any = None
         self._due, self._begin, self._pick, self._keep = due, begin, outputs, keep
         self._tape = Tape(estimator.adaptation.adapters)
-        self._modules = [id(module) for module in self.root.modules()]
+        self._identities = _identities(self.root)
         self._compiled = isinstance(model, torch._dynamo.eval_frame.OptimizedModule)
         handles = [
             model.register_forward_pre_hook(_Hook(self, "_before"), with_kwargs=True),
@@ -128,8 +132,8 @@ class Gatherer:
         if not (self.enabled and self._due()):
             yield _do_nothing
             return
-        self._check_layers()
-        with self.paused(), record(self.estimator.adaptation.adapters) as tape:
+        self.check_layers()
+        with self.paused(), self._keeping(), record(self.estimator.adaptation.adapters) as tape:
 
             def gather(outputs: Tensor, targets: Any = None) -> None:
                 tape.close()
@@ -137,7 +141,18 @@ class Gatherer:
 
             yield gather
 
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """Keep the arguments of a forward within the block although nothing is gathered from it."""
+        before, self._capturing = self._capturing, True
+        try:
+            yield
+        finally:
+            self._capturing = before
+
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._capturing and self._keep():
+            self.last = (args, kwargs)
         if not self._wanted:
             return
         self.forwards += 1
@@ -145,7 +160,7 @@ class Gatherer:
             self.last = (args, kwargs)
         if not self._due():
             return
-        self._check_layers()
+        self.check_layers()
         likelihood, source = self.estimator.likelihood, self.estimator.source
         for name, needs in ((repr(likelihood), likelihood.needs_targets), (source.name, source.needs_targets)):
             if needs:
@@ -189,6 +204,14 @@ class Gatherer:
         self.gathered += 1
         self.last_targets = targets
 
-    def _check_layers(self) -> None:
-        if [id(module) for module in self.root.modules()] != self._modules:
-            raise TapeError("The model's layers changed after the optimiser was constructed; construct a new one.")
+    def check_layers(self) -> None:
+        """Refuse a model whose modules or parameters are no longer those of the construction.
+
+        Raises:
+            TapeError: They are not.
+        """
+        if _identities(self.root) != self._identities:
+            raise TapeError(
+                "The model's layers or parameters were replaced after the optimiser was constructed: construct a new "
+                "one."
+            )

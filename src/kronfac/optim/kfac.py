@@ -23,6 +23,7 @@ from kronfac.optim.options import KFACOptions, at_least, check_group, complete, 
 from kronfac.optim.preconditioning import direction, refresh
 from kronfac.optim.state import load_curvature_state, save_curvature_state
 from kronfac.sources import Source
+from kronfac.tape import frozen_buffers
 
 
 class KFAC(Optimizer):
@@ -125,8 +126,9 @@ class KFAC(Optimizer):
         }
         check_group(defaults)
         super().__init__(self._groups(root), defaults)
-        for group in self.param_groups:
-            check_group(group)
+        if self._fallback is not None:
+            # The very same groups, so that schedulers, zero_grad and GradScaler reach them too.
+            self.param_groups.extend(self._fallback.param_groups)
 
     # ---------------------------------------------------------------- construction
     def _make_fallback(
@@ -152,10 +154,28 @@ class KFAC(Optimizer):
         groups = [dict(group) for group in given]
         for group in groups:
             params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-            if strangers := [p for p in params if id(p) not in self._names]:
-                raise ValueError(f"param_groups hold {len(strangers)} tensors that are no parameters of the model.")
-            group["params"] = [p for p in params if self._names[id(p)] not in elsewhere]
+            group["params"] = [p for p in params if self._names.get(id(p)) not in elsewhere]
         return groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of the model's parameters, as PyTorch's optimisers do; called at construction too.
+
+        Args:
+            param_group: ``params`` and hyper-parameters of its own.
+
+        Raises:
+            ValueError: A hyper-parameter is out of range, or a tensor is no parameter of the model.
+        """
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1], self._names)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @property
+    def _own_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if "kl_clip" in group]
 
     # ---------------------------------------------------------------- statistics
     @property
@@ -199,7 +219,7 @@ class KFAC(Optimizer):
             if batches is not None and index >= batches:
                 break
             self._gatherer.gathered = int(index > 0)  # forget nothing in between: a plain mean
-            with torch.enable_grad(), self.capture() as capture:
+            with torch.enable_grad(), frozen_buffers(self._gatherer.root), self.capture() as capture:
                 capture(call_model(self._gatherer.root, inputs), targets)
         self._gatherer.reset()
 
@@ -229,22 +249,25 @@ class KFAC(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = {self._names[id(p)]: p.grad for p, _ in self._members() if p.grad is not None}
-        _check_finite(gradients)
+        self._gatherer.check_layers()
+        everything = [p for group in self.param_groups for p in group["params"]]
+        _check_finite({self._names[id(p)]: p.grad for p in everything if p.grad is not None})
         self._check_statistics()
         if self._inverses_due:
             damping = {name: self._damping(name) for name in self._estimator.statistics}
             ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
             self._inverses = refresh(ready, damping.__getitem__, self._rule)
-        self._move(gradients)
+        self._move({self._names[id(p)]: p.grad for p, _ in self._members() if p.grad is not None})
         if self._fallback is not None:
             self._fallback.step()
+        if self._average is not None:
+            self._update_average(everything)
         self._steps += 1
         self._gatherer.reset()
         return loss
 
     def _members(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
-        for group in self.param_groups:
+        for group in self._own_groups:
             for parameter in group["params"]:
                 yield parameter, group
 
@@ -272,7 +295,7 @@ class KFAC(Optimizer):
                 gradients[name] = gradients[name].add(parameter, alpha=group["weight_decay"])
         directions = self._directions(gradients)
         scale = self._clip_scale(gradients, directions, members)
-        for group in self.param_groups:
+        for group in self._own_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
@@ -287,8 +310,6 @@ class KFAC(Optimizer):
                 torch._foreach_add_(params, buffers)
             else:
                 torch._foreach_add_(params, moves, alpha=rate)
-            if self._average is not None:
-                self._update_average(params)
 
     def _buffer(self, parameter: Tensor, key: str) -> Tensor:
         state = self.state[parameter]
@@ -321,7 +342,7 @@ class KFAC(Optimizer):
     # ---------------------------------------------------------------- KL clip
     @property
     def _clips(self) -> bool:
-        return any(group["kl_clip"] is not None for group in self.param_groups)
+        return any(group["kl_clip"] is not None for group in self._own_groups)
 
     @property
     def _exact_clip_due(self) -> bool:
@@ -330,7 +351,7 @@ class KFAC(Optimizer):
     def _clip_scale(
         self, gradients: dict[str, Tensor], directions: dict[str, Tensor], members: list[tuple[str, nn.Parameter, Any]]
     ) -> float:
-        bounds = [group["kl_clip"] for group in self.param_groups if group["kl_clip"] is not None]
+        bounds = [group["kl_clip"] for group in self._own_groups if group["kl_clip"] is not None]
         if not bounds or not members:
             return 1.0
         rates = {name: float(group["lr"]) for name, _, group in members}
@@ -353,7 +374,10 @@ class KFAC(Optimizer):
         assert self._average is not None
         # Bias-corrected: the plain mean of the iterates until 1/(1-ξ) of them were seen.
         weight = max(1.0 - self._average, 1.0 / (self._steps + 1))
-        averages = [self._buffer(p, "average") for p in params]
+        for parameter in params:
+            if "average" not in self.state[parameter]:
+                self.state[parameter]["average"] = parameter.detach().clone(memory_format=torch.preserve_format)
+        averages = [self.state[p]["average"] for p in params]
         torch._foreach_lerp_(averages, [p.detach() for p in params], weight)
 
     @contextmanager
@@ -365,7 +389,8 @@ class KFAC(Optimizer):
         """
         if self._average is None:
             raise RuntimeError("averaged() needs an optimiser made with average=, e.g. average=0.99.")
-        held = [(p, self.state[p]["average"]) for p, _ in self._members() if "average" in self.state[p]]
+        members = [p for group in self.param_groups for p in group["params"]]
+        held = [(p, self.state[p]["average"]) for p in members if "average" in self.state[p]]
         if not held:
             raise RuntimeError("averaged() needs at least one step.")
         saved = [p.detach().clone() for p, _ in held]
@@ -380,16 +405,6 @@ class KFAC(Optimizer):
                     parameter.copy_(value)
 
     # ---------------------------------------------------------------- PyTorch's conventions
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, those of the fallback's parameters included.
-
-        Args:
-            set_to_none: As in PyTorch.
-        """
-        super().zero_grad(set_to_none)
-        if self._fallback is not None:
-            self._fallback.zero_grad(set_to_none)
-
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to continue bit for bit: factors, inverses and generator included.
 
@@ -408,6 +423,9 @@ class KFAC(Optimizer):
         apply = load_curvature_state(self, state_dict)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "kronfac"})
         apply()
+        if self._fallback is not None:
+            theirs = iter(self._fallback.param_groups)
+            self.param_groups = [group if "kl_clip" in group else next(theirs) for group in self.param_groups]
 
 
 def _check_finite(gradients: dict[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypedDict
 
 import torch
@@ -75,15 +75,18 @@ def at_least(name: str, value: Any, low: float, *, integer: bool = False, open_:
         raise ValueError(f"{name}={value!r} must be {wanted}.")
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Validate the hyper-parameters of a parameter group.
+def check_group(group: dict[str, Any], names: Mapping[int, str] | None = None) -> None:
+    """Validate a parameter group.
 
     Args:
         group: The group.
+        names: Names of the model's parameters by their id; the group may hold no others.
 
     Raises:
-        ValueError: One does not fit.
+        ValueError: A hyper-parameter is out of range, or a tensor is no parameter of the model.
     """
+    if names is not None and (strangers := [p for p in group["params"] if id(p) not in names]):
+        raise ValueError(f"param_groups hold {len(strangers)} tensors that are no parameters of the model.")
     lr = group["lr"]
     if isinstance(lr, Tensor):
         raise ValueError("lr as a tensor is not supported; pass a float.")

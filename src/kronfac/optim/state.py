@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from kronfac.approximations import Mean
+from kronfac.blocks import Inverse
+from kronfac.optim.options import check_group
 from kronfac.optim.preconditioning import load_inverses, save_inverses
 
 if TYPE_CHECKING:
@@ -52,7 +56,7 @@ def load_curvature_state(optimizer: KFAC, state_dict: dict[str, Any]) -> Callabl
         state_dict: Its ``state_dict()``.
 
     Returns:
-        A function that puts the state in; nothing is changed before it is called.
+        A function that puts the state in; nothing is changed before it is called, and it cannot fail.
 
     Raises:
         ValueError: The state does not fit.
@@ -62,43 +66,80 @@ def load_curvature_state(optimizer: KFAC, state_dict: dict[str, Any]) -> Callabl
         raise ValueError("This is no state of a kronfac optimiser: it has no entry 'kronfac'.")
     if saved.get("version") != VERSION:
         raise ValueError(f"The state has version {saved.get('version')!r}; this kronfac reads version {VERSION}.")
-    mine = optimizer._estimator.statistics
-    theirs = saved["statistics"]
+    try:
+        return _checked(optimizer, state_dict, saved)
+    except (KeyError, TypeError, AttributeError, AssertionError, IndexError, RuntimeError) as error:
+        raise ValueError(f"The state is damaged: {type(error).__name__}: {error}") from error
+
+
+def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any]) -> Callable[[], None]:
+    _check_parameters(optimizer, state_dict)
+    mine, theirs = optimizer._estimator.statistics, saved["statistics"]
     if list(mine) != list(theirs):
         raise ValueError(f"The state is of layers {list(theirs)}, the model has {list(mine)}.")
+    means: list[tuple[Mean, Tensor, float, float]] = []
     for layer, statistic in mine.items():
-        means = statistic.means()
-        if set(means) != set(theirs[layer]):
-            raise ValueError(f"Layer {layer!r}: the state holds {sorted(theirs[layer])}, needed are {sorted(means)}.")
-        for key, mean in means.items():
-            shape = tuple(theirs[layer][key]["total"].shape)
+        own = statistic.means()
+        if set(own) != set(theirs[layer]):
+            raise ValueError(f"Layer {layer!r}: the state holds {sorted(theirs[layer])}, needed are {sorted(own)}.")
+        for key, mean in own.items():
+            entry = theirs[layer][key]
+            shape = tuple(entry["total"].shape)
             if shape != tuple(mean.total.shape):
                 raise ValueError(
                     f"Layer {layer!r}: the state's {key} has shape {shape}, not {tuple(mean.total.shape)}."
                 )
-    if (saved["fallback"] is None) != (optimizer._fallback is None):
+            total = torch.empty_like(mean.total).copy_(entry["total"])
+            means.append((mean, total, float(entry["weight"]), float(entry["scale"])))
+    inverses = _load_inverses(optimizer, saved["inverses"])
+    steps, ratio = int(saved["steps"]), None if saved["clip_ratio"] is None else float(saved["clip_ratio"])
+    generator, fallback = optimizer._estimator.generator, optimizer._fallback
+    assert generator is not None
+    random_state = saved["generator"].to(device="cpu", dtype=torch.uint8)
+    torch.Generator(generator.device).set_state(random_state)  # refuses what is no state
+    if (saved["fallback"] is None) != (fallback is None):
         raise ValueError("Only one of the saved and the present optimiser has a fallback.")
-
-    def move_like(reference: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda tensor: tensor.to(reference.device).clone()
-
-    anchor = next(iter(next(iter(mine.values())).means().values())).total
-    inverses = load_inverses(saved["inverses"], move_like(anchor))
+    if fallback is not None:
+        _check_parameters(fallback, saved["fallback"])
 
     def apply() -> None:
-        for layer, statistic in mine.items():
-            for key, mean in statistic.means().items():
-                mean.total.copy_(theirs[layer][key]["total"])
-                mean.weight = float(theirs[layer][key]["weight"])
-                mean.scale = float(theirs[layer][key]["scale"])
+        for mean, total, weight, scale in means:
+            mean.total, mean.weight, mean.scale = total, weight, scale
         optimizer._inverses = inverses
-        optimizer._steps = int(saved["steps"])
-        optimizer._clip.ratio = saved["clip_ratio"]
-        generator = optimizer._estimator.generator
-        assert generator is not None
-        generator.set_state(saved["generator"].to(device="cpu", dtype=torch.uint8))
-        if optimizer._fallback is not None:
-            optimizer._fallback.load_state_dict(saved["fallback"])
+        optimizer._steps, optimizer._clip.ratio = steps, ratio
+        generator.set_state(random_state)
+        if fallback is not None:
+            fallback.load_state_dict(saved["fallback"])
         optimizer._gatherer.reset()
 
     return apply
+
+
+def _check_parameters(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Refuse groups of other parameters and buffers of other shapes, which PyTorch would take."""
+    groups, present = state_dict["param_groups"], optimizer.param_groups
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in present]:
+        raise ValueError("The state's param_groups hold other numbers of parameters than the optimiser's.")
+    for theirs, mine in zip(groups, present, strict=True):
+        if "kl_clip" in mine:  # one of ours, not of the fallback's
+            if missing := sorted(optimizer.defaults.keys() - theirs.keys()):
+                raise ValueError(f"The state's param_groups lack {missing}.")
+            check_group(theirs)
+        for index, parameter in zip(theirs["params"], mine["params"], strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                    shapes = f"{tuple(value.shape)}, not {tuple(parameter.shape)}"
+                    raise ValueError(f"The state's {key} of parameter {index} has shape {shapes}.")
+
+
+def _load_inverses(optimizer: KFAC, saved: dict[str, Any]) -> dict[str, Inverse]:
+    statistics, adapters = optimizer._estimator.statistics, optimizer._estimator.adaptation.adapters
+    if unknown := sorted(set(saved) - set(statistics)):
+        raise ValueError(f"The state holds inverses of layers {unknown}, which the model does not have.")
+    device = next(iter(next(iter(statistics.values())).means().values())).total.device
+    inverses = load_inverses(saved, lambda tensor: tensor.to(device, copy=True))
+    for layer, inverse in inverses.items():
+        if inverse.shape != adapters[layer].shape:
+            shapes = f"{tuple(inverse.shape)}, not {tuple(adapters[layer].shape)}"
+            raise ValueError(f"Layer {layer!r}: the state's inverse has shape {shapes}.")
+    return inverses
