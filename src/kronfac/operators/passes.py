@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kronfac._typing import NamedTensors
+from kronfac.tape import apart_from_training
 
 Pick = Callable[[Any], Tensor] | None
 
@@ -50,7 +51,8 @@ def run(model: nn.Module, parameters: NamedTensors, inputs: Any, pick: Pick) -> 
     elif isinstance(inputs, tuple | list):
         arguments = tuple(inputs)
     replaced = dict(parameters) | {name: buffer.clone() for name, buffer in model.named_buffers()}
-    found = functional_call(model, replaced, arguments, keywords)
+    with apart_from_training():
+        found = functional_call(model, replaced, arguments, keywords)
     found = found if pick is None else pick(found)
     if not isinstance(found, Tensor):
         raise TypeError(

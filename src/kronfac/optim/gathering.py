@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kronfac.estimation import Estimator, pick_outputs
-from kronfac.tape import Tape, TapeError, frozen_buffers, record
+from kronfac.tape import Tape, TapeError, frozen_buffers, is_apart_from_training, record
 
 
 def eager_root(model: nn.Module) -> nn.Module:
@@ -115,7 +115,7 @@ class Gatherer:
 
     @property
     def _wanted(self) -> bool:
-        return self.enabled and torch.is_grad_enabled() and self.root.training
+        return self.enabled and torch.is_grad_enabled() and self.root.training and not is_apart_from_training()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -256,7 +256,7 @@ class KFAC(Optimizer):
         if self._inverses_due:
             damping = {name: self._damping(name) for name in self._estimator.statistics}
             ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
-            self._inverses = refresh(ready, damping.__getitem__, self._rule)
+            refresh(self._inverses, ready, damping.__getitem__, self._rule)
         self._move({self._names[id(p)]: p.grad for p, _ in self._members() if p.grad is not None})
         if self._fallback is not None:
             self._fallback.step()

@@ -14,26 +14,28 @@ from kronfac.layers import LayerAdapter
 from kronfac.linalg.factorise import invert
 
 
-def refresh(statistics: Mapping[str, Statistic], damping: Callable[[str], float], rule: Rule) -> dict[str, Inverse]:
+def refresh(
+    inverses: dict[str, Inverse], statistics: Mapping[str, Statistic], damping: Callable[[str], float], rule: Rule
+) -> None:
     """Factorise the damped blocks of all layers, equal shapes together.
 
+    A group's old inverses are dropped before its new ones are made, so that two sets are never held.  A block that
+    cannot be inverted even in float64 raises a ``torch.linalg.LinAlgError`` that names the layer.
+
     Args:
+        inverses: Inverses by layer, replaced one group after the other.
         statistics: The layers' running statistics.
         damping: Damping of a layer.
         rule: How it is added.
-
-    Returns:
-        Inverses by layer. A block that cannot be inverted even in float64 raises a ``torch.linalg.LinAlgError`` that
-        names the layer.
     """
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, statistic in statistics.items():
         shapes = tuple((key, mean.total.shape) for key, mean in statistic.means().items())
         groups.setdefault((type(statistic), shapes), []).append(name)
-    found: dict[str, Inverse] = {}
     for names in groups.values():
-        found |= _refresh_equal(names, statistics, damping, rule)
-    return {name: found[name] for name in statistics}
+        for name in names:
+            inverses.pop(name, None)
+        inverses |= _refresh_equal(names, statistics, damping, rule)
 
 
 def _refresh_equal(
@@ -41,20 +43,18 @@ def _refresh_equal(
 ) -> dict[str, Inverse]:
     blocks = {name: statistics[name].block() for name in names}
     shifts = {name: rule(block, damping(name)) for name, block in blocks.items()}
-    if all(isinstance(b, Kronecker) for b in blocks.values()) and all(
-        isinstance(s, PerFactor) for s in shifts.values()
-    ):
-        factors, values, labels = [], [], []
-        for name, block in blocks.items():
-            shift = shifts[name]
-            assert isinstance(block, Kronecker)
-            assert isinstance(shift, PerFactor)
-            factors += [block.input, block.output]
-            values += [shift.input, shift.output]
-            labels += [f"the input factor of layer {name!r}", f"the output factor of layer {name!r}"]
+    if all(isinstance(blocks[n], Kronecker) and isinstance(shifts[n], PerFactor) for n in names):
+        sides: dict[str, list[Tensor]] = {}
+        factors = {
+            "input": [block.input for block in blocks.values() if isinstance(block, Kronecker)],
+            "output": [block.output for block in blocks.values() if isinstance(block, Kronecker)],
+        }
         del blocks
-        inverted = [result.inverse for result in invert(factors, values, labels)]
-        return {name: KroneckerInverse(*inverted[2 * i : 2 * i + 2]) for i, name in enumerate(names)}
+        for side in list(factors):
+            labels = [f"the {side} factor of layer {name!r}" for name in names]
+            found = invert(factors.pop(side), [getattr(shift, side) for shift in shifts.values()], labels)
+            sides[side] = [result.inverse for result in found]
+        return {n: KroneckerInverse(a, g) for n, a, g in zip(names, sides["input"], sides["output"], strict=True)}
     out: dict[str, Inverse] = {}
     for name, block in blocks.items():
         try:
