@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,11 +230,35 @@ def record(adapters: Mapping[str, LayerAdapter]) -> Iterator[Tape]:
         The tape; pull from it inside the block or after it.
     """
     tape = Tape(adapters)
-    tape.open()
+    with apart_from_training():
+        tape.open()
+        try:
+            yield tape
+        finally:
+            tape.close()
+
+
+#: Whether forwards belong to a measurement and not to a training loop.
+_APART: ContextVar[bool] = ContextVar("kronfac_apart_from_training", default=False)
+
+
+@contextmanager
+def apart_from_training() -> Iterator[None]:
+    """Mark forwards within the block as measurements, of which optimisers that watch the model gather nothing.
+
+    Yields:
+        Nothing.
+    """
+    token = _APART.set(True)
     try:
-        yield tape
+        yield
     finally:
-        tape.close()
+        _APART.reset(token)
+
+
+def is_apart_from_training() -> bool:
+    """Whether the present forward is a measurement, or runs under a transform of `torch.func`."""
+    return _APART.get() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @contextmanager
