@@ -48,7 +48,7 @@ def parts(work: Workload) -> dict[str, Callable[[], object]]:
     def inverse() -> None:
         from kronfac.optim.preconditioning import refresh
 
-        refresh(optimizer._estimator.statistics, damping.__getitem__, optimizer._rule)
+        refresh({}, optimizer._estimator.statistics, damping.__getitem__, optimizer._rule)
 
     def precondition() -> None:
         optimizer._directions(gradients)

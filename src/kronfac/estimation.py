@@ -88,9 +88,14 @@ class Estimator:
             targets: Targets, where source or likelihood needs them.
         """
         self.source.check(self.model, couples_examples(self.model))
-        for samples in self.source.samples(tape, self.likelihood, outputs, targets, self.generator):
-            for sample in samples:
-                self.statistics[sample.layer.name].add(sample)
+        self.source.stream(
+            tape,
+            self.likelihood,
+            outputs,
+            targets,
+            self.generator,
+            lambda sample: self.statistics[sample.layer.name].add(sample),
+        )
 
     def decay(self, factor: float) -> None:
         """Forget: multiply all sums and weights by ``factor`` (exponential moving average)."""

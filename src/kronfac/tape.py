@@ -125,9 +125,6 @@ class Tape:
 
         Returns:
             Cotangent of each layer's output, by layer name; zeros for layers that the outputs do not depend on.
-
-        Raises:
-            TapeError: The outputs carry no gradient, or a layer's input was changed in place.
         """
         pulled: dict[str, Tensor] = {}
         self.stream(outputs, cotangent, pulled.__setitem__, retain_graph=retain_graph)
@@ -154,7 +151,7 @@ class Tape:
             retain_graph: Keep the graph for further pulls and for the training loss.
 
         Raises:
-            TapeError: The outputs carry no gradient, or a layer's input was changed in place.
+            TapeError: The outputs carry no gradient.
         """
         if not outputs.requires_grad:
             raise TapeError(

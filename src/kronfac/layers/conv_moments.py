@@ -14,12 +14,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from kronfac.layers.geometry import Geometry, column_sums, im2col
 from kronfac.linalg.symmetric import add_gram_, add_product_
+
+#: Entries unfolded at once: 8 MB in float32, which costs no time and bounds the memory.
+UNFOLDED = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -153,32 +157,15 @@ def _neighbour_taps(geometry: Geometry, channels: int) -> int:
     return channels if possible and ((taps >= 4 and channels >= 16) or (taps == 3 and channels >= 32)) else 0
 
 
-def add_row_correlation_(total: Tensor, x: Tensor, geometry: Geometry, alpha: float = 1.0) -> None:
-    """Add ``alpha Σ_r a_r a_rᵀ`` over all rows (without ones) to ``total``.
-
-    Args:
-        total: Running sum ``[groups, d, d]``, of which the blocks on and above the diagonal of kernel lines are
-            written, a superset of the upper triangle within each pair of channels; see below for the order.
-        x: Input ``[N, C, *size]``.
-        geometry: The convolution.
-        alpha: Factor of what is added.
-    """
-    size = tuple(x.shape[2:])
-    out = geometry.output_size(size)
-    flat = geometry
-    if geometry.mode != "constant":
-        none = tuple((0, 0) for _ in geometry.kernel)
-        x, flat = geometry.pad(x), replace(geometry, padding=none, mode="constant")
-    height, stride, pad = x.shape[2], geometry.stride[0], flat.padding[0][0]
+def _increments(x: Tensor, geometry: Geometry, out: tuple[int, ...], pairs: tuple[_Pair, ...]) -> list[Tensor | None]:
+    """Correlation of each pair of kernel lines, as its change from the previous pair where sliding is cheaper."""
+    stride, pad = geometry.stride[0], geometry.padding[0][0]
     unfolded: dict[int, tuple[Tensor, int]] = {}
-    for residue, (low, high) in _classes(flat, height).items():
+    for residue, (low, high) in _classes(geometry, x.shape[2]).items():
         first = low * stride + residue - pad
         rows = slice(first, first + max(0, (high - low - 1) * stride + 1), stride)
-        unfolded[residue] = (_unfold_trailing(x, flat, out, rows), low)
-
-    channels, lines, taps = x.shape[1] // geometry.groups, geometry.kernel[0], math.prod(geometry.kernel[1:])
-    blocks = total.unflatten(-1, (channels, lines, taps)).unflatten(1, (channels, lines, taps))
-    neighbours = _neighbour_taps(geometry, channels)
+        unfolded[residue] = (_unfold_trailing(x, geometry, out, rows), low)
+    neighbours = _neighbour_taps(geometry, x.shape[1] // geometry.groups)
 
     def product(pair: _Pair, start: int, stop: int) -> Tensor:
         (left, low), (right, right_low) = unfolded[pair.left], unfolded[pair.right]
@@ -186,25 +173,61 @@ def add_row_correlation_(total: Tensor, x: Tensor, geometry: Geometry, alpha: fl
         b = right[:, start + pair.lag - right_low : stop + pair.lag - right_low]
         return _correlate(a, b, pair.lag == 0 and pair.left == pair.right, neighbours)
 
-    previous: _Pair | None = None
-    current = torch.empty(0)
-    for pair in _plan(flat, height, out[0]):
-        if pair.start == pair.stop:
-            previous = None
+    found: list[Tensor | None] = []
+    for previous, pair in pairwise((None, *pairs)):
+        assert pair is not None
+        if not (previous is not None and _chain_cost(previous, pair)[1]):
+            found.append(product(pair, pair.start, pair.stop) if pair.stop > pair.start else None)
             continue
-        if previous is not None and _chain_cost(previous, pair)[1]:
-            # Rows that leave at the start of the window are subtracted, rows that enter at its end are added.
-            for old, new, sign in ((previous.start, pair.start, -1), (previous.stop, pair.stop, 1)):
-                if old != new:
-                    part = product(pair, min(old, new), max(old, new))
-                    current = current.add(part, alpha=sign if new > old else -sign)
-        else:
-            current = product(pair, pair.start, pair.stop)
-        previous = pair
+        change: Tensor | None = None
+        # Rows that leave at the start of the window are subtracted, rows that enter at its end are added.
+        for old, new, sign in ((previous.start, pair.start, -1), (previous.stop, pair.stop, 1)):
+            if old != new:
+                part = product(pair, min(old, new), max(old, new)).mul_(sign if new > old else -sign)
+                change = part if change is None else change.add_(part)
+        found.append(change)
+    return found
+
+
+def add_row_correlation_(total: Tensor, x: Tensor, geometry: Geometry, alpha: float = 1.0) -> None:
+    """Add ``alpha Σ_r a_r a_rᵀ`` over all rows (without ones) to ``total``, both triangles.
+
+    A bounded number of examples is unfolded at a time.
+
+    Args:
+        total: Running sum ``[groups, d, d]``.
+        x: Input ``[N, C, *size]``.
+        geometry: The convolution.
+        alpha: Factor of what is added.
+    """
+    out = geometry.output_size(tuple(x.shape[2:]))
+    flat = geometry
+    if geometry.mode != "constant":
+        none = tuple((0, 0) for _ in geometry.kernel)
+        x, flat = geometry.pad(x), replace(geometry, padding=none, mode="constant")
+    pairs = _plan(flat, x.shape[2], out[0])
+    channels, lines, taps = x.shape[1] // geometry.groups, geometry.kernel[0], math.prod(geometry.kernel[1:])
+    per_example = x.shape[1] * x.shape[2] * math.prod(out[1:]) * taps
+    sums: list[Tensor | None] = [None] * len(pairs)
+    for part in x.split(max(1, UNFOLDED // per_example)):
+        for index, found in enumerate(_increments(part, flat, out, pairs)):
+            held = sums[index]
+            sums[index] = found if held is None else held if found is None else held.add_(found)
+
+    blocks = total.unflatten(-1, (channels, lines, taps)).unflatten(1, (channels, lines, taps))
+    current: Tensor | None = None
+    for previous, pair, change in zip((None, *pairs), pairs, sums, strict=False):
+        slides = previous is not None and _chain_cost(previous, pair)[1]
+        if not slides:
+            current = change
+        elif change is not None:
+            current = change if current is None else current.add_(change)
+        if current is None:
+            continue
         block = current.unflatten(-1, (taps, channels)).unflatten(1, (taps, channels)).permute(0, 2, 1, 4, 3)
         blocks[:, :, pair.i, :, :, pair.j].add_(block, alpha=alpha)
         if pair.i != pair.j:
-            # The matrix's upper triangle runs over channels first, so both orders of the lines are needed.
+            # The matrix's triangles run over channels first, so both orders of the lines are needed.
             blocks[:, :, pair.j, :, :, pair.i].add_(block.permute(0, 3, 4, 1, 2), alpha=alpha)
 
 

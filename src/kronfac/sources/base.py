@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +89,6 @@ class Source(ABC):
         outputs: Tensor,
         targets: object = None,
         generator: torch.Generator | None = None,
-        retain_graph: bool = True,
     ) -> Iterator[list[Sample]]:
         """Pull every seed back and yield the samples of all recorded layers, one list per pull.
 
@@ -99,14 +98,56 @@ class Source(ABC):
             outputs: The model's outputs, attached to the graph.
             targets: Targets, where source or likelihood needs them.
             generator: For everything random.
-            retain_graph: Keep the graph after the last pull.
 
         Yields:
             Samples of one pull.
-
-        Raises:
-            FloatingPointError: The outputs are not finite; the text names the layer where that began.
         """
+        for seed, sample in self._pulls(tape, likelihood, outputs, targets, generator):
+            pulled = {} if seed.cotangent is None else tape.pull(outputs, seed.cotangent)
+            yield [sample(name, pulled.get(name)) for name in tape.calls]
+
+    def stream(
+        self,
+        tape: Tape,
+        likelihood: Likelihood,
+        outputs: Tensor,
+        targets: object,
+        generator: torch.Generator | None,
+        take: Callable[[Sample], None],
+    ) -> None:
+        """Do as :meth:`samples` does, but hand out each sample as soon as its cotangent is complete, and keep none.
+
+        Args:
+            tape: A recorded forward pass.
+            likelihood: The loss.
+            outputs: The model's outputs, attached to the graph.
+            targets: Targets, or None.
+            generator: For everything random.
+            take: Called with every sample; layers that a pull does not reach come last, with zero cotangents.
+        """
+        for seed, sample in self._pulls(tape, likelihood, outputs, targets, generator):
+            met: set[str] = set()
+
+            def receive(name: str, cotangent: Tensor, sample: _MakeSample = sample, met: set[str] = met) -> None:
+                met.add(name)
+                take(sample(name, cotangent))
+
+            if seed.cotangent is not None:
+                tape.stream(outputs, seed.cotangent, receive)
+            for name, call in tape.calls.items():
+                if name not in met:
+                    zero = None if seed.cotangent is None else outputs.detach().new_zeros(call.output_shape)
+                    take(sample(name, zero))
+
+    def _pulls(
+        self,
+        tape: Tape,
+        likelihood: Likelihood,
+        outputs: Tensor,
+        targets: object,
+        generator: torch.Generator | None,
+    ) -> Iterator[tuple[Seed, _MakeSample]]:
+        """Yield each seed with the function that makes a sample of a layer's cotangent."""
         with torch.no_grad(), torch.autocast(outputs.device.type, enabled=False):
             values = outputs.detach()
             values = values if values.dtype in (torch.float32, torch.float64) else values.float()
@@ -119,16 +160,17 @@ class Source(ABC):
                 weights = None  # uniform: the same means by the cheaper unweighted forms
             rows = {name: align_weights(call.adapter, call.input, weights) for name, call in tape.calls.items()}
             for index, seed in enumerate(self.seeds(likelihood, values, targets, generator)):
-                if seed.cotangent is None:
-                    pulled: dict[str, Tensor] = {}
-                else:
-                    pulled = tape.pull(outputs, seed.cotangent, retain_graph=True)
-                yield [
-                    Sample(call.adapter, call.input, pulled.get(name), seed.weight, denominator, index == 0, rows[name])
-                    for name, call in tape.calls.items()
-                ]
-        if not retain_graph:
-            tape.calls = {}
+
+                def sample(
+                    name: str, cotangent: Tensor | None, seed: Seed = seed, first: bool = index == 0
+                ) -> Sample:
+                    call = tape.calls[name]
+                    return Sample(call.adapter, call.input, cotangent, seed.weight, denominator, first, rows[name])
+
+                yield seed, sample
+
+
+_MakeSample = Callable[[str, Tensor | None], Sample]
 
 
 def _first_not_finite(tape: Tape) -> str:
@@ -145,8 +187,8 @@ def _first_not_finite(tape: Tape) -> str:
             f"they first appear in the input of layer {broken[0]!r}, after layer {names[names.index(broken[0]) - 1]!r}"
         )
     return (
-        f"NaN or Inf in the model's outputs; {where}. No statistics were updated and no parameter was changed. Look for "
-        "invalid inputs or a diverged loss; lower lr or raise damping."
+        f"NaN or Inf in the model's outputs; {where}. No statistics were updated and no parameter was changed. Look "
+        "for invalid inputs or a diverged loss; lower lr or raise damping."
     )
 
 
