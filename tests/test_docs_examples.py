@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +54,6 @@ def test_page_runs(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
             namespace = given()
         # Padded to its place, so that a failure names the line of the page.
         exec(compile("\n" * (line - 1) + code, str(ROOT / page), "exec"), namespace)
-
-
-def test_printed_coverage_is_what_the_code_prints() -> None:
-    """And so are the printed verifications, which hold rounding errors, written by the same run."""
-    folder = ROOT / "docs" / "examples"
-    script = runpy.run_path(str(folder / "checks.py"))
-    expected = set()
-    for name, model, _, _ in script["models"]():
-        report = kf.coverage(model.double().eval())
-        printed = (folder / f"{name}-coverage.txt").read_text(encoding="utf-8")
-        assert [line.rstrip() for line in str(report).splitlines()] == printed.splitlines()
-        expected |= {folder / f"{name}-{what}.txt" for what in ("coverage", *script["SHARING"][name])}
-    assert set(folder.glob("*.txt")) == expected
 
 
 def test_pages_with_examples_are_found() -> None:
