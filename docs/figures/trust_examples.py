@@ -117,10 +117,27 @@ def verified(build: Callable[[], tuple[nn.Module, tuple[Tensor, Tensor]]], sourc
     return str(report)
 
 
+def sharing() -> str:
+    """Compare the two readings of weight sharing on ResNet-20's last convolution.
+
+    Returns:
+        A line each.
+    """
+    model, (x, y) = resnet()
+    model.double().eval()
+    lines = []
+    for kind in ("expand", "reduce"):
+        report = kf.verify(model, kf.Categorical(), (x.double(), y), source="exact", sharing=kind)
+        (row,) = [row for row in report.rows if row.layer == "stages.8.conv2"]
+        lines.append(f"sharing={kind}: cosine {row.cosine:.3f}, scale {row.scale:.3f}, error {row.error:.3f}")
+    return "\n".join(lines)
+
+
 #: Texts by the name of the file that the page includes.
 EXAMPLES: dict[str, Callable[[], str]] = {
     "resnet20-coverage": lambda: str(kf.coverage(resnet()[0])),
     "resnet20-verify": lambda: verified(resnet, "sampled"),
+    "resnet20-sharing": sharing,
     "encoder-coverage": lambda: str(kf.coverage(encoder()[0])),
     "encoder-verify": lambda: verified(encoder, "exact"),
     "unsupported-coverage": lambda: str(kf.coverage(unsupported()[0])),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     )
     from kronfac.curvature import BlockDiagonal
     from kronfac.estimation import CoverageWarning, Estimator, estimate
-    from kronfac.inspect.coverage import coverage
+    from kronfac.inspect.covered import coverage
     from kronfac.inspect.verification import verify
     from kronfac.inspect.verified import VerificationError
     from kronfac.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, likelihood_of

@@ -133,6 +133,7 @@ def test_a_model_without_any_block_is_reported_too() -> None:
     assert report.memory == 0
     assert report.largest is None
     assert "covered: 0.0%" in str(report)
+    assert repr(report) == "CoverageReport(0 of 2 parameters, 0 B)"
 
 
 def test_a_block_that_would_be_refused_says_so_and_takes_no_memory() -> None:

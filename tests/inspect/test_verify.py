@@ -364,6 +364,30 @@ def test_labels_need_not_be_enumerable() -> None:
     report.raise_if(scale=0.01)
 
 
+class Positions(nn.Module):
+    """Position embeddings are looked up once for all examples, so that cotangents of examples add up in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.place, self.head = nn.Embedding(9, 4), nn.Embedding(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(x) + self.place(torch.arange(x.shape[1])))).mean(1)
+
+
+def test_examples_mixed_by_a_layer_are_found() -> None:
+    batch = (torch.arange(30).reshape(6, 5) % 9, classes(6))
+    report = kf.verify(double(Positions()), kf.Categorical(), batch)
+    report.raise_if(scale=1e-8)  # sampled labels are independent, and K-FAC's factor right
+    assert any("place" in note and "mixed" in note for note in report.notes)
+    try:
+        report = kf.verify(double(Positions()), kf.Categorical(), batch, source="exact")
+    except ValueError:
+        return  # refused: as good
+    with pytest.raises(VerificationError, match=r"1 of 3 layers .*\n  place: output factor"):
+        report.raise_if(scale=0.01)
+
+
 # ------------------------------------------------------------------------------------------------ sampling error
 @pytest.mark.parametrize("samples", [1, 4])
 @pytest.mark.parametrize("approximation", ["dense", "kfac"])
@@ -482,6 +506,7 @@ def test_text_plain_data_and_table() -> None:
     pytest.importorskip("pandas")
     assert {"layer", "cosine", "scale", "error", "scale_sampling", "error_sampling"} <= set(report.table.columns)
     assert list(report.table["layer"]) == ["0", "1", "3"]
+    assert repr(report).startswith("VerificationReport(3 layers, smallest cosine 0.")
 
 
 def test_what_has_no_block_is_named_and_not_compared(recwarn: pytest.WarningsRecorder) -> None:
@@ -575,7 +600,7 @@ def test_too_much_memory_says_which_batch_would_do(count: int, what: str) -> Non
 
 
 def test_a_layer_too_large_for_one_example() -> None:
-    with pytest.raises(ValueError, match="one example alone is too many"):
+    with pytest.raises(ValueError, match=r"one example alone needs 3.38 KiB"):
         kf.verify(small(), kf.Categorical(), BATCH, memory_limit=1000)
 
 

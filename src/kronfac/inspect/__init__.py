@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kronfac.inspect.coverage import CoverageReport, ParameterCoverage, coverage
+from kronfac.inspect.covered import CoverageReport, ParameterCoverage, coverage
 from kronfac.inspect.verification import verify
 from kronfac.inspect.verified import LayerCheck, VerificationError, VerificationReport
 

@@ -44,7 +44,8 @@ class Budget:
             what = f"{widest} parameters of layer {name!r}" if widest >= self.roots else f"{self.roots} outputs"
             each = self.roots / self.examples
             most = int(min(room / (each * widest), math.sqrt(room) / each))
-            advice = f"use a batch of at most {most} examples" if most else "one example alone is too many"
+            alone = self.entry * each * max(widest, each)
+            advice = f"use a batch of at most {most} examples" if most else f"one example alone needs {size(alone)}"
             raise ValueError(
                 f"The exact matrix's roots, {self.roots} outputs x {what}, need {size(entries * self.entry)} with "
                 f"{self.examples} examples; memory_limit is {size(self.limit)}: {advice}, or raise memory_limit=."

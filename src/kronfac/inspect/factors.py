@@ -7,7 +7,7 @@ cotangents are sampled, what is expected is computed for the very cotangents tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,13 +59,15 @@ def input_ratio(block: Block, call: Call, weights: Tensor | None, generator: tor
     return max(found, key=lambda value: abs(value - 1))
 
 
-def output_traces(tape: Tape, outputs: Tensor, seeds: Sequence[Seed]) -> dict[str, float]:
+def output_traces(tape: Tape, outputs: Tensor, seeds: Sequence[Seed], *, apart: bool) -> dict[str, float]:
     """Compute what ``D tr G`` must be for given cotangents of the outputs.
 
     Args:
         tape: A recorded forward pass.
         outputs: Its outputs.
         seeds: The cotangents, with their weights.
+        apart: Pull each example's cotangent back by itself. Sampled ones are independent, and may be pulled together;
+            an exact root's may not if anything in the model mixes examples.
 
     Returns:
         ``Σ_seeds weight Σ_rows |g|²`` for each layer, where ``g`` is the seed pulled back to the layer's output.
@@ -73,9 +75,10 @@ def output_traces(tape: Tape, outputs: Tensor, seeds: Sequence[Seed]) -> dict[st
     totals = dict.fromkeys(tape.calls, 0.0)
     for seed in seeds:
         assert seed.cotangent is not None
-        for name, cotangent in tape.pull(outputs, seed.cotangent).items():
-            rows = _shared(tape.calls[name].adapter, cotangent).double()
-            totals[name] += seed.weight * float(rows.square().sum())
+        for root in _alone(seed.cotangent) if apart else [seed.cotangent]:
+            for name, cotangent in tape.pull(outputs, root).items():
+                rows = _shared(tape.calls[name].adapter, cotangent).double()
+                totals[name] += seed.weight * float(rows.square().sum())
     return totals
 
 
@@ -93,9 +96,7 @@ def gradient_traces(parameters: Mapping[str, Tensor], outputs: Tensor, seeds: Se
     totals = dict.fromkeys(parameters, 0.0)
     for seed in seeds:
         assert seed.cotangent is not None
-        for index, cotangent in enumerate(seed.cotangent.to(outputs.dtype)):
-            alone = torch.zeros_like(outputs)
-            alone[index] = cotangent
+        for alone in _alone(seed.cotangent.to(outputs.dtype)):
             pulled = torch.autograd.grad(
                 outputs, list(parameters.values()), alone, retain_graph=True, materialize_grads=True, allow_unused=True
             )
@@ -115,6 +116,14 @@ def output_trace(block: Block) -> float:
     """
     assert isinstance(block, (Kronecker, DiagonalKronecker))
     return float(block.output.diagonal(dim1=-2, dim2=-1).double().sum())
+
+
+def _alone(cotangents: Tensor) -> Iterator[Tensor]:
+    """Cotangents of one example each, zero for the others."""
+    for index in range(len(cotangents)):
+        alone = torch.zeros_like(cotangents)
+        alone[index] = cotangents[index]
+        yield alone
 
 
 def _pullback(adapter: LayerAdapter, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from kronfac.inspect.verified import LayerCheck, VerificationError, Verification
 from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.likelihoods import Likelihood
 from kronfac.sources import Empirical, ForwardOnly, Sampled, Seed, Source, align_weights, get_source
-from kronfac.tape import Tape, couples_examples, frozen_buffers, record
+from kronfac.tape import Tape, apart_from_training, couples_examples, frozen_buffers, record
 
 
 def verify(
@@ -88,7 +89,8 @@ def verify(
             )
 
     def run() -> Tensor:
-        return pick_outputs(call_model(model, inputs), outputs)
+        with apart_from_training():
+            return pick_outputs(call_model(model, inputs), outputs)
 
     values = _probe(model, run)
     curvature = curvature_from(drawn, seed)
@@ -100,7 +102,8 @@ def verify(
         graph = run()
         tape.close()
         factored = [name for name, block in one.blocks.items() if _factored(method, block)]
-        checks = _factored_checks(one, factored, tape, graph, likelihood, targets, given, seed)
+        traces = output_traces(tape, graph, given, apart=drawn.exact) if factored else {}
+        checks = _factored_checks(one, factored, tape, traces, graph.detach(), likelihood, targets, seed)
         if not couples_examples(model):
             checks |= _trace_checks(one, factored, graph, likelihood, targets, given)
     spreads = {} if drawn.exact else _spreads(curvature_from, drawn, seed)
@@ -119,7 +122,8 @@ def verify(
     if isinstance(drawn, Sampled):
         settings |= {"samples": drawn.count, "seed": seed}  # type: ignore[dict-item]
     settings |= {"examples": len(values), "roots": values.numel()}  # type: ignore[dict-item]
-    notes = _notes(model, adaptation.uncovered)
+    other = [name for name, call in tape.calls.items() if len(call.input) != len(values)]
+    notes = _notes(model, other, adaptation.uncovered)
     return VerificationReport(tuple(rows), settings, seeds_checked, adaptation.uncovered, notes)
 
 
@@ -174,23 +178,23 @@ def _factored_checks(
     curvature: BlockDiagonal,
     layers: list[str],
     tape: Tape,
-    outputs: Tensor,
+    traces: Mapping[str, float],
+    values: Tensor,
     likelihood: Likelihood,
     targets: Any,
-    given: list[Seed],
     seed: int,
 ) -> dict[str, dict[str, float]]:
     """Both factors of the layers over their exact values."""
-    values = outputs.detach()
-    traces = output_traces(tape, outputs, given) if layers else {}
     denominator, weights = float(likelihood.denominator(values, targets)), likelihood.row_weights(values, targets)
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name in layers:
         block, call = curvature.blocks[name], tape.calls[name]
-        rows = align_weights(call.adapter, call.input, weights)
+        # Weights are those of examples: without a dimension of examples in front there is nothing to compare with.
+        known = weights is None or len(call.input) == len(values)
+        rows = align_weights(call.adapter, call.input, weights) if known else None
         found[name] = {
-            "input_factor": input_ratio(block, call, rows, generator),
+            "input_factor": input_ratio(block, call, rows, generator) if known else math.nan,
             "output_factor": ratio(output_trace(block), traces[name] / denominator),
         }
     return found
@@ -263,12 +267,17 @@ def _row(layer: str, block: Block, found: Comparison, checks: Mapping[str, float
     )
 
 
-def _notes(model: nn.Module, uncovered: Mapping[str, str]) -> tuple[str, ...]:
+def _notes(model: nn.Module, other: list[str], uncovered: Mapping[str, str]) -> tuple[str, ...]:
     notes = []
     if couples_examples(model):
         notes.append(
             "batch norm in train mode couples the examples: F differentiates through the whole batch, while the blocks "
             "treat examples as independent"
+        )
+    if other:
+        notes.append(
+            f"not called with examples in front: {', '.join(other)}; for these rows of different examples are mixed, "
+            "which only sampled cotangents, K-FAC's blocks with sharing='expand' and a loss without weights allow"
         )
     if uncovered:
         notes.append(f"not compared, without a block: {', '.join(uncovered)} (see kronfac.coverage)")
