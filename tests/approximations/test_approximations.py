@@ -186,19 +186,32 @@ def test_pairs_that_a_source_does_not_offer(name: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------- not finite
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("what", ["input", "cotangent"])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_not_finite_never_enters(name: str, what: str, value: float) -> None:
+def test_what_is_not_finite_never_enters(name: str, value: float) -> None:
     layer, x, g = nn.Linear(3, 2).double(), draw(4, 3), draw(4, 2)
     statistic = get_approximation(name).start(adapt(layer, "layer"))
     statistic.add(sample(layer, x, g))
     before = {key: (mean.total.clone(), mean.weight) for key, mean in statistic.means().items()}
-    (x if what == "input" else g)[1, 1] = value
-    with pytest.raises(FloatingPointError, match=f"NaN or Inf in the {what} of layer 'layer'"):
+    g[1, 1] = value
+    with pytest.raises(FloatingPointError, match="NaN or Inf in the cotangent of layer 'layer'"):
         statistic.add(sample(layer, x, g))
     for key, mean in statistic.means().items():
         assert torch.equal(mean.total, before[key][0])
         assert mean.weight == before[key][1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_infinite_input_touches_no_layers_statistics(name: str) -> None:
+    """The activation saturates, so that the outputs, and the layers above, are finite."""
+    model, x = small(), draw(4, 3)
+    estimator = Estimator(model, kf.Categorical(), approximation=name)
+    x[0, 0] = torch.inf
+    with record(estimator.adaptation.adapters) as tape:
+        out = model(x)
+    assert out.isfinite().all()
+    with pytest.raises(FloatingPointError, match="NaN or Inf in the input of layer '0'"):
+        estimator.update(tape, out)
+    assert all(statistic.empty for statistic in estimator.statistics.values())
 
 
 @pytest.mark.parametrize("name", NAMES)

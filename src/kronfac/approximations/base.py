@@ -10,7 +10,7 @@ from torch import Tensor
 from kronfac.blocks import Block
 from kronfac.layers import LayerAdapter
 from kronfac.linalg.symmetric import all_finite
-from kronfac.sources import Sample, Source
+from kronfac.sources import Sample, Source, not_finite
 
 
 class Mean:
@@ -140,17 +140,13 @@ def zeros(layer: LayerAdapter, *shape: int) -> Tensor:
 
 
 def require_finite(sample: Sample) -> None:
-    """Stop before a NaN or an infinity enters the running means.
+    """Stop before a NaN or an infinity enters the running means; the source looked at the inputs.
 
     Args:
         sample: The sample.
 
     Raises:
-        FloatingPointError: Input or cotangent of the layer is not finite.
+        FloatingPointError: The cotangent of the layer is not finite.
     """
-    for what, tensor in (("input", sample.inputs if sample.first else None), ("cotangent", sample.cotangents)):
-        if tensor is not None and tensor.is_floating_point() and not all_finite(tensor):
-            raise FloatingPointError(
-                f"NaN or Inf in the {what} of layer {sample.layer.name!r}: its statistics were not updated and no "
-                "parameter was changed. Look for a diverged loss or invalid inputs; lower lr or raise damping."
-            )
+    if sample.cotangents is not None and not all_finite(sample.cotangents):
+        raise FloatingPointError(not_finite("cotangent", sample.layer.name))

@@ -251,7 +251,8 @@ class KFAC(Optimizer):
                 loss = closure()
         self._gatherer.check_layers()
         everything = [p for group in self.param_groups for p in group["params"]]
-        _check_finite({self._names[id(p)]: p.grad for p in everything if p.grad is not None})
+        if self._fallback is not None:
+            _check_finite({self._names[id(p)]: p.grad for p in everything if p.grad is not None})
         self._check_statistics()
         if self._inverses_due:
             damping = {name: self._damping(name) for name in self._estimator.statistics}
@@ -294,6 +295,7 @@ class KFAC(Optimizer):
             if group["weight_decay"] and not group["decoupled_weight_decay"]:
                 gradients[name] = gradients[name].add(parameter, alpha=group["weight_decay"])
         directions = self._directions(gradients)
+        _check_finite(gradients, directions)
         scale = self._clip_scale(gradients, directions, members)
         for group in self._own_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -428,14 +430,17 @@ class KFAC(Optimizer):
             self.param_groups = [group if "kl_clip" in group else next(theirs) for group in self.param_groups]
 
 
-def _check_finite(gradients: dict[str, Tensor]) -> None:
-    if not gradients:
+def _check_finite(gradients: dict[str, Tensor], directions: dict[str, Tensor] | None = None) -> None:
+    """Refuse gradients that are not finite, and directions, which any such gradient spoils."""
+    looked_at = list((gradients if directions is None else directions).values())
+    if not looked_at:
         return
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(gradients.values()))])
-    if not math.isfinite(float(norms.sum())):
-        bad = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
-        if bad:
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(looked_at)])
+    if math.isfinite(float(norms.sum())):
+        return
+    for what, tensors in (("gradient", gradients), ("preconditioned gradient", directions or {})):
+        if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
             raise FloatingPointError(
-                f"NaN or Inf in the gradient of {', '.join(bad)}; no parameter was changed. The loss may have "
-                "diverged: lower lr, raise damping, or set kl_clip."
+                f"NaN or Inf in the {what} of {', '.join(bad)}; no parameter was changed. The loss may have diverged: "
+                "lower lr, raise damping, or set kl_clip."
             )

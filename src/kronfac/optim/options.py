@@ -111,10 +111,13 @@ def make_generator(generator: torch.Generator | None, device: torch.device) -> t
         The generator.
 
     Raises:
+        TypeError: It is no generator.
         ValueError: The generator is on another device.
     """
     if generator is None:
         return torch.Generator(device).manual_seed(0)
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}.")
     if generator.device.type != device.type:
         raise ValueError(f"generator is on {generator.device}, the model on {device}; make one there.")
     return generator

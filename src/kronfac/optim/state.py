@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +91,11 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
                     f"Layer {layer!r}: the state's {key} has shape {shape}, not {tuple(mean.total.shape)}."
                 )
             total = torch.empty_like(mean.total).copy_(entry["total"])
-            means.append((mean, total, float(entry["weight"]), float(entry["scale"])))
+            weight, scale = (_number(f"{what} of {layer}.{key}", entry[what]) for what in ("weight", "scale"))
+            means.append((mean, total, weight, scale))
     inverses = _load_inverses(optimizer, saved["inverses"])
-    steps, ratio = int(saved["steps"]), None if saved["clip_ratio"] is None else float(saved["clip_ratio"])
+    steps = int(_number("steps", saved["steps"]))
+    ratio = None if saved["clip_ratio"] is None else _number("clip_ratio", saved["clip_ratio"])
     generator, fallback = optimizer._estimator.generator, optimizer._fallback
     assert generator is not None
     random_state = saved["generator"].to(device="cpu", dtype=torch.uint8)
@@ -113,6 +116,12 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
         optimizer._gatherer.reset()
 
     return apply
+
+
+def _number(what: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"The state's {what} is {value!r}, which is no number.")
+    return value
 
 
 def _check_parameters(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

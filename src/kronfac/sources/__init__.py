@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kronfac.sources.base import Sample, Seed, Source, align_weights
+from kronfac.sources.base import Sample, Seed, Source, align_weights, not_finite
 from kronfac.sources.empirical import Empirical
 from kronfac.sources.exact import Exact
 from kronfac.sources.forward_only import ForwardOnly
@@ -49,4 +49,5 @@ __all__ = [
     "Source",
     "align_weights",
     "get_source",
+    "not_finite",
 ]

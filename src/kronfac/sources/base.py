@@ -153,6 +153,10 @@ class Source(ABC):
             values = values if values.dtype in (torch.float32, torch.float64) else values.float()
             if not all_finite(values):
                 raise FloatingPointError(_first_not_finite(tape))
+            for name, call in tape.calls.items():
+                # All of them before the first statistic is touched: activations that saturate hide an infinity.
+                if call.input.is_floating_point() and not all_finite(call.input):
+                    raise FloatingPointError(not_finite("input", name))
             likelihood.validate(values, targets)  # type: ignore[arg-type]
             denominator = float(likelihood.denominator(values, targets))  # type: ignore[arg-type]
             weights = likelihood.row_weights(values, targets)  # type: ignore[arg-type]
@@ -161,9 +165,7 @@ class Source(ABC):
             rows = {name: align_weights(call.adapter, call.input, weights) for name, call in tape.calls.items()}
             for index, seed in enumerate(self.seeds(likelihood, values, targets, generator)):
 
-                def sample(
-                    name: str, cotangent: Tensor | None, seed: Seed = seed, first: bool = index == 0
-                ) -> Sample:
+                def sample(name: str, cotangent: Tensor | None, seed: Seed = seed, first: bool = index == 0) -> Sample:
                     call = tape.calls[name]
                     return Sample(call.adapter, call.input, cotangent, seed.weight, denominator, first, rows[name])
 
@@ -171,6 +173,22 @@ class Source(ABC):
 
 
 _MakeSample = Callable[[str, Tensor | None], Sample]
+
+
+def not_finite(what: str, layer: str) -> str:
+    """Say that a layer's input or cotangent is not finite.
+
+    Args:
+        what: Which of the two.
+        layer: The layer's name.
+
+    Returns:
+        The message.
+    """
+    return (
+        f"NaN or Inf in the {what} of layer {layer!r}: its statistics were not updated and no parameter was changed. "
+        "Look for a diverged loss or invalid inputs; lower lr or raise damping."
+    )
 
 
 def _first_not_finite(tape: Tape) -> str:
