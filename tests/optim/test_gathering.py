@@ -486,7 +486,7 @@ def test_a_model_that_changes_is_refused(change: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- compiled
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_compiled_models_are_replayed_eagerly(backend: str) -> None:
     torch._dynamo.reset()

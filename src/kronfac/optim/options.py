@@ -115,7 +115,10 @@ def make_generator(generator: torch.Generator | None, device: torch.device) -> t
         ValueError: The generator is on another device.
     """
     if generator is None:
-        return torch.Generator(device).manual_seed(0)
+        # A seed of its own for each process: equal draws would only repeat their error.
+        distributed = torch.distributed
+        rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+        return torch.Generator(device).manual_seed(rank)
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}.")
     if generator.device.type != device.type:

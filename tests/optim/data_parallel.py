@@ -1,0 +1,62 @@
+"""What each process of the data-parallel test does; a module of its own, so that new processes can import it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from tests.exactness_helpers import draw
+from tests.optim.hand_kfac import network
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+
+import kronfac as kf
+
+STEPS = 4
+WORLD = 2
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    return draw(8, 3, seed=step), torch.arange(8) % 3
+
+
+def share(step: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Halves for the training steps, unequal parts for the statistics after them."""
+    sizes = [4, 4] if step < STEPS else [6, 2]
+    x, y = batch(step)
+    return x.split(sizes)[rank], y.split(sizes)[rank]
+
+
+def result(model: nn.Module, optimizer: kf.optim.KFAC) -> dict[str, Tensor]:
+    found = {f"parameter {name}": p.detach().clone() for name, p in model.named_parameters()}
+    for layer, block in optimizer.curvature().blocks.items():
+        found |= {f"factor {layer}.{key}": tensor for key, tensor in block.tensors().items()}
+    return found
+
+
+def train(model: nn.Module, called: nn.Module, rank: int | None) -> dict[str, Tensor]:
+    """Train the model, alone on all data or as one of several; then gather once more without a step."""
+    optimizer = kf.optim.KFAC(
+        called, kf.Categorical(), lr=0.1, damping=0.1, source="exact", stats_every=2, burn_in=1, momentum=0.5
+    )
+    for step in range(STEPS + 1):
+        x, y = batch(step) if rank is None else share(step, rank)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(called(x), y)
+        if step < STEPS:
+            loss.backward()
+            optimizer.step()
+    return result(model, optimizer)
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", f"file://{folder}/meeting", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
+    try:
+        model = network()
+        torch.save(train(model, nn.parallel.DistributedDataParallel(model), rank), Path(folder) / f"{rank}.pt")
+    finally:
+        distributed.destroy_process_group()

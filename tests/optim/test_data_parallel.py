@@ -1,0 +1,38 @@
+"""Two processes with half of the data each have the factors, and take the steps, of one with all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.optim import data_parallel
+from tests.optim.hand_kfac import network
+
+import kronfac as kf
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_two_processes_are_as_good_as_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(data_parallel.work, (str(tmp_path),), nprocs=data_parallel.WORLD)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(data_parallel.WORLD)]
+    model = network()
+    wanted = data_parallel.train(model, model, None)
+    for part in found:
+        assert part.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(
+                part[name], tensor, rtol=1e-10, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}"
+            )
+    for name in wanted:
+        assert torch.equal(found[0][name], found[1][name]), name
+
+
+def test_processes_draw_labels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        states.append(kf.optim.KFAC(network(), kf.Categorical(), lr=0.1)._estimator.generator.get_state())
+    assert not torch.equal(*states)
