@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kronfac import experiments
+from kronfac.experiments.environment import warning
 from kronfac.experiments.progress import Progress
 
 
@@ -53,6 +54,12 @@ def test_the_page_states_settings_environment_and_command(folder: Path) -> None:
     page = (folder / "report.html").read_text()
     for text in ("momentum=0.9", "torch", "threads", "2 seeds"):
         assert text in page
+
+
+def test_a_busy_machine_is_pointed_out() -> None:
+    assert "load 3.5 on 2 cores" in warning({"load at the start": 3.5, "cores": 2})
+    assert warning({"load at the start": 1.5, "cores": 2}) == ""
+    assert warning({}) == ""
 
 
 def test_an_unfinished_comparison_can_be_reported(tmp_path: Path) -> None:

@@ -36,10 +36,10 @@ def test_curves_draw_the_mean_and_a_band_from_least_to_greatest() -> None:
     assert axes.get_ylabel() == "training loss"
 
 
-def test_curves_draw_on_given_axes_and_from_a_given_start() -> None:
+def test_curves_draw_on_given_axes_and_focus_on_what_comes_later() -> None:
     axes = plots.new_axes()
-    assert plots.training_curves(TABLE, axes=axes, start_at=10, log_y=False, title="t") is axes
-    assert axes.get_lines()[0].get_xdata().tolist() == [10, 20]
+    assert plots.training_curves(TABLE, axes=axes, focus=0.4, log_y=False, title="t") is axes
+    assert axes.get_ylim()[1] == pytest.approx(1.02 * 6.0)  # the greatest of the second and third evaluations
     assert axes.get_yscale() == "linear"
 
 

@@ -18,7 +18,7 @@ from kronfac.experiments.present import Table
 from kronfac.experiments.progress import Progress
 from kronfac.experiments.settings import RunSettings
 
-_BAR_PERIOD, _LINE_PERIOD = 0.1, 2.0
+_BAR_PERIOD, _LINE_PERIOD = 0.1, 5.0
 
 
 def name_of(settings: RunSettings) -> str:
@@ -63,7 +63,7 @@ class _Display(Progress):
 
 
 class Lines(_Display):
-    """A plain line on standard error every few seconds, and one at the end of each run."""
+    """A plain line on standard error every five seconds, and one at the end of each run."""
 
     def message(self, text: str) -> None:
         """Print a line.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kronfac.experiments.environment import environment
+from kronfac.experiments.environment import environment, warning
 from kronfac.experiments.errors import need
 from kronfac.experiments.files import make_folder, remove_leftovers, write_json
 from kronfac.experiments.lock import locked
@@ -113,10 +113,10 @@ def compare(
     call = command or _call(problem, optimizers, out, arguments)
     with locked(folder), _threads(plan.threads):
         remove_leftovers(folder)
-        write_json(
-            folder / COMPARISON,
-            {"plan": plan.as_json(), "environment": environment() | {"threads": plan.threads}, "command": call},
-        )
+        found = environment() | {"threads": plan.threads}
+        write_json(folder / COMPARISON, {"plan": plan.as_json(), "environment": found, "command": call})
+        if busy := warning(found):
+            progress.message(busy)
         data = data.to(device)
 
         def train(settings: RunSettings) -> None:

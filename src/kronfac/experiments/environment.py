@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 import kronfac
+
+_LOAD = "load at the start"
 
 
 def environment() -> dict[str, object]:
@@ -25,9 +28,26 @@ def environment() -> dict[str, object]:
         "processor": _processor(),
         "cores": usable_cores(),
     }
+    if hasattr(os, "getloadavg"):  # other work on the machine is in every figure of seconds
+        found[_LOAD] = round(os.getloadavg()[0], 1)
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def warning(found: Mapping[str, object]) -> str:
+    """Say whether figures of seconds can be trusted.
+
+    Args:
+        found: What `environment` gave, then or now.
+
+    Returns:
+        A sentence if the machine was busier at the start than it has cores, else nothing.
+    """
+    load, cores = found.get(_LOAD), found.get("cores")
+    if isinstance(load, int | float) and isinstance(cores, int) and load > cores:
+        return f"the machine was busy at the start (load {load} on {cores} cores): seconds are distorted by other work"
+    return ""
 
 
 def usable_cores() -> int:

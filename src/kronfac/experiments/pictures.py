@@ -32,7 +32,7 @@ def write_pictures(results: Results) -> list[Path]:
     written = []
     for metric in (plan.metric, counterpart):
         for word, column in AXES.items():
-            axes = plots.training_curves(table, column, metric, names=names, title=plan.problem)
+            axes = plots.training_curves(table, column, metric, names=names, focus=0.03, title=plan.problem)
             written.append(_save(axes, results.folder / f"{metric.replace('_', '-')}-{word}.png"))
     for optimizer, axes_of_grid in plan.grid.items():
         if not results.grids.get(optimizer):

@@ -10,6 +10,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
+from kronfac.experiments.environment import warning
 from kronfac.experiments.errors import need
 from kronfac.experiments.files import write_text
 from kronfac.experiments.optimizers import get_optimizer
@@ -105,6 +106,7 @@ are those of training: evaluation is not counted. Both are read at the first eva
 what the command changed.</p>
 <h2>Environment</h2>
 {_table(environment_table(results))}
+<p class="note">{escape(warning(results.environment))}</p>
 <h2>Command</h2>
 <pre>{escape(results.command)}</pre>
 </main>

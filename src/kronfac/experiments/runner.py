@@ -68,6 +68,7 @@ def run(
         return result
     write_json(folder / SETTINGS, asdict(settings))
     with torch.random.fork_rng(devices=[]), _signals() as interrupted:
+        _rehearse(problem, settings, data)
         torch.manual_seed(settings.seed)
         training = Training(problem, settings, data)
         offset = _resume(training, folder)
@@ -84,6 +85,12 @@ def run(
     (folder / CHECKPOINT).unlink(missing_ok=True)
     progress.finished(settings, status, note)
     return result
+
+
+def _rehearse(problem: Problem, settings: RunSettings, data: Data) -> None:
+    """Do one step of a training that is thrown away: what is loaded on first use shall be in nobody's seconds."""
+    with contextlib.suppress(Diverged):
+        Training(problem, settings, data).advance()
 
 
 def _resume(training: Training, folder: Path) -> int:

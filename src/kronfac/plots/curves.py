@@ -23,7 +23,7 @@ def training_curves(
     names: Sequence[str] | None = None,
     axes: Axes | None = None,
     log_y: bool = True,
-    start_at: float | None = None,
+    focus: float = 0.0,
     title: str | None = None,
 ) -> Axes:
     """Draw a metric against steps, epochs or seconds: a line for the mean over seeds, a band from least to greatest.
@@ -35,7 +35,8 @@ def training_curves(
         names: The optimisers in order; that of their first appearance by default.
         axes: Where to draw; new axes by default.
         log_y: Whether the vertical axis is logarithmic (only if every value is positive).
-        start_at: Leave out what lies before this value of ``x``: the first evaluation often dwarfs all others.
+        focus: Let the vertical axis end at the greatest value that a run has after this fraction of its evaluations:
+            the first ones often dwarf all others, and squeeze them together.
         title: Title, if any.
 
     Returns:
@@ -43,8 +44,6 @@ def training_curves(
     """
     axes = axes if axes is not None else new_axes()
     names = list(dict.fromkeys(table["optimizer"])) if names is None else names
-    if start_at is not None:
-        table = table[table[x] >= start_at]
     for name in names:
         runs = [run for _, run in table[table["optimizer"] == name].groupby("seed") if len(run)]
         if not runs:
@@ -54,12 +53,21 @@ def training_curves(
         axes.plot(positions, mean, color=colour, label=name, linewidth=1.8)
         if len(runs) > 1:
             axes.fill_between(positions, low, high, color=colour, alpha=0.2, linewidth=0)
-    if log_y and len(table) and (table[y].dropna() > 0).all():
+    logarithmic = log_y and len(table) > 0 and bool((table[y].dropna() > 0).all())
+    if logarithmic:
         axes.set_yscale("log")
+    if focus:
+        axes.set_ylim(top=_greatest_after(table, y, focus))
+    if logarithmic:
         plain_logarithms(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     return dress(axes, title, label(x), label(y))
+
+
+def _greatest_after(table: pd.DataFrame, y: str, fraction: float) -> float | None:
+    runs = [run[y].iloc[int(fraction * len(run)) :] for _, run in table.groupby(["optimizer", "seed"])]
+    return 1.02 * max(run.max() for run in runs) if runs else None
 
 
 def seed_band(

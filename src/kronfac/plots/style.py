@@ -82,16 +82,17 @@ def label(column: str) -> str:
 
 
 def plain_logarithms(axes: Axes) -> None:
-    """Write plain numbers on a logarithmic vertical axis, at 1, 2 and 5 of a decade where it spans fewer than two.
+    """Write plain numbers on a logarithmic vertical axis, as many as help to read it.
 
     Args:
-        axes: The axes, changed in place.
+        axes: The axes, changed in place; their limits should be final.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = axes.get_ylim()
-    span = high / low
-    subs = (1.0,) if span >= 100 else (1.0, 2.0, 5.0) if span >= 3 else tuple(1.0 + 0.5 * i for i in range(18))
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    if high / low < 5:  # hardly curved: round numbers at equal distances
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    else:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low >= 100 else (1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())

@@ -11,6 +11,14 @@
     metric.add(new Option(name.replaceAll("_", " "), name, name === data.metric, name === data.metric));
   }
 
+  // The first evaluations often dwarf all others; a double click on a chart shows them too.
+  function range() {
+    const later = data.runs.map((run) => run.columns[metric.value].slice(Math.floor(0.03 * run.columns.step.length))).flat();
+    const [low, high] = [Math.min(...later), Math.max(...later)];
+    if (!logarithmic.checked) return [low - 0.05 * (high - low), high + 0.05 * (high - low)];
+    return low > 0 ? [Math.log10(low) - 0.03 * Math.log10(high / low), Math.log10(high * 1.02)] : null;
+  }
+
   function draw(target, x) {
     const seen = new Set();
     const traces = data.runs.map((run) => {
@@ -40,7 +48,9 @@
         type: logarithmic.checked ? "log" : "linear",
         gridcolor: "#e6e9ef",
         zeroline: false,
+        ...(range() ? { range: range() } : { autorange: true }),
       },
+      height: 396,
       legend: { x: 1, xanchor: "right", y: 1 },
       hovermode: "closest",
     };
