@@ -8,7 +8,7 @@ from kronfac.approximations.base import Approximation, Mean, Statistic, require_
 from kronfac.blocks import Block, Dense
 from kronfac.layers import LayerAdapter
 from kronfac.linalg.symmetric import add_gram_, mirror_
-from kronfac.sources import Sample
+from kronfac.sources import Sample, require_examples
 
 #: Largest block kept densely: 2 GiB in float64.
 LIMIT = 16_384
@@ -48,6 +48,7 @@ class DenseStatistic(Statistic):
             if sample.first:
                 self.moment.total.diagonal(dim1=-2, dim2=-1).add_(sample.denominator * self.moment.alpha)
             return
+        require_examples(self.layer, sample.inputs, sample.batch, "A dense block")
         gradients = self.layer.per_example_gradients(sample.inputs, sample.cotangents)
         rows = gradients.flatten(-2).movedim(0, -2)
         add_gram_(self.moment.total, rows.to(self.moment.total.dtype), alpha=sample.weight * self.moment.alpha)

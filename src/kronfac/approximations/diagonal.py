@@ -7,7 +7,7 @@ import torch
 from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, zeros
 from kronfac.blocks import Block, Diagonal
 from kronfac.layers import LayerAdapter
-from kronfac.sources import Sample
+from kronfac.sources import Sample, require_examples
 
 #: Entries of per-example gradients held at once.
 CHUNK = 1 << 24
@@ -35,6 +35,7 @@ class DiagonalStatistic(Statistic):
             self.squares.weight += sample.denominator
         if sample.cotangents is None:
             raise ValueError("approximation='diagonal' needs cotangents.")
+        require_examples(self.layer, sample.inputs, sample.batch, "approximation='diagonal'")
         per_chunk = max(1, CHUNK // max(1, self.layer.shape.numel()))
         pairs = zip(sample.inputs.split(per_chunk), sample.cotangents.split(per_chunk), strict=True)
         if sample.inputs.shape[0] <= per_chunk or self.layer.unit_wise:

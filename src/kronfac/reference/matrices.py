@@ -102,7 +102,7 @@ def per_example_roots(
     values, vectors = torch.linalg.eigh(_output_hessians(likelihood, z, y))
     roots = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
     rows = torch.einsum("bok,bop->bkp", roots, jacobian).flatten(0, 1)
-    return rows / likelihood.denominator(z, y).sqrt()
+    return (rows / likelihood.denominator(z, y).sqrt()).detach()
 
 
 def empirical_fisher(model: nn.Module, likelihood: OutputLoss, x: Any, y: Any, *, outputs: Pick = None) -> Tensor:

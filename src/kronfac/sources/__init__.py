@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kronfac.sources.base import Sample, Seed, Source, align_weights, not_finite
+from kronfac.sources.base import Sample, Seed, Source, align_weights, not_finite, require_examples
 from kronfac.sources.empirical import Empirical
 from kronfac.sources.exact import Exact
 from kronfac.sources.forward_only import ForwardOnly
@@ -50,4 +50,5 @@ __all__ = [
     "align_weights",
     "get_source",
     "not_finite",
+    "require_examples",
 ]

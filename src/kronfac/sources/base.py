@@ -25,6 +25,7 @@ class Sample:
         cotangents: Derivative of the **sum** loss with respect to its output; None for sources without a pull.
         weight: Weight of this pull in the sum over pulls (``1/k`` for ``k`` samples, 1 for columns of a root).
         denominator: What the sum loss is divided by (``Likelihood.denominator``).
+        batch: Number of examples, as the outputs' first dimension says.
         first: Whether this is the first pull of its forward pass: inputs and denominators count once.
         row_weights: Weight of every row, ``[B, S]`` as the layer's rows, or None for ones.
     """
@@ -34,6 +35,7 @@ class Sample:
     cotangents: Tensor | None
     weight: float
     denominator: float
+    batch: int
     first: bool
     row_weights: Tensor | None = None
 
@@ -162,12 +164,17 @@ class Source(ABC):
             weights = likelihood.row_weights(values, targets)  # type: ignore[arg-type]
             if weights is not None and float(weights.min()) == float(weights.max()) > 0:
                 weights = None  # uniform: the same means by the cheaper unweighted forms
+            if self.exact:
+                for call in tape.calls.values():
+                    require_examples(call.adapter, call.input, len(values), f"source={self.name!r}")
             rows = {name: align_weights(call.adapter, call.input, weights) for name, call in tape.calls.items()}
             for index, seed in enumerate(self.seeds(likelihood, values, targets, generator)):
 
                 def sample(name: str, cotangent: Tensor | None, seed: Seed = seed, first: bool = index == 0) -> Sample:
                     call = tape.calls[name]
-                    return Sample(call.adapter, call.input, cotangent, seed.weight, denominator, first, rows[name])
+                    return Sample(
+                        call.adapter, call.input, cotangent, seed.weight, denominator, len(values), first, rows[name]
+                    )
 
                 yield seed, sample
 
@@ -189,6 +196,27 @@ def not_finite(what: str, layer: str) -> str:
         f"NaN or Inf in the {what} of layer {layer!r}: its statistics were not updated and no parameter was changed. "
         "Look for a diverged loss or invalid inputs; lower lr or raise damping."
     )
+
+
+def require_examples(adapter: LayerAdapter, x: Tensor, batch: int, what: str) -> None:
+    """Refuse a layer whose first dimension is not the batch, where examples must be kept apart.
+
+    Args:
+        adapter: The layer.
+        x: Its input.
+        batch: Number of examples.
+        what: What needs the examples apart.
+
+    Raises:
+        ValueError: The layer's first dimension differs.
+    """
+    first = adapter.positions(x)[0]
+    if first != batch:
+        raise ValueError(
+            f"{what} needs the examples one by one, but the first dimension of layer {adapter.name!r}'s input is "
+            f"{first}, not the batch of {batch}: examples are summed or interleaved there. Keep the batch first "
+            "(expand position indices to [batch, positions]), or use approximation='kfac' with source='sampled'."
+        )
 
 
 def _first_not_finite(tape: Tape) -> str:
@@ -238,7 +266,8 @@ def align_weights(adapter: LayerAdapter, x: Tensor, weights: Tensor | None) -> T
     by_position = weights.movedim(adapter.channel_dim, -1) if weights.ndim == len(positions) + 1 else weights
     if by_position.shape[:-1] == positions:
         return by_position.sum(-1).reshape(positions[0], -1)
-    if size == weights.numel():
+    # Rows flattened by the model, [B·T, …], or terms flattened by the loss, in the same order.
+    if size == weights.numel() and (len(positions) == 1 or positions[0] == weights.shape[0]):
         return weights.reshape(positions[0], -1)
     if positions[0] != weights.shape[0]:
         raise ValueError(
