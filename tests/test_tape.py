@@ -298,14 +298,22 @@ def test_batch_norm_in_train_mode_couples_examples(model: nn.Module, expected: b
     assert couples_examples(model) is expected
 
 
-def test_autocast_statistics_are_float32() -> None:
+@pytest.mark.parametrize("approximation", ["kfac", "dense", "diagonal"])
+def test_autocast_statistics_are_float32(approximation: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4), nn.LayerNorm(4))
-    x, y = torch.randn(5, 1, 4, 4), torch.arange(5) % 4
-    wanted = kf.estimate(model, kf.Categorical(), (x, y), source="exact")
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=2), nn.Flatten(2), nn.Linear(9, 4), nn.LayerNorm(4)
+    )
+    model.append(nn.Flatten()).append(nn.Linear(16, 4))
+    x, y = torch.randn(5, 1, 6, 6), torch.arange(5) % 4
+
+    def estimate() -> kf.BlockDiagonal:
+        return kf.estimate(model, kf.Categorical(), (x, y), source="exact", approximation=approximation)
+
+    wanted = estimate()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model[:4](x).dtype == torch.bfloat16
-        found = kf.estimate(model, kf.Categorical(), (x, y), source="exact")
+        assert model[:5](x).dtype == torch.bfloat16
+        found = estimate()
     for block in found.blocks.values():
         for tensor in block.tensors().values():
             assert tensor.dtype == torch.float32

@@ -60,15 +60,18 @@ CASES: dict[str, Case] = {
     "conv transpose 3d, no bias": Case(lambda: nn.ConvTranspose3d(1, 2, 2, stride=2, bias=False), (2, 1, 2, 2, 2)),
     "embedding": Case(lambda: nn.Embedding(5, 3), (4, 6), indices=5),
     "embedding, padding": Case(lambda: nn.Embedding(4, 3, padding_idx=1), (3, 7), indices=4),
-    "batch norm": Case(lambda: nn.BatchNorm1d(3), (4, 3)),
-    "batch norm 2d": Case(lambda: nn.BatchNorm2d(3), (4, 3, 2, 2)),
-    "layer norm": Case(lambda: nn.LayerNorm(4), (3, 5, 4)),
-    "layer norm, two dimensions": Case(lambda: nn.LayerNorm((2, 3)), (3, 2, 3)),
+    "batch norm": Case(lambda: nn.BatchNorm1d(3, eps=0.1), (4, 3)),
+    "batch norm 2d": Case(lambda: nn.BatchNorm2d(3, eps=0.1), (4, 3, 2, 2)),
+    "layer norm": Case(lambda: nn.LayerNorm(4, eps=0.1), (3, 5, 4)),
+    "layer norm, two dimensions": Case(lambda: nn.LayerNorm((2, 3), eps=0.1), (3, 2, 3)),
     "layer norm, no bias": Case(lambda: nn.LayerNorm(4, bias=False), (3, 4)),
-    "group norm": Case(lambda: nn.GroupNorm(2, 4), (3, 4, 3)),
-    "instance norm": Case(lambda: nn.InstanceNorm2d(3, affine=True), (2, 3, 3, 2)),
-    "instance norm, running": Case(lambda: nn.InstanceNorm1d(3, affine=True, track_running_stats=True), (2, 3, 4)),
-    "rms norm": Case(lambda: nn.RMSNorm(4), (3, 2, 4)),
+    "group norm": Case(lambda: nn.GroupNorm(2, 4, eps=0.1), (3, 4, 3)),
+    "instance norm": Case(lambda: nn.InstanceNorm2d(3, eps=0.1, affine=True), (2, 3, 3, 2)),
+    "instance norm, running": Case(
+        lambda: nn.InstanceNorm1d(3, eps=0.1, affine=True, track_running_stats=True), (2, 3, 4)
+    ),
+    "rms norm, default": Case(lambda: nn.RMSNorm(3), (3, 3)),
+    "rms norm": Case(lambda: nn.RMSNorm(4, eps=0.1), (3, 2, 4)),
 }
 NORMS = [name for name in CASES if "norm" in name]
 #: Layers whose input is a matrix of rows that :meth:`LayerAdapter.expand` gives, and nothing else.

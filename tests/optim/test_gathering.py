@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kronfac as kf
+from plain_kfac import plain
 
 
 def make(model: nn.Module, **options: Any) -> kf.optim.KFAC:
     options = {"source": "exact", "damping": 0.1, **options}
     likelihood = options.pop("likelihood", kf.Categorical())
-    return kf.optim.KFAC(model, likelihood, lr=0.1, **options)
+    return plain(model, likelihood, lr=0.1, **options)
 
 
 def factors(optimizer: kf.optim.KFAC) -> dict[str, Tensor]:
@@ -513,14 +514,12 @@ def test_replaying_changes_neither_buffers_nor_random_numbers() -> None:
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, backend="eager")
     optimizer = make(compiled, source="sampled")
-    x = torch.randn(8, 3)
+    x, after = torch.randn(8, 3), []
     for m in (compiled, twin):
         torch.manual_seed(1)
         m(x)
-    after = torch.rand(3)
-    torch.manual_seed(1)
-    nn.functional.dropout(torch.ones(8, 4), 0.5)
-    assert torch.equal(after, torch.rand(3))
+        after.append(torch.rand(3))
+    assert torch.equal(*after)
     assert optimizer._gatherer.gathered == 1
     for name, buffer in twin.named_buffers():
         assert torch.equal(model.get_buffer(name), buffer)
