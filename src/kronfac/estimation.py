@@ -65,6 +65,8 @@ class Estimator:
         if not self.adaptation.adapters:
             raise ValueError("No layer of the model has a curvature block: " + _reasons(self.adaptation.uncovered))
         self.generator = generator
+        #: Terms of the loss for each unit of its denominator, as last seen.
+        self.terms = 1.0
         self.statistics: dict[str, Statistic] = {
             name: self.approximation.start(adapter) for name, adapter in self.adaptation.adapters.items()
         }
@@ -88,6 +90,10 @@ class Estimator:
             targets: Targets, where source or likelihood needs them.
         """
         self.source.check(self.model, couples_examples(self.model))
+        with torch.no_grad():
+            values = outputs.detach()
+            count = self.likelihood.term_shape(values, targets).numel()
+            self.terms = count / max(float(self.likelihood.denominator(values, targets)), 1e-12)
         self.source.stream(
             tape,
             self.likelihood,

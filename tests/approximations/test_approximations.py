@@ -22,7 +22,7 @@ NAMES = ["kfac", "dense", "diagonal"]
 
 
 def sample(layer: nn.Module, x: Tensor, g: Tensor | None, **parts: object) -> Sample:
-    values = {"weight": 1.0, "denominator": float(len(x)), "first": True} | parts
+    values = {"weight": 1.0, "denominator": float(len(x)), "batch": len(x), "first": True} | parts
     return Sample(adapt(layer, "layer"), x, g, **values)  # type: ignore[arg-type]
 
 
@@ -145,7 +145,7 @@ def test_diagonals_hold_few_gradients_at_once(monkeypatch: pytest.MonkeyPatch) -
     original = adapter.per_example_gradients
     monkeypatch.setattr(adapter, "per_example_gradients", lambda x, g: (seen.append(len(x)), original(x, g))[1])
     statistic = DiagonalBlocks().start(adapter)
-    statistic.add(Sample(adapter, draw(11, 3), draw(11, 2), 1.0, 11.0, True))
+    statistic.add(Sample(adapter, draw(11, 3), draw(11, 2), 1.0, 11.0, 11, True))
     assert seen == [3, 3, 3, 2]
 
 

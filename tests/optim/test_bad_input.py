@@ -9,11 +9,11 @@ import pytest
 import torch
 from tests.exactness_helpers import double, draw
 from tests.optim.hand_kfac import network
+from tests.optim.unclipped import unclipped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kronfac as kf
-from plain_kfac import plain
 
 LABELS = torch.arange(8) % 3
 CATEGORICAL = kf.Categorical()
@@ -62,29 +62,29 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize(("options", "error", "text"), OPTIONS.values(), ids=OPTIONS)
 def test_options_are_checked_at_construction(options: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
-        plain(network(), CATEGORICAL, **{"lr": 0.1, **options})
+        unclipped(network(), CATEGORICAL, **{"lr": 0.1, **options})
 
 
 def test_models_and_likelihoods_are_checked_at_construction() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, not generator"):
-        plain(network().parameters(), CATEGORICAL, lr=0.1)  # type: ignore[arg-type]
+        unclipped(network().parameters(), CATEGORICAL, lr=0.1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"not CrossEntropyLoss; kronfac\.likelihood_of"):
-        plain(network(), nn.CrossEntropyLoss(), lr=0.1)  # type: ignore[arg-type]
+        unclipped(network(), nn.CrossEntropyLoss(), lr=0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no trainable parameter"):
-        plain(network().requires_grad_(False), CATEGORICAL, lr=0.1)
+        unclipped(network().requires_grad_(False), CATEGORICAL, lr=0.1)
     with pytest.raises(ValueError, match=r"No layer of the model has a curvature block: weight, bias .*Bilinear"):
-        plain(nn.Bilinear(2, 2, 2), CATEGORICAL, lr=0.1)
+        unclipped(nn.Bilinear(2, 2, 2), CATEGORICAL, lr=0.1)
 
 
 def test_defaults_are_those_of_the_contract() -> None:
-    optimizer = plain(network(), CATEGORICAL, 0.1)
+    optimizer = kf.optim.KFAC(network(), CATEGORICAL, 0.1)
     group = optimizer.param_groups[0]
     assert {key: group[key] for key in ("lr", "momentum", "damping", "weight_decay", "kl_clip")} == {
         "lr": 0.1,
         "momentum": 0.9,
         "damping": 1e-3,
         "weight_decay": 0.0,
-        "kl_clip": None,
+        "kl_clip": "auto",
     }
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert "KFAC" in repr(optimizer)
@@ -94,7 +94,7 @@ def test_defaults_are_those_of_the_contract() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_inputs_that_are_not_finite_stop_the_forward_with_the_layers_name(value: float) -> None:
     model = network()
-    optimizer = plain(model, CATEGORICAL, lr=0.1)
+    optimizer = unclipped(model, CATEGORICAL, lr=0.1)
     x = draw(8, 3)
     model(x)
     kept = {n: s.means()["input"].value() for n, s in optimizer._estimator.statistics.items()}
@@ -113,7 +113,7 @@ def test_inputs_that_are_not_finite_stop_the_forward_with_the_layers_name(value:
 
 def test_parameters_that_are_not_finite_name_the_layer() -> None:
     model = network()
-    optimizer = plain(model, CATEGORICAL, lr=0.1)
+    optimizer = unclipped(model, CATEGORICAL, lr=0.1)
     with torch.no_grad():
         model[2].weight[0, 0] = torch.inf
     with pytest.raises(FloatingPointError, match=r"layer '[02]'"):
@@ -126,7 +126,7 @@ def test_parameters_that_are_not_finite_name_the_layer() -> None:
 )
 def test_likelihoods_that_do_not_fit_the_outputs(likelihood: kf.Likelihood, error: str | None) -> None:
     model = double(nn.Linear(3, 1))
-    optimizer = plain(model, likelihood, lr=0.1)
+    optimizer = unclipped(model, likelihood, lr=0.1)
     if error is None:
         model(draw(8, 3))
         return
@@ -140,7 +140,7 @@ def test_likelihoods_that_do_not_fit_the_outputs(likelihood: kf.Likelihood, erro
 @pytest.mark.parametrize("where", ["0.bias", "4.weight"])
 def test_gradients_that_are_not_finite_stop_the_step(where: str, value: float) -> None:
     model, x = network(), draw(8, 3)
-    optimizer = plain(model, CATEGORICAL, lr=0.1, average=0.9)
+    optimizer = unclipped(model, CATEGORICAL, lr=0.1, average=0.9)
     F.cross_entropy(model(x), LABELS).backward()
     model.get_parameter(where).grad.view(-1)[0] = value
     before, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
@@ -156,7 +156,7 @@ def test_large_finite_gradients(damping: float) -> None:
     """Their norm overflows in float32, they do not; what they become may."""
     torch.manual_seed(0)
     model = nn.Linear(3, 3)
-    optimizer = plain(model, CATEGORICAL, lr=1e-30, damping=damping)
+    optimizer = unclipped(model, CATEGORICAL, lr=1e-30, damping=damping)
     F.cross_entropy(model(torch.randn(8, 3)), LABELS).backward()
     model.weight.grad.fill_(1e38)
     before = copy.deepcopy(model)
@@ -182,7 +182,7 @@ class Mixed(nn.Module):
 @pytest.mark.filterwarnings("ignore::kronfac.CoverageWarning")
 def test_gradients_of_the_fallback_are_looked_at_too() -> None:
     model = Mixed()
-    optimizer = plain(model, CATEGORICAL, lr=0.1, fallback=lambda ps: torch.optim.SGD(ps, lr=0.1))
+    optimizer = unclipped(model, CATEGORICAL, lr=0.1, fallback=lambda ps: torch.optim.SGD(ps, lr=0.1))
     F.cross_entropy(model(draw(8, 3)), LABELS).backward()
     model.scale.grad[0] = torch.nan
     before = copy.deepcopy(model)
@@ -195,7 +195,7 @@ def test_gradients_of_the_fallback_are_looked_at_too() -> None:
 @pytest.mark.parametrize("approximation", ["kfac", "dense", "diagonal"])
 def test_singular_curvature_without_damping_names_the_layer(rule: str, approximation: str) -> None:
     model = network()
-    optimizer = plain(
+    optimizer = unclipped(
         model, CATEGORICAL, lr=0.1, damping=0.0, damping_rule=rule, approximation=approximation, source="exact"
     )
     x = torch.zeros(8, 3, dtype=torch.float64)  # the first layer sees nothing but its bias
@@ -209,7 +209,7 @@ def test_singular_curvature_without_damping_names_the_layer(rule: str, approxima
 def test_statistics_that_overflow_name_the_layer() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
-    optimizer = plain(model, CATEGORICAL, lr=0.1)
+    optimizer = unclipped(model, CATEGORICAL, lr=0.1)
     F.cross_entropy(model(torch.full((8, 3), 1e25)), LABELS).backward()
     before = copy.deepcopy(model)
     with pytest.raises(FloatingPointError, match="input factor of layer '0' overflowed"):
@@ -219,7 +219,7 @@ def test_statistics_that_overflow_name_the_layer() -> None:
 
 def test_a_clip_without_a_forward_says_what_it_needs() -> None:
     model, x = network(), draw(8, 3)
-    optimizer = plain(model, CATEGORICAL, lr=0.1, kl_clip=1e-3)
+    optimizer = unclipped(model, CATEGORICAL, lr=0.1, kl_clip=1e-3)
     with optimizer.capture() as capture:
         value = x
         for layer in model:
@@ -234,7 +234,7 @@ def test_a_clip_without_a_forward_says_what_it_needs() -> None:
 
 def test_uncommon_but_right_uses_are_no_error() -> None:
     model, x = network(), draw(8, 3)
-    optimizer = plain(model, CATEGORICAL, lr=0.0, damping=1)
+    optimizer = unclipped(model, CATEGORICAL, lr=0.0, damping=1)
     before = copy.deepcopy(model)
     F.cross_entropy(model(x), LABELS).backward()
     optimizer.step()

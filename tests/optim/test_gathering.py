@@ -12,17 +12,17 @@ import pytest
 import torch
 from tests.exactness_helpers import double, draw
 from tests.optim.hand_kfac import network
+from tests.optim.unclipped import unclipped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kronfac as kf
-from plain_kfac import plain
 
 
 def make(model: nn.Module, **options: Any) -> kf.optim.KFAC:
     options = {"source": "exact", "damping": 0.1, **options}
     likelihood = options.pop("likelihood", kf.Categorical())
-    return plain(model, likelihood, lr=0.1, **options)
+    return unclipped(model, likelihood, lr=0.1, **options)
 
 
 def factors(optimizer: kf.optim.KFAC) -> dict[str, Tensor]:

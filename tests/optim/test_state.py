@@ -11,11 +11,11 @@ import pytest
 import torch
 from tests.exactness_helpers import double, draw
 from tests.optim.hand_kfac import network
+from tests.optim.unclipped import unclipped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kronfac as kf
-from plain_kfac import plain
 
 
 def layers() -> nn.Module:
@@ -77,7 +77,7 @@ RUNS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], dict[str
 
 def make(model: nn.Module, **options: Any) -> kf.optim.KFAC:
     options = {"damping": 0.1, "stats_every": 2, "invert_every": 5, "burn_in": 2, **options}
-    return plain(model, kf.Categorical(), lr=0.05, **options)
+    return unclipped(model, kf.Categorical(), lr=0.05, **options)
 
 
 def train(model: nn.Module, optimizer: kf.optim.KFAC, data: Callable[[int], Tensor], steps: range) -> None:

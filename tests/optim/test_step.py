@@ -11,11 +11,11 @@ import pytest
 import torch
 from tests.exactness_helpers import double, draw
 from tests.optim.hand_kfac import HandKFAC, network
+from tests.optim.unclipped import unclipped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kronfac as kf
-from plain_kfac import plain
 
 STEPS = 6
 
@@ -63,7 +63,7 @@ def test_several_steps_equal_those_by_hand(case: str) -> None:
     options = {"source": "exact", **OPTIONS[case]}
     model = network()
     twin = copy.deepcopy(model)
-    optimizer = plain(model, kf.Categorical(), lr=0.05, stats_every=1, invert_every=1, **options)
+    optimizer = unclipped(model, kf.Categorical(), lr=0.05, stats_every=1, invert_every=1, **options)
     by_hand = {key: value for key, value in options.items() if key not in ("damping_rule", "decoupled_weight_decay")}
     hand = HandKFAC(
         twin,
@@ -96,7 +96,7 @@ def test_periods_of_statistics_and_inverses() -> None:
     """Statistics on the burn-in and then every fourth step; inverses at 0, 1, 2, 4 and then every sixth."""
     model = network()
     twin = copy.deepcopy(model)
-    optimizer = plain(
+    optimizer = unclipped(
         model, kf.Categorical(), lr=0.05, damping=0.1, source="exact", stats_every=4, invert_every=6, burn_in=2
     )
     hand = HandKFAC(twin, kf.Categorical(), lr=0.05, damping=0.1)
@@ -118,7 +118,7 @@ def test_periods_of_statistics_and_inverses() -> None:
 
 def test_between_exact_products_the_clip_uses_their_last_ratio() -> None:
     model = network()
-    optimizer = plain(
+    optimizer = unclipped(
         model, kf.Categorical(), lr=0.5, damping=0.1, kl_clip=1e-4, momentum=0.0, stats_every=100, burn_in=1
     )
     train(model, optimizer, 1)
@@ -146,7 +146,7 @@ def test_the_clip_knows_the_reduction(reduction: str) -> None:
     likelihood = kf.Categorical(reduction=reduction)
     x, y = draw(1, 3).repeat(8, 1), torch.ones(8, dtype=torch.long)
     wanted = kf.reference.ggn(model, likelihood, x)
-    optimizer = plain(model, likelihood, lr=0.3, damping=0.1, kl_clip=1e-6, momentum=0.0)
+    optimizer = unclipped(model, likelihood, lr=0.3, damping=0.1, kl_clip=1e-6, momentum=0.0)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     likelihood.loss(model(x), y).backward()
     optimizer.step()
@@ -161,7 +161,7 @@ def test_the_clip_with_weights_that_need_targets(mask: Tensor | None) -> None:
     targets = y if mask is None else (y, mask)
     likelihood = kf.Categorical(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64))
     wanted = kf.reference.ggn(model, likelihood, x[:2], y[:2] if mask is None else (y[:2], mask[:2]))
-    optimizer = plain(model, likelihood, lr=0.3, damping=0.1, kl_clip=1e-6, momentum=0.0)
+    optimizer = unclipped(model, likelihood, lr=0.3, damping=0.1, kl_clip=1e-6, momentum=0.0)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     with optimizer.capture() as capture:
         z = model(x)
@@ -179,7 +179,7 @@ def test_one_step_solves_least_squares(rule: str, approximation: str) -> None:
     """On a linear-Gaussian problem KFAC is the Newton matrix: one undamped step of rate 1 ends at the optimum."""
     x, y = draw(20, 4), draw(20, 3, seed=1)
     model = double(nn.Linear(4, 3))
-    optimizer = plain(
+    optimizer = unclipped(
         model,
         kf.Gaussian(0.5, "mean"),
         lr=1.0,
@@ -201,7 +201,7 @@ def test_a_step_is_the_natural_gradient_where_kfac_is_exact() -> None:
     model, x = double(nn.Linear(4, 3)), draw(1, 4)
     y = torch.tensor([1])
     damped = kf.reference.fisher(model, kf.Categorical(), x) + 0.1 * torch.eye(15, dtype=torch.float64)
-    optimizer = plain(
+    optimizer = unclipped(
         model, kf.Categorical(), lr=0.2, momentum=0.0, damping=0.1, source="exact", damping_rule="exact"
     )
     before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
@@ -232,7 +232,7 @@ def test_the_direction_is_that_of_the_curvature_operator(approximation: str, rul
         )
     )
     model[7].weight.requires_grad_(False)
-    optimizer = plain(
+    optimizer = unclipped(
         model, kf.Categorical(), lr=0.1, momentum=0.0, damping=0.2, approximation=approximation, damping_rule=rule
     )
     x, y = draw(5, 2, 4, 4), torch.tensor([0, 1, 2, 0, 1])
@@ -256,9 +256,9 @@ def test_groups_have_their_own_numbers() -> None:
         {"params": model[0].parameters(), "lr": 0.2, "damping": 0.5, "momentum": 0.5},
         {"params": [*model[2].parameters(), *model[4].parameters()], "weight_decay": 0.1},
     ]
-    optimizer = plain(model, kf.Categorical(), lr=0.05, damping=0.1, source="exact", param_groups=groups)
-    first = plain(twins[0], kf.Categorical(), lr=0.2, damping=0.5, momentum=0.5, source="exact")
-    rest = plain(twins[1], kf.Categorical(), lr=0.05, damping=0.1, weight_decay=0.1, source="exact")
+    optimizer = unclipped(model, kf.Categorical(), lr=0.05, damping=0.1, source="exact", param_groups=groups)
+    first = unclipped(twins[0], kf.Categorical(), lr=0.2, damping=0.5, momentum=0.5, source="exact")
+    rest = unclipped(twins[1], kf.Categorical(), lr=0.05, damping=0.1, weight_decay=0.1, source="exact")
     for m, o in ((model, optimizer), (twins[0], first), (twins[1], rest)):
         train(m, o, 1)
     for index, twin in ((0, twins[0]), (2, twins[1]), (4, twins[1])):
@@ -268,7 +268,7 @@ def test_groups_have_their_own_numbers() -> None:
 
 def test_parameters_outside_all_groups_are_not_trained() -> None:
     model = network()
-    optimizer = plain(model, kf.Categorical(), lr=0.1, param_groups=[{"params": [model[0].weight]}])
+    optimizer = unclipped(model, kf.Categorical(), lr=0.1, param_groups=[{"params": [model[0].weight]}])
     before = copy.deepcopy(model)
     train(model, optimizer, 2)
     assert not torch.equal(model[0].weight, before[0].weight)
@@ -278,7 +278,7 @@ def test_parameters_outside_all_groups_are_not_trained() -> None:
 
 def test_groups_may_be_added_later() -> None:
     model = network()
-    optimizer = plain(model, kf.Categorical(), lr=0.1, param_groups=[{"params": model[0].parameters()}])
+    optimizer = unclipped(model, kf.Categorical(), lr=0.1, param_groups=[{"params": model[0].parameters()}])
     train(model, optimizer, 1)
     optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.01})
     before = copy.deepcopy(model)
@@ -295,7 +295,7 @@ def test_groups_may_be_added_later() -> None:
 def test_schedulers_change_the_rate() -> None:
     moves: list[float] = []
     model = network()
-    optimizer = plain(model, kf.Categorical(), lr=0.1, momentum=0.0, ema=0.0, source="exact", stats_every=1)
+    optimizer = unclipped(model, kf.Categorical(), lr=0.1, momentum=0.0, ema=0.0, source="exact", stats_every=1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
     start = copy.deepcopy(model.state_dict())
     for _ in range(3):
@@ -310,7 +310,7 @@ def test_schedulers_change_the_rate() -> None:
 
 def test_one_cycle_cycles_the_momentum() -> None:
     model = network()
-    optimizer = plain(model, kf.Categorical(), lr=0.1)
+    optimizer = unclipped(model, kf.Categorical(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
     momenta = []
     for step in range(8):
@@ -323,7 +323,7 @@ def test_one_cycle_cycles_the_momentum() -> None:
 
 def test_clipped_gradients_are_what_is_preconditioned() -> None:
     model, scaled = network(), network()
-    optimizers = [plain(m, kf.Categorical(), lr=0.1, momentum=0.0) for m in (model, scaled)]
+    optimizers = [unclipped(m, kf.Categorical(), lr=0.1, momentum=0.0) for m in (model, scaled)]
     x, y = batch(0)
     norms = []
     for m in (model, scaled):
@@ -338,7 +338,7 @@ def test_clipped_gradients_are_what_is_preconditioned() -> None:
 
 def test_closures_are_called_once_and_return_the_loss() -> None:
     model, twin = network(), network()
-    optimizer, other = (plain(m, kf.Categorical(), lr=0.1) for m in (model, twin))
+    optimizer, other = (unclipped(m, kf.Categorical(), lr=0.1) for m in (model, twin))
     calls = []
 
     def closure() -> Tensor:
@@ -363,7 +363,7 @@ def test_closures_are_called_once_and_return_the_loss() -> None:
 
 def test_gradients_survive_the_step() -> None:
     model = network()
-    optimizer = plain(model, kf.Categorical(), lr=0.1, weight_decay=0.1, kl_clip=1e-5)
+    optimizer = unclipped(model, kf.Categorical(), lr=0.1, weight_decay=0.1, kl_clip=1e-5)
     x, y = batch(0)
     F.cross_entropy(model(x), y).backward()
     before = [p.grad.clone() for p in model.parameters()]
@@ -375,7 +375,7 @@ def test_gradients_survive_the_step() -> None:
 
 def test_the_loss_and_the_gradients_are_those_without_the_optimiser() -> None:
     model, twin = network(), network()
-    kf_optimizer = plain(model, kf.Categorical(), lr=0.1)
+    kf_optimizer = unclipped(model, kf.Categorical(), lr=0.1)
     x, y = batch(0)
     losses = [F.cross_entropy(m(x), y) for m in (model, twin)]
     for loss in losses:
@@ -387,7 +387,7 @@ def test_the_loss_and_the_gradients_are_those_without_the_optimiser() -> None:
 
 def test_parameters_without_gradients_stay() -> None:
     model = network()
-    optimizer = plain(model, kf.Categorical(), lr=0.1, weight_decay=0.1)
+    optimizer = unclipped(model, kf.Categorical(), lr=0.1, weight_decay=0.1)
     x, y = batch(0)
     F.cross_entropy(model(x), y).backward()
     model[2].weight.grad = None
@@ -399,7 +399,7 @@ def test_parameters_without_gradients_stay() -> None:
 
 def test_parameters_may_be_frozen_later() -> None:
     model = network()
-    optimizer = plain(model, kf.Categorical(), lr=0.1)
+    optimizer = unclipped(model, kf.Categorical(), lr=0.1)
     train(model, optimizer, 2)
     model[0].requires_grad_(False)
     optimizer.zero_grad()
@@ -416,7 +416,7 @@ def test_frozen_parameters_are_neither_gathered_nor_moved() -> None:
     before = copy.deepcopy(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer = plain(model, kf.Categorical(), lr=0.1)
+        optimizer = unclipped(model, kf.Categorical(), lr=0.1)
     train(model, optimizer, 2)
     assert optimizer.curvature().parameter_names == ("2.weight", "4.weight", "4.bias")
     assert torch.equal(model[0].weight, before[0].weight)
@@ -427,7 +427,7 @@ def test_frozen_parameters_are_neither_gathered_nor_moved() -> None:
 # ---------------------------------------------------------------------------------------------------- averaging
 def test_the_average_is_a_plain_mean_and_then_exponential() -> None:
     model = network()
-    optimizer = plain(model, kf.Categorical(), lr=0.1, average=0.75)
+    optimizer = unclipped(model, kf.Categorical(), lr=0.1, average=0.75)
     wanted, iterates = torch.zeros(0), []
     for step in range(8):
         train(model, optimizer, 1, first=step)
@@ -441,7 +441,7 @@ def test_the_average_is_a_plain_mean_and_then_exponential() -> None:
 
 def test_the_iterate_comes_back_after_an_error() -> None:
     model = network()
-    optimizer = plain(model, kf.Categorical(), lr=0.1, average=0.9)
+    optimizer = unclipped(model, kf.Categorical(), lr=0.1, average=0.9)
     train(model, optimizer, 3)
     before = copy.deepcopy(model)
 
@@ -457,7 +457,7 @@ def test_the_iterate_comes_back_after_an_error() -> None:
 
 def test_a_late_first_gradient_does_not_pull_the_average_to_zero() -> None:
     model = network()
-    optimizer = plain(model, kf.Categorical(), lr=1e-9, average=0.9)
+    optimizer = unclipped(model, kf.Categorical(), lr=1e-9, average=0.9)
     for step in range(4):
         x, y = batch(step)
         optimizer.zero_grad()
@@ -474,7 +474,7 @@ def test_a_late_first_gradient_does_not_pull_the_average_to_zero() -> None:
 )
 def test_averaged_without_an_average(average: float | None, steps: int, text: str) -> None:
     model = network()
-    optimizer = plain(model, kf.Categorical(), lr=0.1, average=average)
+    optimizer = unclipped(model, kf.Categorical(), lr=0.1, average=average)
     train(model, optimizer, steps)
     with pytest.raises(RuntimeError, match=text), optimizer.averaged():
         pass
@@ -497,7 +497,7 @@ class Mixed(nn.Module):
 def test_uncovered_parameters_take_the_plain_gradient_with_one_warning() -> None:
     model = Mixed()
     with pytest.warns(kf.CoverageWarning) as caught:
-        optimizer = plain(model, kf.Categorical(), lr=0.1, momentum=0.0)
+        optimizer = unclipped(model, kf.Categorical(), lr=0.1, momentum=0.0)
     (warning,) = caught
     for name in ("Trained without curvature", "bilinear.weight", "bilinear.bias", "scale"):
         assert name in str(warning.message)
@@ -517,7 +517,7 @@ def fallback_pair(
     """The optimiser with a fallback, and a twin whose uncovered parameters the same fallback trains alone."""
     model, twin = Mixed(), Mixed()
     with pytest.warns(kf.CoverageWarning, match="Trained by fallback"):
-        optimizer = plain(model, kf.Categorical(), lr=0.1, fallback=make, **options)
+        optimizer = unclipped(model, kf.Categorical(), lr=0.1, fallback=make, **options)
     return model, optimizer, twin, make([*twin.bilinear.parameters(), twin.scale])
 
 
@@ -560,8 +560,8 @@ def test_a_fallback_trains_what_has_no_curvature(make: Callable[[list[nn.Paramet
 @pytest.mark.filterwarnings("ignore::kronfac.CoverageWarning")
 def test_a_fallback_must_be_an_optimiser() -> None:
     with pytest.raises(TypeError, match=r"fallback must return a torch\.optim\.Optimizer, not list"):
-        plain(Mixed(), kf.Categorical(), lr=0.1, fallback=lambda ps: ps)  # type: ignore[arg-type,return-value]
-    assert plain(network(), kf.Categorical(), lr=0.1, fallback=MAKERS["adam"])._fallback is None
+        unclipped(Mixed(), kf.Categorical(), lr=0.1, fallback=lambda ps: ps)  # type: ignore[arg-type,return-value]
+    assert unclipped(network(), kf.Categorical(), lr=0.1, fallback=MAKERS["adam"])._fallback is None
 
 
 # ---------------------------------------------------------------------------------------------------- mixed precision
@@ -571,7 +571,7 @@ def scaler(**options: Any) -> torch.amp.GradScaler:
 
 def test_grad_scaler_unscales_before_the_step() -> None:
     model, plain = network(), network()
-    optimizer, other = (plain(m, kf.Categorical(), lr=0.1) for m in (model, plain))
+    optimizer, other = (unclipped(m, kf.Categorical(), lr=0.1) for m in (model, plain))
     scaling = scaler()
     for step in range(3):
         x, y = batch(step)
@@ -586,7 +586,7 @@ def test_grad_scaler_unscales_before_the_step() -> None:
 @pytest.mark.filterwarnings("ignore::kronfac.CoverageWarning")
 def test_grad_scaler_reaches_the_fallback() -> None:
     model, plain = Mixed(), Mixed()
-    optimizer, other = (plain(m, kf.Categorical(), lr=0.1, fallback=MAKERS["sgd"]) for m in (model, plain))
+    optimizer, other = (unclipped(m, kf.Categorical(), lr=0.1, fallback=MAKERS["sgd"]) for m in (model, plain))
     scaling, (x, y) = scaler(), batch(0)
     scaling.scale(F.cross_entropy(model(x), y)).backward()
     scaling.step(optimizer)
@@ -596,7 +596,7 @@ def test_grad_scaler_reaches_the_fallback() -> None:
 
 def test_grad_scaler_skips_steps_with_infinite_gradients() -> None:
     model, plain = network(), network()
-    optimizer, other = (plain(m, kf.Categorical(), lr=0.1, source="exact", ema=0.0) for m in (model, plain))
+    optimizer, other = (unclipped(m, kf.Categorical(), lr=0.1, source="exact", ema=0.0) for m in (model, plain))
     scaling, before = scaler(), copy.deepcopy(model)
     x, y = batch(0)
     (scaling.scale(F.cross_entropy(model(x), y)) * 1e308).backward()
@@ -619,7 +619,7 @@ def test_autocast_trains_with_float32_factors(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
     plain = copy.deepcopy(model)
-    optimizer, other = (plain(m, kf.Categorical(), lr=0.1, damping=0.1, source="exact") for m in (model, plain))
+    optimizer, other = (unclipped(m, kf.Categorical(), lr=0.1, damping=0.1, source="exact") for m in (model, plain))
     x, y = torch.randn(64, 3), torch.arange(64) % 3
     for m, o, enabled in ((model, optimizer, True), (plain, other, False)):
         with torch.autocast("cpu", dtype=dtype, enabled=enabled):
@@ -638,7 +638,7 @@ def test_autocast_trains_with_float32_factors(dtype: torch.dtype) -> None:
 def test_a_model_in_bfloat16_is_trained() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Conv1d(1, 2, 2), nn.Flatten(), nn.Linear(6, 3)).bfloat16()
-    optimizer = plain(model, kf.Categorical(), lr=0.5, damping=0.1, average=0.9, kl_clip=0.01)
+    optimizer = unclipped(model, kf.Categorical(), lr=0.5, damping=0.1, average=0.9, kl_clip=0.01)
     x, y = torch.randn(16, 1, 3, dtype=torch.bfloat16), torch.arange(16) % 3
     before = copy.deepcopy(model)
     for _ in range(3):
@@ -649,3 +649,32 @@ def test_a_model_in_bfloat16_is_trained() -> None:
         assert p.dtype == torch.bfloat16
         assert not torch.equal(p, q)
         assert p.isfinite().all()
+
+
+@pytest.mark.parametrize(("likelihood", "terms"), [(kf.Categorical(), 1.0), (kf.Bernoulli(), 3.0)])
+def test_the_automatic_clip_bounds_each_term_of_the_loss(likelihood: kf.Likelihood, terms: float) -> None:
+    """0.01 nats for each label, or for each of an example's outputs under a loss summed over them."""
+    model = double(nn.Linear(4, 3))
+    optimizer = kf.optim.KFAC(model, likelihood, lr=50.0, damping=1e-3, momentum=0.0, source="exact")
+    x = draw(8, 4)
+    loss = F.cross_entropy(model(x), torch.arange(8) % 3) if terms == 1.0 else model(x).square().sum()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    loss.backward()
+    optimizer.step()
+    step = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    model.load_state_dict(before)
+    exact = kf.GaussNewtonOperator(model, likelihood, (x[:2], None)).quadratic_form(step)
+    torch.testing.assert_close(exact.item(), 0.01 * terms, rtol=1e-6, atol=0.0)
+
+
+def test_the_automatic_clip_does_not_insist_on_a_forward() -> None:
+    """Outputs captured by hand leave no arguments for an exact product: the step is taken unclipped."""
+    model = nn.Sequential(double(nn.Linear(4, 3)))
+    optimizer = kf.optim.KFAC(model, kf.Categorical(), lr=0.1, momentum=0.0)
+    before = model[0].weight.detach().clone()
+    with optimizer.capture() as capture:
+        z = model[0](draw(8, 4))
+        capture(z)
+    F.cross_entropy(z, torch.arange(8) % 3).backward()
+    optimizer.step()
+    assert not torch.equal(before, model[0].weight)

@@ -294,6 +294,39 @@ def test_equal_weights_are_none_so_that_fast_paths_stay_open() -> None:
     assert samples[0].row_weights.flatten().tolist() == [1.0, 2.0, 2.0, 2.0, 2.0]
 
 
+class Positioned(nn.Module):
+    """Embeddings of positions are looked up once for all examples, unless they are expanded."""
+
+    def __init__(self, expanded: bool) -> None:
+        super().__init__()
+        self.tokens, self.positions, self.head = nn.Embedding(5, 3), nn.Embedding(4, 3), nn.Linear(3, 2)
+        self.expanded = expanded
+        double(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = torch.arange(x.shape[1])
+        return self.head(self.tokens(x) + self.positions(index.expand_as(x) if self.expanded else index)).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"source": "exact"}, "source=.exact."),
+        ({"source": "empirical"}, "source=.empirical."),
+        ({"approximation": "dense"}, "dense block"),
+        ({"approximation": "diagonal"}, "diagonal"),
+    ],
+)
+def test_layers_that_sum_over_examples_are_refused_where_these_must_be_apart(
+    options: dict[str, str], what: str
+) -> None:
+    x, y = torch.randint(5, (6, 4), generator=seeded()), draw(6, 2)
+    with pytest.raises(ValueError, match=rf"{what}.*'positions'.* is 4, not the batch of 6"):
+        kf.estimate(Positioned(False), kf.Gaussian(), (x, y), **options)
+    kf.estimate(Positioned(False), kf.Gaussian(), (x, y))
+    kf.estimate(Positioned(True), kf.Gaussian(), (x, y), **options)
+
+
 # ---------------------------------------------------------------------------------------------------- arguments
 def test_sources_by_name_and_as_objects() -> None:
     assert {name: type(get_source(name)) for name in SOURCES} == SOURCES

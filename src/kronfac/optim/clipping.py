@@ -17,6 +17,23 @@ from kronfac.optim.gathering import Gatherer
 #: Part of the mini-batch used for the exact product, as in the paper.
 FRACTION = 4
 
+#: Bound of ``kl_clip="auto"``: nats per term of the loss (a label, a pixel) and step.
+AUTO = 0.01
+
+
+def bound_of(kl_clip: float | str, terms: float) -> float:
+    """Bound on ``vᵀFv`` in the loss's own units.
+
+    Args:
+        kl_clip: A number, or ``"auto"``.
+        terms: Number of terms of the loss for each unit of its denominator: 1 for a mean over all terms, the number of
+            pixels for a loss summed over them.
+
+    Returns:
+        ``C``.
+    """
+    return AUTO * terms if isinstance(kl_clip, str) else kl_clip
+
 
 class KLClip:
     """Scale for an update ``v`` such that ``vᵀFv`` stays below a bound.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Unpack
 
 import torch
@@ -17,9 +16,10 @@ from kronfac.curvature import BlockDiagonal
 from kronfac.damping import Rule, get_rule
 from kronfac.estimation import Estimator, batches_of, call_model
 from kronfac.likelihoods import Likelihood
-from kronfac.optim.clipping import KLClip, exact_product
+from kronfac.optim.averaging import swapped_in, update_average
+from kronfac.optim.clipping import KLClip, bound_of, exact_product
 from kronfac.optim.gathering import Gatherer, eager_root
-from kronfac.optim.options import KFACOptions, at_least, check_group, complete, make_generator
+from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator
 from kronfac.optim.preconditioning import direction, refresh
 from kronfac.optim.state import load_curvature_state, save_curvature_state
 from kronfac.sources import Source
@@ -48,8 +48,10 @@ class KFAC(Optimizer):
         stats_every: Statistics period ``T_s`` in steps.
         invert_every: Inverse period ``T_f``; before it, inverses are also refreshed at steps 1, 2, 4, 8, …
         ema: Decay of the statistics per gathered step, with bias correction.
-        kl_clip: Bound ``C`` on ``vᵀFv``, or None. The exact product uses a quarter of the batch, on each of the first
-            steps and then whenever statistics are due; in between the approximate value is corrected by the last ratio.
+        kl_clip: Bound ``C`` on ``vᵀFv`` in the loss's units; None for no clip; ``"auto"``: 0.01 nats for each term of
+            the loss (a label, a pixel) wherever the root module's forward is seen. The exact product uses a quarter of
+            the batch, on each of the first steps and then whenever statistics are due; in between the approximate value
+            is corrected by the last ratio.
         average: Decay ``ξ`` of the average of iterates, in ``(0, 1)``; see :meth:`averaged`.
         fallback: Makes the optimiser of parameters without curvature, e.g. ``lambda ps: torch.optim.Adam(ps)``; by
             default they take the same step on the plain gradient.
@@ -76,7 +78,7 @@ class KFAC(Optimizer):
         stats_every: int = 10,
         invert_every: int = 100,
         ema: float = 0.95,
-        kl_clip: float | None = None,
+        kl_clip: float | str | None = "auto",
         average: float | None = None,
         fallback: Callable[[list[nn.Parameter]], Optimizer] | None = None,
         generator: torch.Generator | None = None,
@@ -252,7 +254,7 @@ class KFAC(Optimizer):
         self._gatherer.check_layers()
         everything = [p for group in self.param_groups for p in group["params"]]
         if self._fallback is not None:
-            _check_finite({self._names[id(p)]: p.grad for p in everything if p.grad is not None})
+            check_finite({self._names[id(p)]: p.grad for p in everything if p.grad is not None})
         self._check_statistics()
         if self._inverses_due:
             damping = {name: self._damping(name) for name in self._estimator.statistics}
@@ -262,7 +264,7 @@ class KFAC(Optimizer):
         if self._fallback is not None:
             self._fallback.step()
         if self._average is not None:
-            self._update_average(everything)
+            update_average(everything, self.state, self._average, self._steps)
         self._steps += 1
         self._gatherer.reset()
         return loss
@@ -295,7 +297,7 @@ class KFAC(Optimizer):
             if group["weight_decay"] and not group["decoupled_weight_decay"]:
                 gradients[name] = gradients[name].add(parameter, alpha=group["weight_decay"])
         directions = self._directions(gradients)
-        _check_finite(gradients, directions)
+        check_finite(gradients, directions)
         scale = self._clip_scale(gradients, directions, members)
         for group in self._own_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -353,9 +355,12 @@ class KFAC(Optimizer):
     def _clip_scale(
         self, gradients: dict[str, Tensor], directions: dict[str, Tensor], members: list[tuple[str, nn.Parameter, Any]]
     ) -> float:
-        bounds = [group["kl_clip"] for group in self._own_groups if group["kl_clip"] is not None]
-        if not bounds or not members:
+        given = [group["kl_clip"] for group in self._own_groups if group["kl_clip"] is not None]
+        if all(isinstance(bound, str) for bound in given) and self._exact_clip_due and self._gatherer.last is None:
+            given = []  # "auto" does not insist where the outputs were captured by hand
+        if not given or not members:
             return 1.0
+        bounds = [bound_of(bound, self._estimator.terms) for bound in given]
         rates = {name: float(group["lr"]) for name, _, group in members}
         products = [rates[n] ** 2 * torch.dot(gradients[n].flatten(), directions[n].flatten()).double() for n in rates]
         approximate = float(torch.stack(products).sum())
@@ -371,40 +376,18 @@ class KFAC(Optimizer):
 
         return self._clip(min(bounds), approximate, exact if self._exact_clip_due else None)
 
-    # ---------------------------------------------------------------- averaging
-    def _update_average(self, params: list[nn.Parameter]) -> None:
-        assert self._average is not None
-        # Bias-corrected: the plain mean of the iterates until 1/(1-ξ) of them were seen.
-        weight = max(1.0 - self._average, 1.0 / (self._steps + 1))
-        for parameter in params:
-            if "average" not in self.state[parameter]:
-                self.state[parameter]["average"] = parameter.detach().clone(memory_format=torch.preserve_format)
-        averages = [self.state[p]["average"] for p in params]
-        torch._foreach_lerp_(averages, [p.detach() for p in params], weight)
+    def averaged(self) -> AbstractContextManager[None]:
+        """Swap the averaged parameters in.
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Swap the averaged parameters in within the block.
+        Returns:
+            A context manager; the parameters are back as they were at its end.
 
         Raises:
-            RuntimeError: The optimiser was made without ``average=``, or took no step yet.
+            RuntimeError: The optimiser was made without ``average=``.
         """
         if self._average is None:
             raise RuntimeError("averaged() needs an optimiser made with average=, e.g. average=0.99.")
-        members = [p for group in self.param_groups for p in group["params"]]
-        held = [(p, self.state[p]["average"]) for p in members if "average" in self.state[p]]
-        if not held:
-            raise RuntimeError("averaged() needs at least one step.")
-        saved = [p.detach().clone() for p, _ in held]
-        with torch.no_grad():
-            for parameter, average in held:
-                parameter.copy_(average)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for (parameter, _), value in zip(held, saved, strict=True):
-                    parameter.copy_(value)
+        return swapped_in([p for group in self.param_groups for p in group["params"]], self.state)
 
     # ---------------------------------------------------------------- PyTorch's conventions
     def state_dict(self) -> dict[str, Any]:
@@ -428,19 +411,3 @@ class KFAC(Optimizer):
         if self._fallback is not None:
             theirs = iter(self._fallback.param_groups)
             self.param_groups = [group if "kl_clip" in group else next(theirs) for group in self.param_groups]
-
-
-def _check_finite(gradients: dict[str, Tensor], directions: dict[str, Tensor] | None = None) -> None:
-    """Refuse gradients that are not finite, and directions, which any such gradient spoils."""
-    looked_at = list((gradients if directions is None else directions).values())
-    if not looked_at:
-        return
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(looked_at)])
-    if math.isfinite(float(norms.sum())):
-        return
-    for what, tensors in (("gradient", gradients), ("preconditioned gradient", directions or {})):
-        if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
-            raise FloatingPointError(
-                f"NaN or Inf in the {what} of {', '.join(bad)}; no parameter was changed. The loss may have diverged: "
-                "lower lr, raise damping, or set kl_clip."
-            )

@@ -96,8 +96,11 @@ def check_group(group: dict[str, Any], names: Mapping[int, str] | None = None) -
         raise ValueError(f"momentum={group['momentum']!r} must be less than 1.")
     at_least("damping", group["damping"], 0.0)
     at_least("weight_decay", group["weight_decay"], 0.0)
-    if group["kl_clip"] is not None:
-        at_least("kl_clip", group["kl_clip"], 0.0, open_=True)
+    bound = group["kl_clip"]
+    if isinstance(bound, str) and bound != "auto":
+        raise ValueError(f"kl_clip={bound!r} must be a number > 0, 'auto' or None.")
+    if bound is not None and not isinstance(bound, str):
+        at_least("kl_clip", bound, 0.0, open_=True)
 
 
 def make_generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
@@ -124,3 +127,27 @@ def make_generator(generator: torch.Generator | None, device: torch.device) -> t
     if generator.device.type != device.type:
         raise ValueError(f"generator is on {generator.device}, the model on {device}; make one there.")
     return generator
+
+
+def check_finite(gradients: dict[str, Tensor], directions: dict[str, Tensor] | None = None) -> None:
+    """Refuse gradients that are not finite, and directions, which any such gradient spoils.
+
+    Args:
+        gradients: By parameter name.
+        directions: What the step is made of, where there are any yet.
+
+    Raises:
+        FloatingPointError: One is NaN or Inf; the text names the parameters.
+    """
+    looked_at = list((gradients if directions is None else directions).values())
+    if not looked_at:
+        return
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(looked_at)])
+    if math.isfinite(float(norms.sum())):
+        return
+    for what, tensors in (("gradient", gradients), ("preconditioned gradient", directions or {})):
+        if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+            raise FloatingPointError(
+                f"NaN or Inf in the {what} of {', '.join(bad)}; no parameter was changed. The loss may have diverged: "
+                "lower lr, raise damping, or set kl_clip."
+            )

@@ -45,6 +45,7 @@ def save_curvature_state(optimizer: KFAC) -> dict[str, Any]:
         "inverses": save_inverses(optimizer._inverses),
         "generator": generator.get_state(),
         "clip_ratio": optimizer._clip.ratio,
+        "terms": optimizer._estimator.terms,
         "fallback": None if fallback is None else fallback.state_dict(),
     }
 
@@ -96,6 +97,7 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
     inverses = _load_inverses(optimizer, saved["inverses"])
     steps = int(_number("steps", saved["steps"]))
     ratio = None if saved["clip_ratio"] is None else _number("clip_ratio", saved["clip_ratio"])
+    terms = _number("terms", saved["terms"])
     generator, fallback = optimizer._estimator.generator, optimizer._fallback
     assert generator is not None
     random_state = saved["generator"].to(device="cpu", dtype=torch.uint8)
@@ -109,7 +111,7 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
         for mean, total, weight, scale in means:
             mean.total, mean.weight, mean.scale = total, weight, scale
         optimizer._inverses = inverses
-        optimizer._steps, optimizer._clip.ratio = steps, ratio
+        optimizer._steps, optimizer._clip.ratio, optimizer._estimator.terms = steps, ratio, terms
         generator.set_state(random_state)
         if fallback is not None:
             fallback.load_state_dict(saved["fallback"])

@@ -10,7 +10,7 @@ from torch import nn
 
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers.base import OptimizerSpec
-from kronfac.experiments.optimizers.options import COMMON, Option, choice, flag, integer, number, optional
+from kronfac.experiments.optimizers.options import COMMON, Option, choice, flag, integer, number, number_or, optional
 from kronfac.experiments.problems.base import Problem
 
 _OPTIONS = (
@@ -30,9 +30,9 @@ _OPTIONS = (
     Option("ema", 0.95, number(0.0, 1.0, open_high=True), "decay of the running factors"),
     Option(
         "kl_clip",
-        None,
-        optional(number(0.0, open_low=True)),
-        "bound on the step's change of the outputs; none: no clip",
+        "auto",
+        optional(number_or("auto", number(0.0, open_low=True))),
+        "bound on the step's change of the outputs; auto: 0.01 nats per term of the loss; none: no clip",
     ),
 )
 

@@ -140,6 +140,28 @@ def optional(parse: Parser) -> Parser:
     return parse_optional
 
 
+def number_or(word: str, parse: Parser) -> Parser:
+    """Accept also one word.
+
+    Args:
+        word: The word.
+        parse: Parser of the other values.
+
+    Returns:
+        The parser.
+    """
+
+    def parse_or(value: object) -> object:
+        if isinstance(value, str) and value.lower() == word:
+            return word
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or {word}") from None
+
+    return parse_or
+
+
 #: What every optimiser understands besides its own hyper-parameters.
 COMMON = (
     Option("batch_size", None, optional(integer(1)), "examples per step; none for the problem's own"),

@@ -33,7 +33,7 @@ _TUNED = {
     "sgd": {"lr": 3e-3, "momentum": 0.9},
     "adam": {"lr": 3e-3},
     "adamw": {"lr": 3e-3},
-    "kfac": {"lr": 0.2, "damping": 3.0, "kl_clip": 0.3, "stats_every": 10, "invert_every": 20},
+    "kfac": {"lr": 0.05, "damping": 0.3, "kl_clip": 10.0, "stats_every": 10, "invert_every": 20},
 }
 
 FAMILY = (

@@ -43,10 +43,10 @@ _on = partial(
 )
 
 _TUNED = {
-    "sgd": {"lr": 0.01, "momentum": 0.9},
+    "sgd": {"lr": 0.01, "momentum": 0.9, "average": 0.995},
     "adam": {"lr": 1e-3},
     "adamw": {"lr": 1e-3},
-    "kfac": {"lr": 0.01, "damping": 3e-2, "kl_clip": 1e-3, "batch_size": 512},
+    "kfac": {"lr": 0.01, "damping": 3e-2, "batch_size": 256, "average": 0.98},
 }
 
 FAMILY = (

@@ -6,4 +6,4 @@ from functools import partial
 
 import kronfac as kf
 
-plain = partial(kf.optim.KFAC, kl_clip=None)
+unclipped = partial(kf.optim.KFAC, kl_clip=None)
