@@ -26,13 +26,17 @@ _on = partial(
     batch_size=500,
     steps=2400,
     evaluate_every=60,
-    tuned_over="a first trial's values, no grid searched",
+    tuned_over=(
+        "on MNIST, by the squared training error after 480 steps with seed 0: SGD and AdamW over lr 0.0005, 0.001, "
+        "0.002, 0.003 (SGD diverges from 0.003 on), KFAC over lr 0.03, 0.05, 0.08 at damping 0.3, kl_clip 10 and inverses "
+        "every 20 steps, which came from nine shorter trials; Adam has AdamW's values"
+    ),
 )
 
 _TUNED = {
-    "sgd": {"lr": 3e-3, "momentum": 0.9},
-    "adam": {"lr": 3e-3},
-    "adamw": {"lr": 3e-3},
+    "sgd": {"lr": 1e-3, "momentum": 0.9},
+    "adam": {"lr": 1e-3},
+    "adamw": {"lr": 1e-3},
     "kfac": {"lr": 0.05, "damping": 0.3, "kl_clip": 10.0, "stats_every": 10, "invert_every": 20},
 }
 
