@@ -28,8 +28,8 @@ _on = partial(
     evaluate_every=60,
     tuned_over=(
         "on MNIST, by the squared training error after 480 steps with seed 0: SGD and AdamW over lr 0.0005, 0.001, "
-        "0.002, 0.003 (SGD diverges from 0.003 on), KFAC over lr 0.03, 0.05, 0.08 at damping 0.3, kl_clip 10 and inverses "
-        "every 20 steps, which came from nine shorter trials; Adam has AdamW's values"
+        "0.002, 0.003 (SGD diverges from 0.003 on), KFAC over lr 0.03, 0.05, 0.08 at damping 0.3, kl_clip 10 and "
+        "inverses every 20 steps, which came from nine shorter trials; Adam has AdamW's values"
     ),
 )
 
