@@ -317,9 +317,7 @@ class Positioned(nn.Module):
         ({"approximation": "diagonal"}, "diagonal"),
     ],
 )
-def test_layers_that_sum_over_examples_are_refused_where_these_must_be_apart(
-    options: dict[str, str], what: str
-) -> None:
+def test_layers_that_sum_over_examples_are_refused_where_that_matters(options: dict[str, str], what: str) -> None:
     x, y = torch.randint(5, (6, 4), generator=seeded()), draw(6, 2)
     with pytest.raises(ValueError, match=rf"{what}.*'positions'.* is 4, not the batch of 6"):
         kf.estimate(Positioned(False), kf.Gaussian(), (x, y), **options)
