@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kronfac import experiments
 from kronfac.cli.main import app
 
 SMALL = ["--steps", "20", "--threads", "1"]
@@ -110,6 +111,16 @@ def test_train_is_a_comparison_of_one(tmp_path: Path) -> None:
     assert code == 0
     assert "lr=0.01" in stdout
     assert (tmp_path / "report.html").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiments, "compare", interrupted)
+    code, _, stderr = call("train", "digits-mlp", *SMALL, "--out", str(tmp_path))
+    assert code == 130
+    assert "the same command goes on from the last checkpoint" in stderr
 
 
 def test_exit_code_1_if_everything_diverged(tmp_path: Path) -> None:

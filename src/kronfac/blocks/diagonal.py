@@ -144,4 +144,3 @@ class Diagonal(Block):
         """
         check_factor(factor)
         return type(self)(self.values * factor)
-

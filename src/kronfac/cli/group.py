@@ -41,13 +41,14 @@ class OneLineErrors(TyperGroup):
         except ExperimentError as error:
             _fail(str(error))
         except (typer.Abort, KeyboardInterrupt):
-            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-            sys.exit(INTERRUPTED)
+            code = INTERRUPTED
         except Exception as error:
             word = getattr(error, "format_message", None)  # what typer raises for bad usage; it exports no base class
             if word is None:
                 raise
             _fail(word())
+        if code == INTERRUPTED:  # recent versions of typer turn Ctrl-C into this code, older ones into Abort
+            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(code if isinstance(code, int) else 0)
 
 
