@@ -47,8 +47,9 @@ docs-serve: install-dev  ## the documentation on a local port, rebuilt on change
 pytest: install-dev  ## the tests, with coverage of src/
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) --cov --cov-report=term $(PYTEST_ARGS)
 
-bench: install-dev  ## cost of statistics, inverse, preconditioning and whole step
+bench: install-dev  ## cost of statistics, inverse, preconditioning and whole step, and peak memory
 	$(BIN)/python benchmarks/overhead.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/memory.py
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
