@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,20 @@ from kronfac.estimation import Estimator, pick_outputs
 from kronfac.tape import Tape, TapeError, frozen_buffers, is_apart_from_training, record
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a module is what ``torch.compile`` returned.
+
+    Args:
+        model: The module.
+
+    Returns:
+        True if so.
+    """
+    # Whoever compiled it has imported the compiler, which takes seconds and is not worth it for the question.
+    frame = sys.modules.get("torch._dynamo.eval_frame")
+    return frame is not None and isinstance(model, frame.OptimizedModule)
+
+
 def eager_root(model: nn.Module) -> nn.Module:
     """Return the module behind ``torch.compile`` and data-parallel wrappers; it shares their parameters.
 
@@ -25,8 +40,8 @@ def eager_root(model: nn.Module) -> nn.Module:
         The eager module.
     """
     while True:
-        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-            model = model._orig_mod
+        if is_compiled(model):
+            model = model.get_submodule("_orig_mod")
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         else:
@@ -101,7 +116,7 @@ class Gatherer:
         self._due, self._begin, self._pick, self._keep = due, begin, outputs, keep
         self._tape = Tape(estimator.adaptation.adapters)
         self._identities = _identities(self.root)
-        self._compiled = isinstance(model, torch._dynamo.eval_frame.OptimizedModule)
+        self._compiled = is_compiled(model)
         handles = [
             model.register_forward_pre_hook(_Hook(self, "_before"), with_kwargs=True),
             model.register_forward_hook(_Hook(self, "_after"), with_kwargs=True, always_call=True),
