@@ -66,8 +66,8 @@ def whole(work: Workload, kind: str, steps: int) -> Callable[[], float]:
     make_optimizer = {
         "sgd": lambda: torch.optim.SGD(work.model.parameters(), lr=0.0, momentum=0.9),
         "adamw": lambda: torch.optim.AdamW(work.model.parameters(), lr=0.0),
-        "kfac": lambda: KFAC(work.model, work.likelihood, lr=0.0, damping=1.0, burn_in=0),
-        "kfac, clipped": lambda: KFAC(work.model, work.likelihood, lr=0.0, damping=1.0, burn_in=0, kl_clip=1.0),
+        "kfac": lambda: KFAC(work.model, work.likelihood, lr=0.0, damping=1.0, burn_in=0, kl_clip=None),
+        "kfac, default clip": lambda: KFAC(work.model, work.likelihood, lr=0.0, damping=1.0, burn_in=0),
     }
     optimizer = make_optimizer[kind]()
 
@@ -101,7 +101,7 @@ def measure(name: str, rounds: int) -> dict[str, dict[str, float]]:
     result["statistics"] = summary([(t - b) / middle for t, b in zip(extra, base, strict=True)])
     for part, values in times.items():
         result[part] = summary([t / middle for t in values])
-    kinds = ("sgd", "adamw", "kfac", "kfac, clipped")
+    kinds = ("sgd", "adamw", "kfac", "kfac, default clip")
     steps = {kind: whole(make(name), kind, 100 if kind.startswith("kfac") else 20) for kind in kinds}
     plain = make(name)
     ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
