@@ -46,7 +46,7 @@ _on = partial(
     ),
 )
 
-_TUNED = {
+_TUNED: dict[str, Hyperparameters] = {
     "sgd": {"lr": 0.01, "momentum": 0.9, "average": 0.995},
     "adam": {"lr": 1e-3},
     "adamw": {"lr": 1e-3},
