@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from kronfac.experiments.datasets.base import Dataset
 from kronfac.experiments.models import kfc_network
-from kronfac.experiments.problems.base import Data, Problem
+from kronfac.experiments.problems.base import Data, Hyperparameters, Problem
 from kronfac.experiments.problems.losses import categorical, errors
 
 
