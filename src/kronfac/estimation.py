@@ -93,7 +93,8 @@ class Estimator:
         with torch.no_grad():
             values = outputs.detach()
             count = self.likelihood.term_shape(values, targets).numel()
-            self.terms = count / max(float(self.likelihood.denominator(values, targets)), 1e-12)
+            terms = count / max(float(self.likelihood.denominator(values, targets)), 1e-12)
+            self.terms = mean_over_processes(terms, values.device)
         self.source.stream(
             tape,
             self.likelihood,
@@ -125,6 +126,24 @@ class Estimator:
             )
         blocks = {name: statistic.block() for name, statistic in self.statistics.items()}
         return BlockDiagonal(blocks, self.adaptation.adapters, self.adaptation.order, options=self.options)
+
+
+def mean_over_processes(value: float, device: torch.device) -> float:
+    """Mean of a number over all processes of a distributed run, so that each of them decides alike.
+
+    Args:
+        value: This process's number.
+        device: Device of the tensors that the processes exchange.
+
+    Returns:
+        The mean, or the number itself outside of distributed runs.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    distributed.all_reduce(total)
+    return float(total) / distributed.get_world_size()
 
 
 def estimate(

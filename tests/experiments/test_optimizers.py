@@ -22,7 +22,7 @@ from kronfac.experiments.schedules import factor
         ("adam", {"beta1": 1.0}, "adam.beta1 must be a number of at least 0 and below 1"),
         ("kfac", {"damping": -0.1}, "kfac.damping must be a number of at least 0, got -0.1"),
         ("kfac", {"stats_every": 2.5}, "kfac.stats_every must be a whole number of at least 1"),
-        ("kfac", {"kl_clip": 0}, "kfac.kl_clip must be a number above 0, or none, got 0"),
+        ("kfac", {"kl_clip": 0}, "kfac.kl_clip must be a number above 0, or auto, or none, got 0"),
         ("kfac", {"source": "guess"}, "kfac.source must be one of sampled, exact"),
         ("kfac", {"decoupled_weight_decay": "maybe"}, "must be true or false"),
         ("adamw", {"schedule": "linear"}, "adamw.schedule must be one of constant, cosine, exponential"),

@@ -38,7 +38,15 @@ def result(model: nn.Module, optimizer: kf.optim.KFAC) -> dict[str, Tensor]:
 def train(model: nn.Module, called: nn.Module, rank: int | None) -> dict[str, Tensor]:
     """Train the model, alone on all data or as one of several; then gather once more without a step."""
     optimizer = kf.optim.KFAC(
-        called, kf.Categorical(), lr=0.1, damping=0.1, source="exact", stats_every=2, burn_in=1, momentum=0.5
+        called,
+        kf.Categorical(),
+        lr=0.1,
+        damping=0.1,
+        source="exact",
+        stats_every=2,
+        burn_in=1,
+        momentum=0.5,
+        kl_clip=None,
     )
     for step in range(STEPS + 1):
         x, y = batch(step) if rank is None else share(step, rank)
