@@ -19,15 +19,16 @@ def test_two_processes_are_as_good_as_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(data_parallel.work, (str(tmp_path),), nprocs=data_parallel.WORLD)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(data_parallel.WORLD)]
     model = network()
-    wanted = data_parallel.train(model, model, None)
-    for part in found:
-        assert part.keys() == wanted.keys()
-        for name, tensor in wanted.items():
-            torch.testing.assert_close(
-                part[name], tensor, rtol=1e-10, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}"
-            )
-    for name in wanted:
-        assert torch.equal(found[0][name], found[1][name]), name
+    wanted = data_parallel.train(model, model, None, **data_parallel.RUNS["exact"])
+    assert found[0]["exact"].keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(
+            found[0]["exact"][name], tensor, rtol=1e-10, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}"
+        )
+    for run in data_parallel.RUNS:
+        for name, tensor in found[0][run].items():
+            assert torch.equal(found[1][run][name], tensor), f"{run}: the processes parted at {name}"
+    assert not torch.equal(found[0]["clipped"]["parameter 0.weight"], found[0]["exact"]["parameter 0.weight"])
 
 
 def test_processes_draw_labels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfac.estimation import pick_outputs
+from kronfac.estimation import mean_over_processes, pick_outputs
 from kronfac.likelihoods import Likelihood
 from kronfac.operators import ggn_quadratic_form
 from kronfac.optim.gathering import Gatherer
@@ -121,4 +121,6 @@ def exact_product(
             outputs=lambda out: pick_outputs(out, pick),
         )
     # A sum over a part of the batch is as much smaller; means are not.
-    return float(value) * (batch / part if likelihood.reduction == "sum" and batch else 1.0)
+    local = float(value) * (batch / part if likelihood.reduction == "sum" and batch else 1.0)
+    # All processes of a distributed run must clip alike.
+    return mean_over_processes(local, value.device)
