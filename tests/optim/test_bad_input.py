@@ -35,6 +35,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "momentum one": ({"momentum": 1.0}, ValueError, r"momentum=1\.0 must be less than 1"),
     "negative decay": ({"weight_decay": -1.0}, ValueError, "weight_decay=-1"),
     "clip zero": ({"kl_clip": 0.0}, ValueError, r"kl_clip=0\.0 must be a number > 0"),
+    "clip text": ({"kl_clip": "some"}, ValueError, "kl_clip='some' must be a number > 0, 'auto' or None"),
     "period zero": ({"stats_every": 0}, ValueError, "stats_every=0 must be an integer >= 1"),
     "period fraction": ({"invert_every": 2.5}, ValueError, r"invert_every=2\.5"),
     "period bool": ({"stats_every": True}, ValueError, "stats_every=True"),

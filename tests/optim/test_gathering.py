@@ -385,6 +385,23 @@ def test_a_layer_that_is_never_called_is_named() -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
 
 
+def test_a_forward_that_calls_no_layer_is_told() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = double(nn.Linear(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.layer.weight, self.layer.bias)
+
+    model = Bare()
+    optimizer = make(model)
+    with pytest.raises(kf.TapeError, match="No layer hook fired"):
+        model(draw(8, 3))
+    assert hooks(model) == 2
+    assert optimizer._gatherer.gathered == 0
+
+
 # ---------------------------------------------------------------------------------------------------- hooks
 def test_an_error_in_the_forward_leaves_no_layer_hooks() -> None:
     model, x = network(), draw(8, 3)
@@ -504,6 +521,18 @@ def test_compiled_models_are_replayed_eagerly(backend: str) -> None:
             o.step()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_module_compiled_before_and_not_passed_is_told() -> None:
+    torch._dynamo.reset()
+    model, x = network(), draw(8, 3)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    optimizer = make(model)
+    F.cross_entropy(compiled(x), LABELS).backward()
+    with pytest.raises(RuntimeError, match="no forward of the model passed to KFAC was seen"):
+        optimizer.step()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

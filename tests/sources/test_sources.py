@@ -222,6 +222,12 @@ def test_forward_only_keeps_the_inputs_and_an_identity() -> None:
     torch.testing.assert_close(tensors["output"], torch.eye(4, dtype=torch.float64))
 
 
+def test_forward_only_gives_norms_the_identity() -> None:
+    model = double(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 3)))
+    curvature = kf.estimate(model, kf.Categorical(), (draw(7, 3), None), source="forward_only")
+    torch.testing.assert_close(curvature.blocks["1"].to_dense(), torch.eye(8, dtype=torch.float64))
+
+
 # ---------------------------------------------------------------------------------------------------- row weights
 class Alignment(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
