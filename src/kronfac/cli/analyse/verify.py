@@ -1,4 +1,4 @@
-"""``kronfac analyse``: is the curvature of a problem's network what it should be?"""
+"""``kronfac analyse verify``: is the curvature that training would use right?"""
 
 from __future__ import annotations
 
@@ -8,51 +8,12 @@ from typing import Annotated
 import torch
 import typer
 
+from kronfac.cli.analyse.arguments import Approximation, Norm, Problem
 from kronfac.cli.options import Json
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.problems import get_problem
 
-app = typer.Typer(
-    help="Look at the curvature of a problem's network: what each parameter gets, and whether it is right.",
-    rich_markup_mode="rich",
-)
 
-Problem = Annotated[
-    str, typer.Argument(help="Name of a problem; kronfac compare --help lists them.", show_default=False)
-]
-Approximation = Annotated[str, typer.Option(help="What of the curvature is kept: kfac, diagonal or dense.")]
-Norm = Annotated[str, typer.Option(help="Blocks of normalisation layers: unitwise or full.")]
-
-
-@app.callback(invoke_without_command=True)
-def _root(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-
-
-@app.command("coverage")
-def coverage(
-    problem: Problem,
-    approximation: Approximation = "kfac",
-    norm: Norm = "unitwise",
-    damping_rule: Annotated[str, typer.Option(help="How inverses are damped: factored or exact.")] = "factored",
-    as_json: Json = False,
-) -> None:
-    """Show which block each parameter of a network gets, its size and memory, and whether it is exact. Needs no data.
-
-    [dim]kronfac analyse coverage cifar10-resnet20[/dim]
-    """  # noqa: DOC501 - a person reads this as help
-    import kronfac as kf
-
-    model = get_problem(problem).model(seed=0)
-    try:
-        report = kf.coverage(model, approximation=approximation, norm=norm, damping_rule=damping_rule)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise ExperimentError(str(error)) from error
-    print(json.dumps(report.to_dict(), indent=2) if as_json else report)
-
-
-@app.command("verify")
 def verify(
     problem: Problem,
     approximation: Approximation = "kfac",

@@ -1,0 +1,23 @@
+"""``kronfac analyse``: is the curvature of a problem's network what it should be, and what do approximations lose?
+
+A new analysis is one file with a command, and one line here.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from kronfac.cli.analyse import coverage, verify
+
+app = typer.Typer(
+    help="Look at the curvature of a problem's network: what each parameter gets, and whether it is right.",
+    rich_markup_mode="rich",
+)
+app.command("coverage")(coverage.coverage)
+app.command("verify")(verify.verify)
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
