@@ -211,6 +211,24 @@ def test_part_of_the_parameters_and_frozen_ones() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", [GaussNewtonOperator, HessianOperator])
+@pytest.mark.parametrize("name", ["batch norm", "no forward derivative"])
+@pytest.mark.parametrize("layer", ["0", "3"])
+def test_principal_submatrices(kind: type[ParameterOperator], name: str, layer: str) -> None:
+    model = MODELS[name]
+    names = (f"{layer}.bias", f"{layer}.weight")  # in any order
+    whole, part = kind(model, Categorical(), (X, Y)), kind(model, Categorical(), (X, Y), parameters=names)
+    assert part.parameter_names == (f"{layer}.weight", f"{layer}.bias")
+    place, start = [], 0
+    for key, shape in whole.parameter_shapes.items():
+        place += list(range(start, start + shape.numel())) if key in names else []
+        start += shape.numel()
+    torch.testing.assert_close(part.to_dense(), whole.to_dense()[place][:, place], rtol=1e-10, atol=1e-13)
+    vector = {key: draw(*part.parameter_shapes[key], seed=3) for key in names}
+    form = torch.cat([vector[key].flatten() for key in part.parameter_names])
+    torch.testing.assert_close(part.quadratic_form(vector), form @ part.to_dense() @ form, rtol=1e-10, atol=1e-13)
+
+
 def test_shared_parameters() -> None:
     model = seeded(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)))
     model[2].weight = model[0].weight
@@ -281,6 +299,10 @@ def test_refusals() -> None:
         HessianOperator(flat, likelihood, (X, Y))
     with pytest.raises(ValueError, match=r"no parameter that requires gradients"):
         GaussNewtonOperator(nn.Linear(3, 3).requires_grad_(False), likelihood, (X, Y))
+    with pytest.raises(ValueError, match=r"must name parameters of the model that require gradients.*\['5.bias'\]"):
+        GaussNewtonOperator(model, likelihood, (X, Y), parameters=["2.bias", "5.bias"])
+    with pytest.raises(ValueError, match=r"parameters=\[\] must name"):
+        HessianOperator(model, likelihood, (X, Y), parameters=[])
     with pytest.raises(ValueError, match=r"loader is empty"):
         GaussNewtonOperator(model, likelihood, []).quadratic_form(vector)
     with pytest.raises(TypeError, match=r"pairs.*got Tensor"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,18 @@ class ParameterOperator(ABC):
     Attributes:
         model: The model.
         likelihood: The loss.
-        parameter_names: The parameters that require gradients, in the order of ``model.parameters()``.
+        parameter_names: The parameters that the matrix is over, in the order of ``model.parameters()``.
         parameter_shapes: Their shapes.
     """
 
     def __init__(
-        self, model: nn.Module, likelihood: Likelihood, loader: Iterable[Any] | tuple[Any, Any], *, outputs: Pick = None
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        loader: Iterable[Any] | tuple[Any, Any],
+        *,
+        outputs: Pick = None,
+        parameters: Sequence[str] | None = None,
     ) -> None:
         """Store model and data; no pass is made.
 
@@ -44,10 +50,13 @@ class ParameterOperator(ABC):
             loader: Pairs ``(inputs, targets)`` that can be iterated over more than once (a list or a ``DataLoader``),
                 or a single pair. Inputs are a tensor, a tuple of positional or a mapping of keyword arguments.
             outputs: Takes the output tensor out of what the model returns.
+            parameters: Names of the parameters that the matrix is over, a principal submatrix of the whole: products
+                then pass only through what lies between these parameters and the outputs. By default all that
+                require gradients.
 
         Raises:
             TypeError: If an argument is of the wrong kind.
-            ValueError: If the model has no parameter that requires gradients.
+            ValueError: If the model has no parameter that requires gradients, or not one of those named.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -59,11 +68,19 @@ class ParameterOperator(ABC):
                 f"{type(loader).__name__}"
             )
         self.model, self.likelihood, self._loader, self._pick = model, likelihood, loader, outputs
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not parameters:
+        known = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not known:
             raise ValueError("the model has no parameter that requires gradients")
-        self.parameter_names = tuple(parameters)
-        self.parameter_shapes = {name: p.shape for name, p in parameters.items()}
+        if parameters is not None:
+            unknown = [name for name in parameters if name not in known]
+            if unknown or not parameters:
+                raise ValueError(
+                    f"parameters={list(parameters)} must name parameters of the model that require gradients; "
+                    f"unknown or frozen: {unknown}"
+                )
+            known = {name: p for name, p in known.items() if name in set(parameters)}
+        self.parameter_names = tuple(known)
+        self.parameter_shapes = {name: p.shape for name, p in known.items()}
         self._random_state = random_state(model)
 
     @abstractmethod
