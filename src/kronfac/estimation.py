@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from kronfac.approximations import Approximation, Statistic, get_approximation
 from kronfac.curvature import BlockDiagonal
 from kronfac.layers import Adaptation, adapt_model
 from kronfac.likelihoods import Likelihood
-from kronfac.sources import Source, get_source
+from kronfac.sources import Sample, Source, get_source
 from kronfac.tape import Tape, couples_examples, frozen_buffers, record
 
 
@@ -65,7 +66,7 @@ class Estimator:
         if not self.adaptation.adapters:
             raise ValueError("No layer of the model has a curvature block: " + _reasons(self.adaptation.uncovered))
         self.generator = generator
-        #: Terms of the loss for each unit of its denominator, as last seen.
+        #: Terms of the loss for each unit of its denominator, as this process last saw them.
         self.terms = 1.0
         self.statistics: dict[str, Statistic] = {
             name: self.approximation.start(adapter) for name, adapter in self.adaptation.adapters.items()
@@ -81,28 +82,36 @@ class Estimator:
             text = f"{what}: {_reasons(self.adaptation.uncovered)}. See kronfac.coverage(model)."
             warnings.warn(text, CoverageWarning, stacklevel=3)
 
-    def update(self, tape: Tape, outputs: Tensor, targets: Any = None) -> None:
+    def update(self, tape: Tape, outputs: Tensor, targets: Any = None, *, continues: bool = False) -> None:
         """Take in a recorded forward pass; the graph is kept.
 
         Args:
             tape: The recorded layers.
             outputs: The model's outputs, attached to the graph.
             targets: Targets, where source or likelihood needs them.
+            continues: Whether the forward belongs to the same loss as the one before it (gradient accumulation). Means
+                are means over all of them either way; with ``reduction="sum"`` the curvatures are then added.
         """
+        adds = continues and self.likelihood.reduction == "sum"
         self.source.check(self.model, couples_examples(self.model))
         with torch.no_grad():
             values = outputs.detach()
             count = self.likelihood.term_shape(values, targets).numel()
             terms = count / max(float(self.likelihood.denominator(values, targets)), 1e-12)
-            self.terms = mean_over_processes(terms, values.device)
-        self.source.stream(
-            tape,
-            self.likelihood,
-            outputs,
-            targets,
-            self.generator,
-            lambda sample: self.statistics[sample.layer.name].add(sample),
-        )
+            self.terms = self.terms + terms if adds else terms
+
+        def take(sample: Sample) -> None:
+            # The denominator of a sum is one, and was counted with the first of its parts.
+            self.statistics[sample.layer.name].add(replace(sample, denominator=0.0) if adds else sample)
+
+        self.source.stream(tape, self.likelihood, outputs, targets, self.generator, take)
+
+    def consolidate(self) -> None:
+        """Give every process of a distributed run the same share of the statistics; each must call this."""
+        self.terms = mean_over_processes(self.terms, next(self.model.parameters()).device)
+        for statistic in self.statistics.values():
+            for mean in statistic.means().values():
+                mean.consolidate()
 
     def decay(self, factor: float) -> None:
         """Forget: multiply all sums and weights by ``factor`` (exponential moving average)."""

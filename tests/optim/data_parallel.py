@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,41 @@ def train(model: nn.Module, called: nn.Module, rank: int | None, **options: Any)
     """Train the model, alone on all data or as one of several; then gather once more without a step."""
     options = {"lr": 0.1, "damping": 0.1, "source": "exact", "stats_every": 2, "burn_in": 1, "momentum": 0.5, **options}
     optimizer = kf.optim.KFAC(called, kf.Categorical(), **options)
-    for step in range(STEPS + 1):
+    steps(called, optimizer, rank, 0, STEPS + 1)
+    return result(model, optimizer)
+
+
+def steps(called: nn.Module, optimizer: kf.optim.KFAC, rank: int | None, first: int, stop: int) -> None:
+    for step in range(first, stop):
         x, y = batch(step) if rank is None else share(step, rank)
         optimizer.zero_grad()
         loss = F.cross_entropy(called(x), y)
         if step < STEPS:
             loss.backward()
             optimizer.step()
-    return result(model, optimizer)
+
+
+def resume(rank: int) -> dict[str, dict[str, Tensor]]:
+    """Train on after a save, and train on from what the first process saved."""
+    found = {}
+    model = network()
+    called = nn.parallel.DistributedDataParallel(model)
+    optimizer = kf.optim.KFAC(called, kf.Categorical(), lr=0.1, damping=0.1, stats_every=2, burn_in=1)
+    steps(called, optimizer, rank, 0, 2)
+    optimizer.consolidate_state_dict()
+    saved = [copy.deepcopy((model.state_dict(), optimizer.state_dict())) if rank == 0 else None]
+    steps(called, optimizer, rank, 2, STEPS + 1)
+    found["uninterrupted"] = result(model, optimizer)
+    distributed.broadcast_object_list(saved)
+    parameters, state = saved[0]
+    model = network()
+    model.load_state_dict(parameters)
+    called = nn.parallel.DistributedDataParallel(model)
+    optimizer = kf.optim.KFAC(called, kf.Categorical(), lr=0.1, damping=0.1, stats_every=2, burn_in=1)
+    optimizer.load_state_dict(state)
+    steps(called, optimizer, rank, 2, STEPS + 1)
+    found["resumed"] = result(model, optimizer)
+    return found
 
 
 def work(rank: int, folder: str) -> None:
@@ -66,6 +94,7 @@ def work(rank: int, folder: str) -> None:
         for name, options in RUNS.items():
             model = network()
             found[name] = train(model, nn.parallel.DistributedDataParallel(model), rank, **options)
+        found |= resume(rank)
         torch.save(found, Path(folder) / f"{rank}.pt")
     finally:
         distributed.destroy_process_group()

@@ -228,7 +228,7 @@ def test_a_clip_without_a_forward_says_what_it_needs() -> None:
         capture(value)
     F.cross_entropy(value, LABELS).backward()
     before = copy.deepcopy(model)
-    with pytest.raises(RuntimeError, match="kl_clip needs the arguments of the root module's forward"):
+    with pytest.raises(RuntimeError, match=r"kl_clip .* needs the arguments of the root module's forward"):
         optimizer.step()
     assert unchanged(model, before)
 

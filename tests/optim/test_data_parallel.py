@@ -28,6 +28,9 @@ def test_two_processes_are_as_good_as_one(tmp_path: Path) -> None:
     for run in data_parallel.RUNS:
         for name, tensor in found[0][run].items():
             assert torch.equal(found[1][run][name], tensor), f"{run}: the processes parted at {name}"
+    for name, tensor in found[0]["uninterrupted"].items():
+        assert torch.equal(found[0]["resumed"][name], tensor), f"a resumed run differs in {name}"
+        assert torch.equal(found[1]["resumed"][name], tensor), f"resumed processes parted at {name}"
     assert not torch.equal(found[0]["clipped"]["parameter 0.weight"], found[0]["exact"]["parameter 0.weight"])
 
 

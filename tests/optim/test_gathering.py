@@ -32,6 +32,41 @@ def test_every_micro_batch_of_a_step_is_gathered() -> None:
     same(factors(optimizer), {name: (0.5 * first[name] + second[name]) / 1.5 for name in first})
 
 
+@pytest.mark.parametrize("approximation", ["kfac", "diagonal", "dense"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_micro_batches_of_a_step_are_one_batch(reduction: str, approximation: str) -> None:
+    """The curvature of an accumulated loss is that of the whole batch, through several forgetting steps too."""
+    likelihood = kf.Categorical(reduction=reduction)
+    options: dict[str, Any] = {"likelihood": likelihood, "approximation": approximation, "ema": 0.5, "kl_clip": None}
+    models = network(), network()
+    one, several = (make(model, **options) for model in models)
+    for step in range(3):
+        x, y = draw(8, 3, seed=step), LABELS
+        one.zero_grad()
+        likelihood.loss(models[0](x), y).backward()
+        one.step()
+        several.zero_grad()
+        for part, labels in zip(x.split([4, 2, 2]), y.split([4, 2, 2]), strict=True):
+            share = 1.0 if reduction == "sum" else len(part) / len(x)
+            (share * likelihood.loss(models[1](part), labels)).backward()
+        several.step()
+        same(factors(several), factors(one))
+
+
+def test_the_clip_counts_the_micro_batches_of_a_sum() -> None:
+    """On equal examples a quarter of the last micro-batch says all about the sum over both."""
+    model, likelihood = network(), kf.Categorical(reduction="sum")
+    x, y = draw(1, 3).repeat(8, 1), torch.ones(8, dtype=torch.long)
+    wanted = kf.reference.ggn(model, likelihood, x)
+    optimizer = make(model, likelihood=likelihood, damping=0.1, kl_clip=1e-6, momentum=0.0)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for part, labels in zip(x.split(4), y.split(4), strict=True):
+        likelihood.loss(model(part), labels).backward()
+    optimizer.step()
+    move = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    assert float(move @ wanted @ move) == pytest.approx(1e-6, rel=1e-9)
+
+
 @pytest.mark.parametrize("where", ["no_grad", "inference_mode", "eval", "paused"])
 def test_forwards_that_gather_nothing(where: str) -> None:
     model, x = network(), draw(8, 3)

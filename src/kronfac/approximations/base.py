@@ -52,6 +52,18 @@ class Mean:
         distributed.all_reduce(weight)
         return total.div_(weight.item())
 
+    def consolidate(self) -> None:
+        """Give every process of a distributed run the same share of the sums; :meth:`value` stays what it is."""
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        weight = self.total.new_tensor(self.weight, dtype=torch.float64)
+        self.total.mul_(self.scale)
+        distributed.all_reduce(self.total)
+        distributed.all_reduce(weight)
+        self.total.div_(distributed.get_world_size())
+        self.weight, self.scale = weight.item() / distributed.get_world_size(), 1.0
+
 
 class Statistic(ABC):
     """Statistics of one layer.

@@ -13,6 +13,7 @@ from kronfac.estimation import mean_over_processes, pick_outputs
 from kronfac.likelihoods import Likelihood
 from kronfac.operators import ggn_quadratic_form
 from kronfac.optim.gathering import Gatherer
+from kronfac.optim.last_batch import last_batch
 
 #: Part of the mini-batch used for the exact product, as in the paper.
 FRACTION = 4
@@ -91,36 +92,19 @@ def exact_product(
 
     Returns:
         The value.
-
-    Raises:
-        RuntimeError: No forward was seen.
     """
-    if gatherer.last is None:
-        raise RuntimeError(
-            "kl_clip needs the arguments of the root module's forward to form its curvature product; call the model "
-            "itself in the training loop, or set kl_clip=None."
-        )
-    args, kwargs = gatherer.last
-    sizes = [v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 0]
-    batch = sizes[0] if sizes else 0
-    part = max(1, math.ceil(batch / FRACTION))
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, tuple):  # targets with their mask
-            return tuple(cut(part) for part in value)
-        return value[:part] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch else value
-
-    inputs = (tuple(cut(v) for v in args), {k: cut(v) for k, v in kwargs.items()})
+    batch = last_batch(gatherer, "kl_clip (None switches it off)", 1 / FRACTION)
     with gatherer.paused(), torch.autocast(next(iter(vector.values())).device.type, enabled=False):
         value = ggn_quadratic_form(
             gatherer.root,
             likelihood,
-            inputs,
+            batch.inputs,
             vector,
-            cut(gatherer.last_targets),
+            batch.targets,
             outputs=lambda out: pick_outputs(out, pick),
         )
-    # A sum over a part of the batch is as much smaller; means are not.
-    local = float(value) * (batch / part if likelihood.reduction == "sum" and batch else 1.0)
+    # A sum over a part of the last of a step's batches is as much smaller; means are not.
+    whole = max(gatherer.gathered, 1) * batch.whole if likelihood.reduction == "sum" else 1.0
+    local = float(value) * whole
     # All processes of a distributed run must clip alike.
     return mean_over_processes(local, value.device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kronfac.estimation import Estimator, pick_outputs
+from kronfac.operators.passes import random_state
 from kronfac.tape import Tape, TapeError, frozen_buffers, is_apart_from_training, record
 
 
@@ -98,6 +99,7 @@ class Gatherer:
         gathered: Number of forwards gathered since :meth:`reset`.
         forwards: Number of forwards with gradients seen since :meth:`reset`.
         last: Arguments of the last forward that carried gradients, for curvature products.
+        last_random: Random state before it, so that products see the same dropout masks.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Gatherer:
         self.gathered, self.forwards, self.enabled, self._capturing = 0, 0, True, False
         self.last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.last_targets: Any = None
+        self.last_random: tuple[Tensor, ...] | None = None
         self._due, self._begin, self._pick, self._keep = due, begin, outputs, keep
         self._tape = Tape(estimator.adaptation.adapters)
         self._identities = _identities(self.root)
@@ -126,7 +129,7 @@ class Gatherer:
     def reset(self) -> None:
         """Start counting for the next step."""
         self.gathered = self.forwards = 0
-        self.last = self.last_targets = None
+        self.last = self.last_targets = self.last_random = None
 
     @property
     def _wanted(self) -> bool:
@@ -166,13 +169,12 @@ class Gatherer:
             self._capturing = before
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._capturing and self._keep():
-            self.last = (args, kwargs)
-        if not self._wanted:
+        counts = self._wanted
+        if (counts or self._capturing) and self._keep():
+            self.last, self.last_random = (args, kwargs), random_state(self.root)
+        if not counts:
             return
         self.forwards += 1
-        if self._keep():
-            self.last = (args, kwargs)
         if not self._due():
             return
         self.check_layers()
@@ -215,7 +217,7 @@ class Gatherer:
     def _update(self, tape: Tape, outputs: Tensor, targets: Any) -> None:
         if self.gathered == 0:
             self._begin()
-        self.estimator.update(tape, outputs, targets)
+        self.estimator.update(tape, outputs, targets, continues=self.gathered > 0)
         self.gathered += 1
         self.last_targets = targets
 

@@ -14,16 +14,16 @@ from kronfac.approximations import Approximation
 from kronfac.blocks import Inverse
 from kronfac.curvature import BlockDiagonal
 from kronfac.damping import Rule, get_rule
-from kronfac.estimation import Estimator, batches_of, call_model
+from kronfac.estimation import Estimator, batches_of, call_model, mean_over_processes, pick_outputs
 from kronfac.likelihoods import Likelihood
 from kronfac.optim.averaging import swapped_in, update_average
 from kronfac.optim.clipping import KLClip, bound_of, exact_product
 from kronfac.optim.gathering import Gatherer, eager_root
 from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator
 from kronfac.optim.preconditioning import direction, refresh
-from kronfac.optim.state import load_curvature_state, save_curvature_state
+from kronfac.optim.state import gather_generators, load_curvature_state, save_curvature_state
 from kronfac.sources import Source
-from kronfac.tape import frozen_buffers
+from kronfac.tape import frozen_buffers, record
 
 
 class KFAC(Optimizer):
@@ -108,13 +108,14 @@ class KFAC(Optimizer):
         self._steps = 0
         self._inverses: dict[str, Inverse] = {}
         self._clip = KLClip()
+        self._generators: list[Tensor] | None = None
         self._gatherer = Gatherer(
             model,
             self._estimator,
             due=lambda: self._stats_due,
             begin=self._forget,
             outputs=self._options["outputs"],
-            keep=lambda: self._clips and self._exact_clip_due,
+            keep=lambda: self._keeps_arguments,
         )
         self._names = {id(p): name for name, p in root.named_parameters()}
         self._fallback = self._make_fallback(root, fallback)
@@ -217,13 +218,14 @@ class KFAC(Optimizer):
         """
         if self._steps:
             raise RuntimeError("warm_up must come before the first step.")
+        self._gatherer.check_layers()
         for index, (inputs, targets) in enumerate(batches_of(loader)):
             if batches is not None and index >= batches:
                 break
-            self._gatherer.gathered = int(index > 0)  # forget nothing in between: a plain mean
-            with torch.enable_grad(), frozen_buffers(self._gatherer.root), self.capture() as capture:
-                capture(call_model(self._gatherer.root, inputs), targets)
-        self._gatherer.reset()
+            root, estimator = self._gatherer.root, self._estimator
+            with torch.enable_grad(), frozen_buffers(root), record(estimator.adaptation.adapters) as tape:
+                outputs = pick_outputs(call_model(root, inputs), self._options["outputs"])
+                estimator.update(tape, outputs, targets)  # nothing is forgotten in between: a plain mean
 
     def curvature(self) -> BlockDiagonal:
         """Return the running curvature as an operator, for analysis.
@@ -266,6 +268,7 @@ class KFAC(Optimizer):
         if self._average is not None:
             update_average(everything, self.state, self._average, self._steps)
         self._steps += 1
+        self._generators = None
         self._gatherer.reset()
         return loss
 
@@ -349,6 +352,10 @@ class KFAC(Optimizer):
         return any(group["kl_clip"] is not None for group in self._own_groups)
 
     @property
+    def _keeps_arguments(self) -> bool:
+        return self._clips and self._exact_clip_due
+
+    @property
     def _exact_clip_due(self) -> bool:
         return self._clip.ratio is None or self._steps % self._periods[0] == 0 or self._steps < self._options["burn_in"]
 
@@ -360,7 +367,10 @@ class KFAC(Optimizer):
             given = []  # "auto" does not insist where the outputs were captured by hand
         if not given or not members:
             return 1.0
-        bounds = [bound_of(bound, self._estimator.terms) for bound in given]
+        terms = self._estimator.terms
+        if any(isinstance(bound, str) for bound in given):
+            terms = mean_over_processes(terms, members[0][1].device)  # all processes must clip alike
+        bounds = [bound_of(bound, terms) for bound in given]
         rates = {name: float(group["lr"]) for name, _, group in members}
         products = [rates[n] ** 2 * torch.dot(gradients[n].flatten(), directions[n].flatten()).double() for n in rates]
         approximate = float(torch.stack(products).sum())
@@ -393,10 +403,21 @@ class KFAC(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to continue bit for bit: factors, inverses and generator included.
 
+        In a distributed run every process calls :meth:`consolidate_state_dict` first.
+
         Returns:
             Tensors, numbers and strings only, as ``torch.load(weights_only=True)`` reads them.
         """
         return {**super().state_dict(), "kronfac": save_curvature_state(self)}
+
+    def consolidate_state_dict(self) -> None:
+        """Let one process's ``state_dict()`` speak for all of a distributed run; every process must call this.
+
+        Statistics are summed over processes and shared out evenly, which changes no curvature, and the state holds the
+        generators of all processes. Call it again before each save.
+        """
+        self._estimator.consolidate()
+        self._generators = gather_generators(self._estimator)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`.

@@ -16,6 +16,7 @@ from kronfac.optim.options import check_group
 from kronfac.optim.preconditioning import load_inverses, save_inverses
 
 if TYPE_CHECKING:
+    from kronfac.estimation import Estimator
     from kronfac.optim.kfac import KFAC
 
 VERSION = 1
@@ -44,6 +45,7 @@ def save_curvature_state(optimizer: KFAC) -> dict[str, Any]:
         },
         "inverses": save_inverses(optimizer._inverses),
         "generator": generator.get_state(),
+        "generators": optimizer._generators,
         "clip_ratio": optimizer._clip.ratio,
         "terms": optimizer._estimator.terms,
         "fallback": None if fallback is None else fallback.state_dict(),
@@ -100,7 +102,7 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
     terms = _number("terms", saved["terms"])
     generator, fallback = optimizer._estimator.generator, optimizer._fallback
     assert generator is not None
-    random_state = saved["generator"].to(device="cpu", dtype=torch.uint8)
+    random_state = _own_generator(saved).to(device="cpu", dtype=torch.uint8)
     torch.Generator(generator.device).set_state(random_state)  # refuses what is no state
     if (saved["fallback"] is None) != (fallback is None):
         raise ValueError("Only one of the saved and the present optimiser has a fallback.")
@@ -118,6 +120,34 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
         optimizer._gatherer.reset()
 
     return apply
+
+
+def gather_generators(estimator: Estimator) -> list[Tensor] | None:
+    """Collect the states of all processes' generators.
+
+    Args:
+        estimator: Holds this process's.
+
+    Returns:
+        The states by rank, or None outside of distributed runs.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    assert estimator.generator is not None
+    own = estimator.generator.get_state().to(next(estimator.model.parameters()).device)
+    states = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(states, own)
+    return [state.cpu() for state in states]
+
+
+def _own_generator(saved: dict[str, Any]) -> Tensor:
+    """State of this process's generator, where the states of as many processes were saved."""
+    states, distributed = saved.get("generators"), torch.distributed
+    together = distributed.is_available() and distributed.is_initialized()
+    if states is not None and together and len(states) == distributed.get_world_size():
+        return states[distributed.get_rank()]
+    return saved["generator"]
 
 
 def _number(what: str, value: object) -> float:

@@ -1,0 +1,59 @@
+"""The mini-batch that the last forward saw, whole or in part, for exact curvature products."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kronfac.optim.gathering import Gatherer
+
+
+@dataclass(frozen=True)
+class LastBatch:
+    """Arguments of the model's last forward, cut to their first examples.
+
+    Attributes:
+        inputs: Positional and keyword arguments.
+        targets: Targets, where they were captured.
+        whole: What sums over the part are to be multiplied by, to stand for the whole batch.
+    """
+
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    targets: Any
+    whole: float
+
+
+def last_batch(gatherer: Gatherer, what: str, fraction: float = 1.0) -> LastBatch:
+    """Cut a part out of the last mini-batch.
+
+    Args:
+        gatherer: Holds that forward's arguments.
+        what: What needs them, for the error.
+        fraction: Which part, in ``(0, 1]``; rounded up to whole examples.
+
+    Returns:
+        The part.
+
+    Raises:
+        RuntimeError: No forward was seen.
+    """
+    if gatherer.last is None:
+        raise RuntimeError(
+            f"{what} needs the arguments of the root module's forward to form curvature products; call the model "
+            "itself in the training loop."
+        )
+    args, kwargs = gatherer.last
+    sizes = [v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 0]
+    batch = sizes[0] if sizes else 0
+    part = max(1, math.ceil(batch * fraction))
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, tuple):  # targets with their mask
+            return tuple(cut(part) for part in value)
+        return value[:part] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch else value
+
+    inputs = (tuple(cut(v) for v in args), {k: cut(v) for k, v in kwargs.items()})
+    return LastBatch(inputs, cut(gatherer.last_targets), batch / part if batch else 1.0)
