@@ -25,6 +25,9 @@ from kronfac.cli.options import (
     assignments,
 )
 from kronfac.cli.outcome import print_outcome
+from kronfac.experiments.errors import ExperimentError
+from kronfac.experiments.optimizers import OPTIMIZERS, get_optimizer
+from kronfac.experiments.pictures import write_diagnostics
 
 EPILOG = f"{lists.problems()}\n\n{lists.optimizers()}"
 
@@ -47,6 +50,12 @@ def train(
     device: Device = "cpu",
     threads: Threads = None,
     checkpoint_every: CheckpointEvery = 5.0,
+    diagnose: Annotated[
+        bool,
+        typer.Option(
+            "--diagnose", help="Draw damping, step size, momentum and reduction ratio of a self-tuning optimiser."
+        ),
+    ] = False,
 ) -> None:
     """Train one problem with one optimiser.
 
@@ -54,7 +63,10 @@ def train(
     command goes on where it was.
 
     [dim]kronfac train digits-mlp --optimizer kfac --set damping=0.01 --epochs 10[/dim]
-    """
+    """  # noqa: DOC501 - a person reads this as help
+    if diagnose and not get_optimizer(optimizer).closure:
+        tuning = ", ".join(name for name, spec in OPTIMIZERS.items() if spec.closure)
+        raise ExperimentError(f"--diagnose needs an optimiser that tunes itself ({tuning}), not {optimizer}")
     with progress_display() as display:
         results = experiments.compare(
             problem,
@@ -74,3 +86,6 @@ def train(
             checkpoint_every=checkpoint_every,
         )
     print_outcome(results, as_text=not as_json)
+    if diagnose:
+        for path in write_diagnostics(results):
+            typer.echo(f"diagnostics: {path}", err=True)

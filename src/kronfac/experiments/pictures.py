@@ -7,7 +7,9 @@ from pathlib import Path
 from kronfac.experiments.errors import need
 from kronfac.experiments.files import replace_atomically
 from kronfac.experiments.optimizers import get_optimizer
-from kronfac.experiments.results import Results
+from kronfac.experiments.records import read_records
+from kronfac.experiments.results import Results, run_folder
+from kronfac.experiments.runner import METRICS
 from kronfac.experiments.tables import curves, grid_table
 
 #: Horizontal axes, by the word in the pictures' file names.
@@ -43,6 +45,29 @@ def write_pictures(results: Results) -> list[Path]:
                 points, name, plan.metric, title=f"{plan.problem}: {get_optimizer(optimizer).title}"
             )
             written.append(_save(axes, results.folder / f"grid-{optimizer}-{name}.png"))
+    return written
+
+
+def write_diagnostics(results: Results) -> list[Path]:
+    """Draw what self-tuning optimisers reported, one picture for each of their runs.
+
+    Args:
+        results: The comparison.
+
+    Returns:
+        The files written: ``diagnostics-<optimizer>-<seed>.png``.
+    """
+    need("matplotlib", "experiments")
+    from kronfac.plots.diagnostics import step_reports
+
+    written = []
+    for run in results.runs:
+        settings = run.settings
+        if not get_optimizer(settings.optimizer).closure:
+            continue
+        records = read_records(run_folder(results.folder, settings) / METRICS)
+        panels = step_reports([r for r in records if "step_lam" in r], prefix="step_")
+        written.append(_save(panels[0], results.folder / f"diagnostics-{settings.optimizer}-{settings.seed}.png"))
     return written
 
 

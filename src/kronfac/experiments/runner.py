@@ -128,6 +128,7 @@ def _train(
         training.advance()
         record = {"step": training.step, "epoch": training.epoch, "seconds": training.seconds}
         record["batch_loss"] = training.batch_loss
+        record |= training.diagnostics()
         progress.stepped(training.step, training.seconds, training.batch_loss)
         if training.step % every == 0 or budget.spent(training.step, training.seconds):
             metrics = training.evaluate()

@@ -36,7 +36,7 @@ class Training:
         self.model = problem.model(settings.seed).to(settings.device)
         self.generator = torch.Generator(settings.device).manual_seed(settings.seed)
         spec = get_optimizer(settings.optimizer)
-        self.optimizer = spec.build(self.model, problem, values, self.generator)
+        self.optimizer, self.closure = spec.build(self.model, problem, values, self.generator), spec.closure
         self.average = IterateAverage(self.model, float(values["average"]))  # type: ignore[arg-type]
         self.schedule, self.final_lr = str(values["schedule"]), float(values["final_lr"])  # type: ignore[arg-type]
         self.first_lrs = [group["lr"] for group in self.optimizer.param_groups]
@@ -62,12 +62,15 @@ class Training:
                 group["lr"] = lr * scale
         self.optimizer.zero_grad()
         try:
-            loss = self.problem.loss(self.model(inputs), targets)
-            self.batch_loss = loss.item()
-            if not math.isfinite(self.batch_loss):
-                raise Diverged(f"the loss is {self.batch_loss}")
-            loss.backward()
-            self.optimizer.step()
+            if self.closure:
+                self.batch_loss = float(self.optimizer.step(lambda: self.problem.loss(self.model(inputs), targets)))  # type: ignore[arg-type, return-value]
+            else:
+                loss = self.problem.loss(self.model(inputs), targets)
+                self.batch_loss = loss.item()
+                if not math.isfinite(self.batch_loss):
+                    raise Diverged(f"the loss is {self.batch_loss}")
+                loss.backward()
+                self.optimizer.step()
         except (FloatingPointError, torch.linalg.LinAlgError) as error:
             raise Diverged(str(error)) from error
         except ValueError as error:  # curvature refuses outputs that are not finite before the loss is seen
@@ -77,6 +80,16 @@ class Training:
         self.average.update()
         self.step += 1
         self.seconds += time.perf_counter() - start
+
+    def diagnostics(self) -> dict[str, float]:
+        """What a self-tuning optimiser says about its last step.
+
+        Returns:
+            Finite numbers by name; nothing for other optimisers.
+        """
+        report = getattr(self.optimizer, "report", None)
+        values = {} if report is None else report.to_dict()
+        return {f"step_{k}": v for k, v in values.items() if k != "step" and v is not None and math.isfinite(v)}
 
     def _finite(self, inputs: Tensor, targets: Tensor) -> bool:
         self.model.eval()  # in which no statistics are gathered

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kronfac.operators.gauss_newton import GaussNewtonOperator, ggn_quadratic_form
+from kronfac.operators.gauss_newton import GaussNewtonOperator, ggn_gram, ggn_quadratic_form
 from kronfac.operators.hessian import HessianOperator
 from kronfac.operators.operator import ParameterOperator
 
-__all__ = ["GaussNewtonOperator", "HessianOperator", "ParameterOperator", "ggn_quadratic_form"]
+__all__ = ["GaussNewtonOperator", "HessianOperator", "ParameterOperator", "ggn_gram", "ggn_quadratic_form"]

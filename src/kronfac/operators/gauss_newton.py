@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from kronfac._typing import NamedTensors
 from kronfac.likelihoods import Likelihood
 from kronfac.operators.operator import ParameterOperator, check_vector
-from kronfac.operators.passes import Pick, leaves, push_forward, run, same_random_state
+from kronfac.operators.passes import Pick, leaves, push_forward, push_forward_each, run, same_random_state
 
 
 class GaussNewtonOperator(ParameterOperator):
@@ -73,6 +74,40 @@ def ggn_quadratic_form(
     check_vector({name: p.shape for name, p in model.named_parameters()}, vector, complete=False)
     value, tangent = push_forward(model, inputs, vector, outputs)
     return _form(likelihood, value, tangent, targets) / likelihood.denominator(value, targets)
+
+
+def ggn_gram(
+    model: nn.Module,
+    likelihood: Likelihood,
+    inputs: Any,
+    vectors: Sequence[NamedTensors],
+    targets: Any = None,
+    *,
+    outputs: Pick = None,
+) -> Tensor:
+    """``vᵢ^T C vⱼ`` for several vectors with the exact Gauss-Newton matrix of a batch, by one forward pass.
+
+    As :func:`ggn_quadratic_form`, of which it is the case of many vectors.
+
+    Args:
+        model: The model.
+        likelihood: The loss.
+        inputs: As for :func:`ggn_quadratic_form`.
+        vectors: ``v₁ … v_R`` by parameter name, all over the same parameters; those left out count as zero.
+        targets: Targets, where the likelihood needs them.
+        outputs: Takes the output tensor out of what the model returns.
+
+    Returns:
+        Shape ``[R, R]``, symmetric, in the outputs' dtype but float32 at least.
+    """
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    for vector in vectors:
+        check_vector(shapes, vector, complete=False)
+    value, tangents = push_forward_each(model, inputs, vectors, outputs)
+    products = [likelihood.hessian_product(value, tangent, targets) for tangent in tangents]
+    rows = [torch.stack([(p * t.to(p)).sum() for t in tangents]) for p in products]
+    gram = torch.stack(rows) / likelihood.denominator(value, targets)
+    return (gram + gram.mT) / 2
 
 
 def _form(likelihood: Likelihood, value: Tensor, tangent: Tensor, targets: Any) -> Tensor:

@@ -7,7 +7,7 @@ replaced by copies, so that running statistics are not touched.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kronfac._typing import NamedTensors
-from kronfac.tape import apart_from_training
+from kronfac.tape import apart_from_training, couples_examples
 
 Pick = Callable[[Any], Tensor] | None
 
@@ -103,6 +103,44 @@ def push_forward(model: nn.Module, inputs: Any, vector: NamedTensors, pick: Pick
             return value, torch.zeros_like(value) if tangent is None else tangent
     except NotImplementedError:
         return _push_twice_backward(model, inputs, vector, pick)
+
+
+def push_forward_each(
+    model: nn.Module, inputs: Any, vectors: Sequence[NamedTensors], pick: Pick
+) -> tuple[Tensor, list[Tensor]]:
+    """Outputs and their derivatives in several directions, ``J v₁, J v₂, …``, in one pass where the model allows it.
+
+    The directions ride as a batch on one forward pass (`torch.func.vmap` over `torch.func.jvp`).  Models that cannot be
+    batched over (batch norm in train mode writes its running statistics, for one) take a pass for each direction.
+
+    Args:
+        model: The model.
+        inputs: As for `run`.
+        vectors: Directions over the same parameters.
+        pick: As for `run`.
+
+    Returns:
+        Outputs, and one derivative for each direction, detached.
+    """
+    if len(vectors) > 1 and not couples_examples(model):
+        known = dict(model.named_parameters())
+        names = list(vectors[0])
+        primal = {name: known[name].detach() for name in names}
+        stacked = {name: torch.stack([v[name].detach().to(primal[name].dtype) for v in vectors]) for name in names}
+        _load_forward_rules()
+
+        def push(direction: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            value, tangent = torch.func.jvp(lambda p: run(model, p, inputs, pick), (primal,), (direction,))[:2]
+            return value, tangent
+
+        try:
+            with same_random_state(model), torch.no_grad(), plain_kernels(model):
+                value, tangents = torch.func.vmap(push, out_dims=(None, 0), randomness="same")(stacked)  # type: ignore[arg-type]
+                return value, list(tangents.unbind())
+        except (NotImplementedError, RuntimeError):
+            pass  # an operation without a batching or forward rule: what is wrong with it otherwise shows below
+    pairs = [push_forward(model, inputs, vector, pick) for vector in vectors]
+    return pairs[0][0], [tangent for _, tangent in pairs]
 
 
 def _push_twice_backward(model: nn.Module, inputs: Any, vector: NamedTensors, pick: Pick) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-def update_average(params: list[nn.Parameter], state: MutableMapping[Tensor, Any], decay: float, steps: int) -> None:
+def update_average(params: Sequence[Tensor], state: MutableMapping[Tensor, Any], decay: float, steps: int) -> None:
     """Take the present parameters into their averages.
 
     Args:

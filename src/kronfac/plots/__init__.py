@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from kronfac.plots.bars import bars
 from kronfac.plots.curves import training_curves
+from kronfac.plots.diagnostics import step_reports
 from kronfac.plots.grids import grid_profile
 from kronfac.plots.style import COLOURS, colour_of, new_axes
 
-__all__ = ["COLOURS", "bars", "colour_of", "grid_profile", "new_axes", "training_curves"]
+__all__ = ["COLOURS", "bars", "colour_of", "grid_profile", "new_axes", "step_reports", "training_curves"]

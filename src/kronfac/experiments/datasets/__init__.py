@@ -1,12 +1,14 @@
 """Datasets by name, as tensors in memory.
 
-``digits`` is embedded in scikit-learn and needs no network. The others are read from the Hugging Face hub by their
-public ids, or from files of the same layout under the folder that the environment variable ``KRONFAC_DATA`` names.
+``digits`` is embedded in scikit-learn, ``curves`` is drawn, and neither needs a network. The others are read from the
+Hugging Face hub by their public ids, or from files of the same layout under the folder that the environment variable
+``KRONFAC_DATA`` names.
 """
 
 from __future__ import annotations
 
 from kronfac.experiments.datasets.base import Dataset
+from kronfac.experiments.datasets.curves import load_curves
 from kronfac.experiments.datasets.digits import load_digits
 from kronfac.experiments.datasets.hub import HUB, load_hub
 from kronfac.experiments.errors import UnknownNameError
@@ -20,7 +22,7 @@ def names() -> list[str]:
     Returns:
         The names that `load` accepts.
     """
-    return ["digits", *HUB]
+    return ["digits", "curves", *HUB]
 
 
 def load(name: str) -> Dataset:
@@ -38,6 +40,8 @@ def load(name: str) -> Dataset:
     """  # noqa: DOC502
     if name == "digits":
         return load_digits()
+    if name == "curves":
+        return load_curves()
     if name in HUB:
         return load_hub(name)
     raise UnknownNameError("dataset", name, names())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kronfac.experiments.models.autoencoder import autoencoder
+from kronfac.experiments.models.autoencoder import autoencoder, logistic_autoencoder
 from kronfac.experiments.models.kfc import kfc_network
 from kronfac.experiments.models.resnet import ResNet
 from kronfac.experiments.models.small import perceptron, small_convolutional
 
-__all__ = ["ResNet", "autoencoder", "kfc_network", "perceptron", "small_convolutional"]
+__all__ = ["ResNet", "autoencoder", "kfc_network", "logistic_autoencoder", "perceptron", "small_convolutional"]

@@ -26,6 +26,24 @@ def initialise(model: nn.Module) -> nn.Module:
     return model
 
 
+def initialise_sparsely(model: nn.Module, connections: int = 15) -> nn.Module:
+    """Give each unit a few incoming weights from the standard normal distribution, and zero the rest (Martens 2010).
+
+    Args:
+        model: The network, changed in place.
+        connections: Incoming weights of a unit.
+
+    Returns:
+        The same network.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            fan_in = module.in_features
+            nn.init.sparse_(module.weight.T, sparsity=max(0.0, 1 - connections / fan_in), std=1.0)
+            nn.init.zeros_(module.bias)
+    return model
+
+
 def mark_linear(layer: nn.Linear) -> nn.Linear:
     """Say that no ReLU follows a layer.
 

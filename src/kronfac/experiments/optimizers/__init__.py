@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kronfac.experiments.errors import UnknownNameError
-from kronfac.experiments.optimizers import first_order, kfac
+from kronfac.experiments.optimizers import adaptive, first_order, kfac
 from kronfac.experiments.optimizers.base import OptimizerSpec
 
 __all__ = ["OPTIMIZERS", "OptimizerSpec", "get_optimizer"]
@@ -14,6 +14,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     for family in (
         first_order.FAMILY,
         kfac.FAMILY,
+        adaptive.FAMILY,
     )
     for spec in family
 }

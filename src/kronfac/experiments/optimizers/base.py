@@ -26,6 +26,7 @@ class OptimizerSpec:
         description: One line for people.
         options: Its own hyper-parameters; those of `COMMON` come on top.
         build: Makes it.
+        closure: Whether its step takes a closure that returns the loss, in place of a gradient.
     """
 
     name: str
@@ -33,6 +34,7 @@ class OptimizerSpec:
     description: str
     options: tuple[Option, ...]
     build: Builder
+    closure: bool = False
 
     def resolve(self, *layers: Mapping[str, object]) -> dict[str, object]:
         """Complete and check hyper-parameters.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kronfac.experiments.errors import UnknownNameError
-from kronfac.experiments.problems import autoencoders, convolutional, digits, residual
+from kronfac.experiments.problems import autoencoders, convolutional, digits, logistic, residual
 from kronfac.experiments.problems.base import Data, Problem
 
 __all__ = ["PROBLEMS", "Data", "Problem", "get_problem"]
@@ -14,6 +14,7 @@ PROBLEMS: dict[str, Problem] = {
     for family in (
         digits.FAMILY,
         autoencoders.FAMILY,
+        logistic.FAMILY,
         convolutional.FAMILY,
         residual.FAMILY,
     )

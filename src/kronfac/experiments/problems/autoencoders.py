@@ -10,7 +10,15 @@ from kronfac.experiments.problems.base import Data, Problem
 from kronfac.experiments.problems.losses import bernoulli, pixel_loss, squared_errors
 
 
-def _images(dataset: Dataset) -> Data:
+def images(dataset: Dataset) -> Data:
+    """Make an autoencoder's data: flat images that are their own targets.
+
+    Args:
+        dataset: The dataset.
+
+    Returns:
+        The tensors.
+    """
     train, test = dataset.pixels(dataset.train).flatten(1), dataset.pixels(dataset.test).flatten(1)
     return Data(train, train, test, test)
 
@@ -18,7 +26,7 @@ def _images(dataset: Dataset) -> Data:
 _on = partial(
     Problem,
     build=partial(autoencoder, (784, 1000, 500, 250, 30)),
-    prepare=_images,
+    prepare=images,
     likelihood=bernoulli,
     loss=pixel_loss,
     measures={"squared_error": squared_errors},

@@ -1,0 +1,99 @@
+"""A training loss that can be evaluated again: closures that return it without calling backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronfac.operators.passes import random_state, same_random_state
+from kronfac.tape import apart_from_training, frozen_buffers
+
+
+class Closure:
+    """The loss of one mini-batch as a function of the present parameters.
+
+    Every evaluation within a step starts from the same random state, so that dropout draws the same masks, and only
+    the first one moves the random state and the buffers (running statistics) on.
+
+    Args:
+        function: Evaluates the model and returns the loss.
+        root: The model.
+        params: What to differentiate in.
+
+    Raises:
+        TypeError: ``function`` cannot be called.
+    """
+
+    def __init__(self, function: Callable[[], Any] | None, root: nn.Module, params: Sequence[Tensor]) -> None:
+        if not callable(function):
+            raise TypeError(
+                "step() needs a closure that evaluates the model and returns the loss, without calling backward: "
+                "optimizer.step(lambda: loss_function(model(x), y))."
+            )
+        self._function, self._root, self._params = function, root, list(params)
+        self._state = random_state(root)
+
+    def gradient(self) -> tuple[float, list[Tensor]]:
+        """Evaluate the loss and its gradient; ``.grad`` is None afterwards.
+
+        Returns:
+            The loss, and one tensor for each parameter (zeros where the loss does not depend on it).
+
+        Raises:
+            RuntimeError: The closure called backward, or what it returns cannot be differentiated.
+        """
+        for parameter in self._params:
+            parameter.grad = None
+        with torch.enable_grad():
+            loss = _scalar(self._function())
+        if any(parameter.grad is not None for parameter in self._params):
+            raise RuntimeError(
+                "The closure called backward(): this optimiser differentiates the loss itself. Return the loss only: "
+                "optimizer.step(lambda: loss_function(model(x), y))."
+            )
+        if not loss.requires_grad:
+            raise RuntimeError("The closure's loss carries no gradient: do not detach it, nor use torch.no_grad().")
+        gradients = torch.autograd.grad(loss, self._params, materialize_grads=True)
+        return float(loss), list(gradients)
+
+    def value(self) -> float:
+        """Evaluate the loss at the present parameters, without a trace in buffers, random state or statistics.
+
+        Returns:
+            The loss.
+        """
+        with (
+            torch.no_grad(),
+            apart_from_training(),
+            frozen_buffers(self._root),
+            same_random_state(self._root, self._state),
+        ):
+            return float(_scalar(self._function()))
+
+    def check_repeatable(self, loss: float) -> None:
+        """Refuse a closure that does not return the same loss for the same parameters.
+
+        Args:
+            loss: What it returned first.
+
+        Raises:
+            RuntimeError: It returns something else now.
+        """
+        again = self.value()
+        if math.isfinite(loss) and not math.isclose(again, loss, rel_tol=1e-4, abs_tol=1e-6):
+            raise RuntimeError(
+                f"The closure returned {loss:.6g} and then {again:.6g} for the same parameters and the same state of "
+                "torch's random generators. Draw the batch, and any randomness that is not torch's, outside of it."
+            )
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"The closure must return the loss, a tensor with one number, not {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise ValueError(f"The closure must return one number, not a tensor of shape {tuple(loss.shape)}; reduce it.")
+    return loss.reshape(())
