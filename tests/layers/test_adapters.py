@@ -105,6 +105,27 @@ def test_second_moments_are_those_of_the_rows(name: str, frozen: str, sharing: s
     torch.testing.assert_close(mirror_(total) - start - start.mT, wanted, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize(("name", "frozen", "sharing"), MOMENTS)
+def test_norms_are_those_of_the_rows_and_weigh_each_others_moments(name: str, frozen: str, sharing: str) -> None:
+    """``[B, S, *stack]``: every stack element has norms of its own."""
+    module, adapter, x = adapted(name, frozen, sharing)
+    rows, g = adapter.rows(x).to(torch.float64), draw(*module(x).shape, seed=5)
+    out = adapter.output_rows(g)
+    inputs, outputs = rows.square().sum(-1), out.square().sum(-1)
+    torch.testing.assert_close(adapter.input_norms(x).to(torch.float64), inputs, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(adapter.output_norms(g), outputs, rtol=1e-11, atol=1e-11)
+    shape = (adapter.d_in,) if adapter.diagonal_input else (*adapter.stack, adapter.d_in, adapter.d_in)
+    total = torch.zeros(shape, dtype=torch.float64)
+    adapter.add_input_gram_(total, x, outputs, 0.5)
+    wanted = 0.5 * torch.einsum("bs...,bs...i,bs...j->...ij", outputs, rows, rows)
+    found = total if adapter.diagonal_input else mirror_(total)
+    torch.testing.assert_close(found, wanted.diagonal() if adapter.diagonal_input else wanted, rtol=1e-11, atol=1e-11)
+    total = torch.zeros(*adapter.stack, adapter.d_out, adapter.d_out, dtype=torch.float64)
+    adapter.add_output_gram_(total, g, 0.25, inputs)
+    wanted = 0.25 * torch.einsum("bs...,bs...i,bs...j->...ij", inputs, out, out)
+    torch.testing.assert_close(mirror_(total), wanted, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("name", ["linear, positions", "conv2d, groups, dilated", "conv transpose 1d"])
 def test_reduced_rows_are_means_and_cotangents_sums(name: str, sharing: str) -> None:

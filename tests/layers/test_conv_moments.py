@@ -187,13 +187,14 @@ def test_taps_slid_along_the_last_dimension() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_layer_takes_the_fast_path_only_without_weights(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    import kronfac.layers.conv_moments as module_under_test
+    import kronfac.layers.conv_moments as unweighted
+    import kronfac.layers.conv_weighted as with_weights
 
     calls: list[str] = []
-    for name in ("add_row_correlation_", "im2col"):
-        original = getattr(module_under_test, name)
+    for module, name in ((unweighted, "add_row_correlation_"), (unweighted, "im2col"), (with_weights, "im2col")):
+        original = getattr(module, name)
         monkeypatch.setattr(
-            module_under_test, name, lambda *a, _name=name, _original=original: (calls.append(_name), _original(*a))[1]
+            module, name, lambda *a, _name=name, _original=original: (calls.append(_name), _original(*a))[1]
         )
     adapter = adapt(nn.Conv2d(3, 4, 3, padding=1).double(), "conv")
     x = draw(2, 3, 8, 8)

@@ -162,19 +162,36 @@ class LayerAdapter(ABC):
         Args:
             total: Running sum, changed in place.
             x: The layer's input.
-            weights: Weight of each row, shape ``[B, S]`` (``[B, 1]`` when reduced); None means one.
+            weights: Weight of each row, shape ``[B, S]`` (``[B, 1]`` when reduced), or ``[B, S, *stack]`` where the
+                elements of the stack differ; None means one.
             alpha: Factor of what is added.
 
         Returns:
             ``Σ_r w_r``.
         """
         rows = stack_first(self.rows(x), len(self.stack))
-        add_gram_(total, rows, weights=None if weights is None else weights.reshape(-1), alpha=alpha)
+        add_gram_(total, rows, weights=None if weights is None else flat_weights(weights), alpha=alpha)
         return float(rows.shape[-2]) if weights is None else weights.sum()
 
-    def add_output_gram_(self, total: Tensor, g: Tensor, scale: float = 1.0) -> None:
-        """Add ``scale Σ_r g_r g_rᵀ`` to the upper triangle of ``total`` ``[*stack, d_out, d_out]``."""
-        add_gram_(total, stack_first(self.output_rows(g), len(self.stack)), alpha=scale)
+    def add_output_gram_(self, total: Tensor, g: Tensor, scale: float = 1.0, weights: Tensor | None = None) -> None:
+        """Add ``scale Σ_r w_r g_r g_rᵀ`` to the upper triangle of ``total`` ``[*stack, d_out, d_out]``.
+
+        Args:
+            total: Running sum, changed in place.
+            g: Cotangent of the layer's output.
+            scale: Factor of what is added.
+            weights: Weight of each row, as for :meth:`add_input_gram_`.
+        """
+        rows = stack_first(self.output_rows(g), len(self.stack))
+        add_gram_(total, rows, weights=None if weights is None else flat_weights(weights), alpha=scale)
+
+    def input_norms(self, x: Tensor) -> Tensor:
+        """Squared norms ``|ā|²`` of the rows of :meth:`rows`, shape ``[B, S, *stack]``."""
+        return self.rows(x).square().sum(-1)
+
+    def output_norms(self, g: Tensor) -> Tensor:
+        """Squared norms ``|g|²`` of the rows of :meth:`output_rows`, shape ``[B, S, *stack]``."""
+        return self.output_rows(g).square().sum(-1)
 
     def per_example_gradients(self, x: Tensor, g: Tensor) -> Tensor:
         """Gradient of each example's loss, shape ``[B, *stack, d_out, d_in]``; exact whatever ``sharing`` says."""
@@ -188,6 +205,11 @@ def stack_first(rows: Tensor, stack_dims: int) -> Tensor:
     """Turn ``[B, S, *stack, d]`` into ``[*stack, B·S, d]``."""
     flat = rows.flatten(0, 1)
     return flat if stack_dims == 0 else flat.movedim(0, -2)
+
+
+def flat_weights(weights: Tensor) -> Tensor:
+    """Turn ``[B, S]`` into ``[B·S]`` and ``[B, S, *stack]`` into ``[*stack, B·S]``, as :func:`stack_first` has rows."""
+    return weights.flatten(0, 1).movedim(0, -1)
 
 
 def with_ones(rows: Tensor, has_weight: bool, has_bias: bool) -> Tensor:

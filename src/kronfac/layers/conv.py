@@ -6,11 +6,12 @@ import math
 
 from torch import Tensor, nn
 
-from kronfac.layers.base import LayerAdapter, require_float, with_ones
+from kronfac.layers.base import LayerAdapter, flat_weights, require_float, with_ones
 from kronfac.layers.conv_moments import add_conv_gram_
+from kronfac.layers.conv_weighted import add_weighted_conv_gram_, row_norms
 from kronfac.layers.geometry import Geometry, im2col
 from kronfac.layers.registry import adapt
-from kronfac.linalg.symmetric import add_gram_, add_product_
+from kronfac.linalg.symmetric import add_product_
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -62,20 +63,38 @@ class ConvAdapter(LayerAdapter):
         """Add the patches' second moment by the cheapest exact form."""
         if self.sharing == "reduce" or not self.has_weight:
             return super().add_input_gram_(total, x, weights, alpha)
-        stacked = total if self.stack else total.unsqueeze(0)
-        return add_conv_gram_(stacked, self._image(x), self.geometry, ones=self.has_bias, weights=weights, alpha=alpha)
+        stacked, x = total if self.stack else total.unsqueeze(0), self._image(x)
+        if weights is not None:
+            return add_weighted_conv_gram_(stacked, x, self.geometry, weights, ones=self.has_bias, alpha=alpha)
+        return add_conv_gram_(stacked, x, self.geometry, ones=self.has_bias, alpha=alpha)
 
-    def add_output_gram_(self, total: Tensor, g: Tensor, scale: float = 1.0) -> None:
+    def add_output_gram_(self, total: Tensor, g: Tensor, scale: float = 1.0, weights: Tensor | None = None) -> None:
         """Add the cotangents' second moment, channels first: one transposed copy, no interleaving."""
         if self.sharing == "reduce":
-            super().add_output_gram_(total, g, scale)
+            super().add_output_gram_(total, g, scale, weights)
             return
         g = self._image(g)
         columns = g.flatten(2).transpose(0, 1).reshape(*self.stack, self.d_out, -1)
+        left = columns if weights is None else columns * flat_weights(weights.to(g.dtype)).unsqueeze(-2)
         if self.stack:
-            add_product_(total, columns.mT, columns.mT, alpha=scale)
+            add_product_(total, left.mT, columns.mT, alpha=scale)
         else:
-            add_gram_(total, columns.mT, alpha=scale)
+            add_product_(total, left.mT, columns.mT, alpha=scale, symmetric=True)
+
+    def input_norms(self, x: Tensor) -> Tensor:
+        """Return ``|ā|²`` as ``[B, T, *stack]``, without patches."""
+        if self.sharing == "reduce" or not self.has_weight:
+            return super().input_norms(x)
+        norms = row_norms(self._image(x), self.geometry)
+        norms = norms + 1.0 if self.has_bias else norms
+        return norms if self.stack else norms.squeeze(-1)
+
+    def output_norms(self, g: Tensor) -> Tensor:
+        """Return ``|g|²`` as ``[B, T, *stack]``, summed where the channels lie."""
+        if self.sharing == "reduce":
+            return super().output_norms(g)
+        g = self._image(g)
+        return g.reshape(g.shape[0], *self.stack, self.d_out, -1).square().sum(-2).movedim(-1, 1)
 
 
 @adapt.register(nn.Conv1d)

@@ -12,61 +12,18 @@ This is the plug-in estimate of ``Ω`` in Grosse & Martens 2016, equation (32), 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from kronfac.layers.conv_lines import LinePair, add_block_, examples_at_once, line_pairs, unfold_lines, zero_padded
 from kronfac.layers.geometry import Geometry, column_sums, im2col
 from kronfac.linalg.symmetric import add_gram_, add_product_
 
-#: Entries unfolded at once: 8 MB in float32, which costs no time and bounds the memory.
-UNFOLDED = 1 << 21
 
-
-@dataclass(frozen=True)
-class _Pair:
-    """Block of kernel lines ``(i, j)``: rows ``[start, stop)`` of class ``left`` correlated with class ``right``."""
-
-    i: int
-    j: int
-    left: int
-    right: int
-    lag: int
-    start: int
-    stop: int
-
-
-def _classes(geometry: Geometry, height: int) -> dict[int, tuple[int, int]]:
-    """Rows ``m`` of every residue class that hold data: input row ``m·s + class - padding`` lies in the map."""
-    stride, dilation, pad = geometry.stride[0], geometry.dilation[0], geometry.padding[0][0]
-    out = {}
-    for residue in {i * dilation % stride for i in range(geometry.kernel[0])}:
-        low = math.ceil((pad - residue) / stride)
-        high = (height - 1 + pad - residue) // stride + 1
-        out[residue] = (low, max(low, high))
-    return out
-
-
-@lru_cache(maxsize=256)
-def _plan(geometry: Geometry, height: int, lines: int) -> tuple[_Pair, ...]:
-    """Row ranges of all pairs of kernel lines, ordered so that neighbours share class and lag."""
-    stride, dilation = geometry.stride[0], geometry.dilation[0]
-    held = _classes(geometry, height)
-    pairs = []
-    for i in range(geometry.kernel[0]):
-        for j in range(i, geometry.kernel[0]):
-            (q, left), (r, right) = divmod(i * dilation, stride), divmod(j * dilation, stride)
-            lag = r - q
-            start = max(q, held[left][0], held[right][0] - lag)
-            stop = min(q + lines, held[left][1], held[right][1] - lag)
-            pairs.append(_Pair(i, j, left, right, lag, start, max(start, stop)))
-    return tuple(sorted(pairs, key=lambda p: (p.left, p.right, p.lag, p.i)))
-
-
-def _chain_cost(previous: _Pair | None, pair: _Pair) -> tuple[int, bool]:
+def _chain_cost(previous: LinePair | None, pair: LinePair) -> tuple[int, bool]:
     """Rows to multiply for a pair, and whether sliding from the previous one is cheaper than starting afresh."""
     direct = pair.stop - pair.start
     if previous is None or (previous.left, previous.right, previous.lag) != (pair.left, pair.right, pair.lag):
@@ -84,31 +41,11 @@ def row_correlation_pays(geometry: Geometry, size: tuple[int, ...]) -> bool:
         return False
     out = geometry.output_size(size)
     cost, previous = 0, None
-    for pair in _plan(geometry, size[0], out[0]):
+    for pair in line_pairs(geometry, size[0], out[0]):
         cost += _chain_cost(previous, pair)[0]
         previous = pair
     # im2col: kernel² blocks over every line, of which the symmetric product computes about 0.7 when it is wide.
     return cost < 0.7 * geometry.kernel[0] ** 2 * out[0]
-
-
-def _unfold_trailing(x: Tensor, geometry: Geometry, out: tuple[int, ...], rows: slice) -> Tensor:
-    """Unfold all but the first spatial dimension: ``[groups, rows, N, positions, taps·C/groups]``, channels last."""
-    x = x[:, :, rows]
-    per_group, pads = x.shape[1] // geometry.groups, geometry.padding[1:]
-    padded = [n + sum(p) for n, p in zip(x.shape[3:], pads, strict=True)]
-    last = x.new_zeros(geometry.groups, x.shape[2], x.shape[0], *padded, per_group)
-    inner = last
-    for dim, (n, p) in enumerate(zip(x.shape[3:], pads, strict=True), 3):
-        inner = inner.narrow(dim, p[0], n)
-    inner.copy_(x.unflatten(1, (geometry.groups, per_group)).movedim((1, 3, 0), (0, 1, 2)).movedim(3, -1))
-    strides = last.stride()
-    step = [a * m for a, m in zip(strides[3:-1], geometry.stride[1:], strict=True)]
-    tap = [a * m for a, m in zip(strides[3:-1], geometry.dilation[1:], strict=True)]
-    view = last.as_strided(
-        (*last.shape[:3], *out[1:], *geometry.kernel[1:], per_group), (*strides[:3], *step, *tap, strides[-1])
-    )
-    # A reshape alone would stay a view of overlapping windows, and each product would copy it.
-    return view.contiguous().view(*last.shape[:3], math.prod(out[1:]), math.prod(geometry.kernel[1:]) * per_group)
 
 
 def _correlate(left: Tensor, right: Tensor, symmetric: bool, channels: int) -> Tensor:
@@ -157,17 +94,14 @@ def _neighbour_taps(geometry: Geometry, channels: int) -> int:
     return channels if possible and ((taps >= 4 and channels >= 16) or (taps == 3 and channels >= 32)) else 0
 
 
-def _increments(x: Tensor, geometry: Geometry, out: tuple[int, ...], pairs: tuple[_Pair, ...]) -> list[Tensor | None]:
+def _increments(
+    x: Tensor, geometry: Geometry, out: tuple[int, ...], pairs: tuple[LinePair, ...]
+) -> list[Tensor | None]:
     """Correlation of each pair of kernel lines, as its change from the previous pair where sliding is cheaper."""
-    stride, pad = geometry.stride[0], geometry.padding[0][0]
-    unfolded: dict[int, tuple[Tensor, int]] = {}
-    for residue, (low, high) in _classes(geometry, x.shape[2]).items():
-        first = low * stride + residue - pad
-        rows = slice(first, first + max(0, (high - low - 1) * stride + 1), stride)
-        unfolded[residue] = (_unfold_trailing(x, geometry, out, rows), low)
+    unfolded = unfold_lines(x, geometry, out)
     neighbours = _neighbour_taps(geometry, x.shape[1] // geometry.groups)
 
-    def product(pair: _Pair, start: int, stop: int) -> Tensor:
+    def product(pair: LinePair, start: int, stop: int) -> Tensor:
         (left, low), (right, right_low) = unfolded[pair.left], unfolded[pair.right]
         a = left[:, start - low : stop - low]
         b = right[:, start + pair.lag - right_low : stop + pair.lag - right_low]
@@ -201,20 +135,14 @@ def add_row_correlation_(total: Tensor, x: Tensor, geometry: Geometry, alpha: fl
         alpha: Factor of what is added.
     """
     out = geometry.output_size(tuple(x.shape[2:]))
-    flat = geometry
-    if geometry.mode != "constant":
-        none = tuple((0, 0) for _ in geometry.kernel)
-        x, flat = geometry.pad(x), replace(geometry, padding=none, mode="constant")
-    pairs = _plan(flat, x.shape[2], out[0])
-    channels, lines, taps = x.shape[1] // geometry.groups, geometry.kernel[0], math.prod(geometry.kernel[1:])
-    per_example = x.shape[1] * x.shape[2] * math.prod(out[1:]) * taps
+    x, flat = zero_padded(x, geometry)
+    pairs = line_pairs(flat, x.shape[2], out[0])
     sums: list[Tensor | None] = [None] * len(pairs)
-    for part in x.split(max(1, UNFOLDED // per_example)):
+    for part in x.split(examples_at_once(x, flat, out)):
         for index, found in enumerate(_increments(part, flat, out, pairs)):
             held = sums[index]
             sums[index] = found if held is None else held if found is None else held.add_(found)
 
-    blocks = total.unflatten(-1, (channels, lines, taps)).unflatten(1, (channels, lines, taps))
     current: Tensor | None = None
     for previous, pair, change in zip((None, *pairs), pairs, sums, strict=False):
         slides = previous is not None and _chain_cost(previous, pair)[1]
@@ -222,51 +150,35 @@ def add_row_correlation_(total: Tensor, x: Tensor, geometry: Geometry, alpha: fl
             current = change
         elif change is not None:
             current = change if current is None else current.add_(change)
-        if current is None:
-            continue
-        block = current.unflatten(-1, (taps, channels)).unflatten(1, (taps, channels)).permute(0, 2, 1, 4, 3)
-        blocks[:, :, pair.i, :, :, pair.j].add_(block, alpha=alpha)
-        if pair.i != pair.j:
-            # The matrix's triangles run over channels first, so both orders of the lines are needed.
-            blocks[:, :, pair.j, :, :, pair.i].add_(block.permute(0, 3, 4, 1, 2), alpha=alpha)
+        if current is not None:
+            add_block_(total, current, pair, geometry, alpha)
 
 
-def add_conv_gram_(
-    total: Tensor,
-    x: Tensor,
-    geometry: Geometry,
-    *,
-    ones: bool,
-    weights: Tensor | None = None,
-    alpha: float = 1.0,
-) -> float | Tensor:
-    """Add ``alpha Σ_r w_r ā_r ā_rᵀ`` of a convolution to the upper triangle of ``total``, in the cheapest exact form.
+def add_conv_gram_(total: Tensor, x: Tensor, geometry: Geometry, *, ones: bool, alpha: float = 1.0) -> float:
+    """Add ``alpha Σ_r ā_r ā_rᵀ`` of a convolution to the upper triangle of ``total``, in the cheapest exact form.
 
     Args:
         total: Running sum ``[groups, d, d]``.
         x: Input ``[N, C, *size]``.
         geometry: The convolution.
         ones: Whether rows end with the bias's one.
-        weights: Weight of every position, ``[N, T]``; needs the expanded rows.
         alpha: Factor of what is added.
 
     Returns:
-        ``Σ_r w_r``.
+        The number of rows.
     """
     inner = total[:, :-1, :-1] if ones else total
-    if weights is None and row_correlation_pays(geometry, tuple(x.shape[2:])):
+    count = float(x.shape[0] * math.prod(geometry.output_size(tuple(x.shape[2:]))))
+    if row_correlation_pays(geometry, tuple(x.shape[2:])):
         add_row_correlation_(inner, x, geometry, alpha)
-        count: float | Tensor = float(x.shape[0] * math.prod(geometry.output_size(tuple(x.shape[2:]))))
         sums = column_sums(x, geometry) if ones else None
     else:
         rows = im2col(x, geometry).flatten(0, 1).movedim(1, 0)
-        flat = None if weights is None else weights.reshape(-1).to(rows.dtype)
-        count = float(rows.shape[1]) if flat is None else flat.sum()
-        sums = (rows.sum(1) if flat is None else (flat.unsqueeze(-1) * rows).sum(1)) if ones else None
+        sums = rows.sum(1) if ones else None
         if rows.shape[0] == 1:
-            add_gram_(inner[0], rows[0], weights=flat, alpha=alpha)
+            add_gram_(inner[0], rows[0], alpha=alpha)
         else:
-            add_gram_(inner, rows, weights=flat, alpha=alpha)
+            add_gram_(inner, rows, alpha=alpha)
     if sums is not None:
         total[:, :-1, -1].add_(sums, alpha=alpha)
         total[:, -1, -1] += alpha * count

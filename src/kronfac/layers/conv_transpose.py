@@ -55,6 +55,12 @@ class ConvTransposeAdapter(ConvAdapter):
             return super().add_input_gram_(total, x, weights, alpha)
         return super().add_input_gram_(total, self._zero_stuffed(x), weights, alpha)
 
+    def input_norms(self, x: Tensor) -> Tensor:
+        """Return the norms of the zero-stuffed input's patches."""
+        if self.sharing == "reduce" or not self.has_weight:
+            return super().input_norms(x)
+        return super().input_norms(self._zero_stuffed(x))
+
     def matrix_view(self, weight: Tensor) -> Tensor | None:  # type: ignore[override]
         """The weight is transposed and flipped: there is no view."""
         return None

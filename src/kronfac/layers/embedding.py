@@ -72,6 +72,12 @@ class EmbeddingAdapter(LayerAdapter):
         total.index_add_(0, index, counted, alpha=alpha)
         return weight.sum()
 
+    def input_norms(self, x: Tensor) -> Tensor:
+        """Return 1 for each index and 0 for padding, ``[B, S]``: rows are one-hot."""
+        index = x.reshape(x.shape[0], -1)
+        dtype = torch.get_default_dtype()
+        return torch.ones_like(index, dtype=dtype) if self._padding is None else (index != self._padding).to(dtype)
+
 
 @adapt.register
 def _(module: nn.Embedding, name: str, sharing: str = "expand") -> LayerAdapter:

@@ -46,6 +46,13 @@ class LinearAdapter(LayerAdapter):
         total[-1, -1] += alpha * count
         return count
 
+    def input_norms(self, x: Tensor) -> Tensor:
+        """Return ``|ā|²`` as ``[B, S]``, without copying the input to append its ones."""
+        if self.sharing == "reduce" or not (self.has_weight and self.has_bias):
+            return super().input_norms(x)
+        x = _batched(require_float(x))
+        return x.reshape(x.shape[0], -1, self._features).square().sum(-1).add_(1.0)
+
 
 def _batched(tensor: Tensor) -> Tensor:
     if tensor.ndim < 2:
