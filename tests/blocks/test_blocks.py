@@ -7,7 +7,17 @@ import torch
 from tests.blocks.block_cases import BlockCase, FactoredCase, close, random_psd, random_tensor
 from torch import Tensor
 
-from kronfac.blocks import Block, Dense, Diagonal, DiagonalKronecker, Kronecker, KroneckerInverse, PerFactor, Uniform
+from kronfac.blocks import (
+    Block,
+    Dense,
+    Diagonal,
+    DiagonalKronecker,
+    EigenKronecker,
+    Kronecker,
+    KroneckerInverse,
+    PerFactor,
+    Uniform,
+)
 
 
 class TestKronecker(FactoredCase):
@@ -111,8 +121,86 @@ class TestDenseStack(TestDense):
     stack = (2, 1)
 
 
-CASES = (TestKronecker, TestDiagonalKronecker, TestDiagonal, TestDense)
-STACKS = (TestKroneckerStack, TestDiagonalKroneckerStack, TestDiagonalStack)
+class TestEigenKronecker(BlockCase):
+    identity_input = False
+
+    def values(self) -> Tensor:
+        return random_tensor(*self.shape, seed=7).abs()
+
+    def basis(self, width: int, seed: int) -> Tensor:
+        return torch.linalg.qr(random_tensor(*self.stack, width, width, seed=seed)).Q
+
+    def bases(self) -> tuple[Tensor, Tensor]:
+        eye = torch.eye(self.d_in, dtype=torch.float64).expand(*self.stack, -1, -1)
+        return self.basis(self.d_out, 11), eye if self.identity_input else self.basis(self.d_in, 12)
+
+    def block(self) -> Block:
+        output, input = self.bases()
+        return EigenKronecker(self.values(), output, None if self.identity_input else input)
+
+    def dense(self) -> Tensor:
+        """A sum of outer products of the eigenvectors, one by one."""
+        output, input = (basis.reshape(-1, *basis.shape[-2:]) for basis in self.bases())
+        parts = []
+        for values, q_out, q_in in zip(self.values().reshape(-1, self.d_out, self.d_in), output, input, strict=True):
+            matrix = torch.zeros(values.numel(), values.numel(), dtype=torch.float64)
+            for o in range(self.d_out):
+                for i in range(self.d_in):
+                    vector = torch.outer(q_out[:, o], q_in[:, i]).flatten()
+                    matrix += values[o, i] * torch.outer(vector, vector)
+            parts.append(matrix)
+        return torch.block_diag(*parts)
+
+    def test_values_and_bases_that_do_not_fit_are_refused(self) -> None:
+        assert self.block().factor_means() is None
+        output, input = self.bases()
+        with pytest.raises(ValueError, match=r"output of shape .* got"):
+            EigenKronecker(self.values(), input, input)
+        with pytest.raises(ValueError, match="stack"):
+            EigenKronecker(self.values(), output, input[None])
+        with pytest.raises(TypeError, match="must agree"):
+            EigenKronecker(self.values(), output.float(), input)
+        with pytest.raises(ValueError, match=r"\[\*stack, d_out, d_in\]"):
+            EigenKronecker(torch.ones(3), output, input)
+
+    def test_a_kronecker_product_is_the_case_of_rank_one(self) -> None:
+        product = Kronecker(
+            random_psd(*self.stack, self.d_in, self.d_in, seed=1),
+            random_psd(*self.stack, self.d_out, self.d_out, seed=2),
+        )
+        basis = product.eigh()
+        assert basis.output is not None
+        close(EigenKronecker(basis.values, basis.output, basis.input).to_dense(), product.to_dense())
+
+
+class TestEigenKroneckerStack(TestEigenKronecker):
+    stack = (2,)
+
+
+class TestEigenKroneckerIdentity(TestEigenKronecker):
+    """The block of an embedding: the input basis is the identity."""
+
+    identity_input = True
+
+
+class TestEigenKroneckerIdentityStack(TestEigenKroneckerIdentity):
+    stack = (2, 2)
+
+
+CASES = (
+    TestKronecker,
+    TestDiagonalKronecker,
+    TestDiagonal,
+    TestDense,
+    TestEigenKronecker,
+    TestEigenKroneckerIdentity,
+)
+STACKS = (
+    TestKroneckerStack,
+    TestDiagonalKroneckerStack,
+    TestDiagonalStack,
+    TestEigenKroneckerStack,
+)
 
 
 @pytest.mark.parametrize("left", CASES)

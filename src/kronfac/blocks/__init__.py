@@ -9,13 +9,16 @@ from kronfac.blocks.base import Block, Inverse
 from kronfac.blocks.dense import Dense
 from kronfac.blocks.diagonal import Diagonal
 from kronfac.blocks.diagonal_kronecker import DiagonalKronecker
+from kronfac.blocks.eigen_kronecker import EigenKronecker
 from kronfac.blocks.eigenbasis import Eigenbasis
 from kronfac.blocks.inverses import DenseInverse, DiagonalKroneckerInverse, EigenInverse, KroneckerInverse
 from kronfac.blocks.kronecker import Kronecker
 from kronfac.blocks.shifts import PerFactor, Shift, Uniform
 
 #: Block classes by the name they are saved under.
-KINDS: dict[str, type[Block]] = {block.kind: block for block in (Kronecker, DiagonalKronecker, Diagonal, Dense)}
+KINDS: dict[str, type[Block]] = {
+    block.kind: block for block in (Kronecker, DiagonalKronecker, EigenKronecker, Diagonal, Dense)
+}
 
 #: Inverse classes by the name they are saved under.
 INVERSES: dict[str, type[Inverse]] = {
@@ -32,6 +35,7 @@ __all__ = [
     "DiagonalKronecker",
     "DiagonalKroneckerInverse",
     "EigenInverse",
+    "EigenKronecker",
     "Eigenbasis",
     "Inverse",
     "Kronecker",
