@@ -118,6 +118,11 @@ class Estimator:
         for statistic in self.statistics.values():
             statistic.decay(factor)
 
+    def next_pass(self) -> None:
+        """Go on to the next pass over the same data, where the approximation takes several; see :func:`estimate`."""
+        for statistic in self.statistics.values():
+            statistic.next_pass()
+
     def curvature(self) -> BlockDiagonal:
         """Return the curvature of what was gathered.
 
@@ -174,12 +179,15 @@ def estimate(
     The loss is what the likelihood's ``reduction`` says over all data given: sums over batches are divided by the sum
     of denominators, never averages averaged.  The model's mode is left as it is and running statistics are put back.
 
+    Approximations of several passes (EKFAC: factors, then the values in their eigenbasis) read the loader that often,
+    and draw new labels each time.
+
     Args:
         model: The model.
         likelihood: The loss.
         loader: Iterable of ``(inputs, targets)``, or a single pair of tensors. Inputs may be a tensor, a tuple of
             arguments or a mapping of keyword arguments.
-        approximation: ``"kfac"``, ``"diagonal"``, ``"dense"`` or an object.
+        approximation: ``"kfac"``, ``"ekfac"``, ``"diagonal"``, ``"dense"`` or an object.
         source: ``"sampled"`` (Fisher), ``"exact"`` (Gauss-Newton), ``"empirical"``, ``"forward_only"`` or an object.
         samples: Samples per example of the sampled source.
         sharing: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023).
@@ -193,12 +201,11 @@ def estimate(
 
     Raises:
         TypeError: ``seed`` is no integer.
-        ValueError: The loader is empty, or anything does not fit.
+        ValueError: The loader is empty, or cannot be read as often as needed, or anything does not fit.
     """
     device = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
     if not isinstance(seed, int):
         raise TypeError(f"seed={seed!r} must be an integer.")
-    generator = torch.Generator(device).manual_seed(seed)
     estimator = Estimator(
         model,
         likelihood,
@@ -207,18 +214,23 @@ def estimate(
         samples=samples,
         sharing=sharing,
         norm=norm,
-        generator=generator,
     )
     estimator.warn_uncovered("No curvature for")
+    passes = estimator.approximation.passes
+    if passes > 1 and isinstance(loader, Iterator):
+        raise ValueError(_readable(estimator.approximation, f"is a {type(loader).__name__}, which can be read once"))
     batches = 0
-    with frozen_buffers(model):
-        for inputs, targets in _progress(batches_of(loader), loader, progress):
-            with torch.enable_grad(), record(estimator.adaptation.adapters) as tape:
-                out = pick_outputs(call_model(model, inputs), outputs)
-            estimator.update(tape, out, targets)
-            batches += 1
-    if batches == 0:
-        raise ValueError("loader is empty: no batch to estimate curvature from.")
+    for index in range(passes):
+        if index:
+            estimator.next_pass()
+        # Labels of their own in every pass: values are unbiased if they are independent of their eigenbasis.
+        estimator.generator = torch.Generator(device).manual_seed(_seed_of_pass(seed, index))
+        count = _read(estimator, loader, outputs, progress)
+        if index and count != batches:
+            raise ValueError(_readable(estimator.approximation, f"gave {batches} batches first and {count} afterwards"))
+        if count == 0:
+            raise ValueError("loader is empty: no batch to estimate curvature from.")
+        batches = count
     curvature = estimator.curvature()
     if likelihood.reduction == "sum":
         # Each batch's sum counted with weight one; the loss is the sum over all of them.
@@ -227,6 +239,30 @@ def estimate(
             scaled, estimator.adaptation.adapters, estimator.adaptation.order, options=estimator.options
         )
     return curvature
+
+
+def _read(estimator: Estimator, loader: Any, outputs: Callable[[Any], Tensor] | None, progress: bool) -> int:
+    """Take in all of a loader once, and return its number of batches."""
+    count = 0
+    with frozen_buffers(estimator.model):
+        for inputs, targets in _progress(batches_of(loader), loader, progress):
+            with torch.enable_grad(), record(estimator.adaptation.adapters) as tape:
+                out = pick_outputs(call_model(estimator.model, inputs), outputs)
+            estimator.update(tape, out, targets)
+            count += 1
+    return count
+
+
+def _readable(approximation: Approximation, fault: str) -> str:
+    return (
+        f"approximation={approximation.name!r} reads the data {approximation.passes} times, but the loader {fault}; "
+        "pass a list of pairs or a DataLoader."
+    )
+
+
+def _seed_of_pass(seed: int, index: int) -> int:
+    # Far from the seeds that a caller who counts upwards would use.
+    return seed if index == 0 else (seed + index * 0x9E3779B97F4A7C15) % 2**63
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

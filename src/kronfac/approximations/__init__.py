@@ -5,9 +5,12 @@ from __future__ import annotations
 from kronfac.approximations.base import Approximation, Mean, Statistic
 from kronfac.approximations.dense import DenseBlocks
 from kronfac.approximations.diagonal import DiagonalBlocks
+from kronfac.approximations.ekfac import EKFAC
 from kronfac.approximations.kfac import KFAC
 
-APPROXIMATIONS: dict[str, type[Approximation]] = {kind.name: kind for kind in (KFAC, DiagonalBlocks, DenseBlocks)}
+APPROXIMATIONS: dict[str, type[Approximation]] = {
+    kind.name: kind for kind in (KFAC, EKFAC, DiagonalBlocks, DenseBlocks)
+}
 
 
 def get_approximation(approximation: str | Approximation) -> Approximation:
@@ -35,6 +38,7 @@ def get_approximation(approximation: str | Approximation) -> Approximation:
 
 __all__ = [
     "APPROXIMATIONS",
+    "EKFAC",
     "KFAC",
     "Approximation",
     "DenseBlocks",

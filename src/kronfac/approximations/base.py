@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -70,7 +71,13 @@ class Statistic(ABC):
 
     Args:
         layer: The layer's adapter.
+
+    Attributes:
+        keeps_basis: Whether blocks differ in their eigenvalues alone between two calls of :meth:`rebase`, so that new
+            inverses are cheap.
     """
+
+    keeps_basis: bool = False
 
     def __init__(self, layer: LayerAdapter) -> None:
         self.layer = layer
@@ -96,6 +103,28 @@ class Statistic(ABC):
         for mean in self.means().values():
             mean.decay(factor)
 
+    def rebase(self) -> None:  # noqa: B027  (most statistics have nothing to renew)
+        """Renew what is costly and fixed in between, an eigenbasis; called before blocks are inverted anew."""
+
+    def next_pass(self) -> None:  # noqa: B027  (most statistics need one pass)
+        """Prepare for another pass over the same data; see :attr:`Approximation.passes`."""
+
+    def constants(self) -> dict[str, Tensor]:
+        """What a resumed run needs besides the means, by name: what :meth:`rebase` made, nothing before it."""
+        return {}
+
+    def constant_shapes(self) -> dict[str, torch.Size]:
+        """Shapes of the :meth:`constants` once they are there."""
+        return {}
+
+    def restore(self, constants: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`constants` gave.
+
+        Args:
+            constants: Tensors of :meth:`constant_shapes`, or none.
+        """
+        assert not constants
+
     @property
     def empty(self) -> bool:
         """Whether nothing was gathered."""
@@ -109,11 +138,13 @@ class Approximation(ABC):
         name: The name in the public face.
         needs_pairs: Whether samples must pair each input with its cotangent.
         needs_cotangents: Whether it cannot do without cotangents.
+        passes: How often :func:`kronfac.estimate` reads the data; :meth:`Statistic.next_pass` is called in between.
     """
 
     name: str
     needs_pairs: bool = False
     needs_cotangents: bool = True
+    passes: int = 1
 
     @abstractmethod
     def start(self, layer: LayerAdapter) -> Statistic:

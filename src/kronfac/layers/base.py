@@ -200,6 +200,18 @@ class LayerAdapter(ABC):
             return g[:, 0].unsqueeze(-1) * a[:, 0].unsqueeze(-2)
         return torch.einsum("bs...o,bs...i->b...oi", g, a)
 
+    def gradient_columns(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of the per-example gradients that are not zero, for layers with a diagonal input factor.
+
+        Args:
+            x: The layer's input.
+            g: The cotangent of its output.
+
+        Returns:
+            Indices of the columns, ``[K]``, and the columns, ``[K, d_out]``; an index occurs once for each example.
+        """
+        raise NotImplementedError
+
 
 def stack_first(rows: Tensor, stack_dims: int) -> Tensor:
     """Turn ``[B, S, *stack, d]`` into ``[*stack, B·S, d]``."""

@@ -48,6 +48,23 @@ class EmbeddingAdapter(LayerAdapter):
         out = cotangents.new_zeros(index.shape[0], self.d_in, self.d_out)
         return out.scatter_add_(1, index.unsqueeze(-1).expand_as(cotangents), cotangents).mT
 
+    def gradient_columns(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of the cotangents over the positions of each example that hold the same index.
+
+        Args:
+            x: Indices.
+            g: The cotangent of the output.
+
+        Returns:
+            Indices ``[K]`` and columns ``[K, embedding_dim]``, at most one for each position; padding has none.
+        """
+        cotangents, index = self.expand_cotangents(g), x.reshape(x.shape[0], -1)
+        example = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
+        kept = torch.ones_like(index, dtype=torch.bool) if self._padding is None else index != self._padding
+        pairs, place = torch.unique((example * self.d_in + index)[kept], return_inverse=True)
+        columns = cotangents.new_zeros(pairs.shape[0], self.d_out).index_add_(0, place, cotangents[kept])
+        return pairs % self.d_in, columns
+
     def expand_cotangents(self, g: Tensor) -> Tensor:
         """Return ``[B, S, embedding_dim]``."""
         return require_float(g).reshape(g.shape[0], -1, self.d_out)
