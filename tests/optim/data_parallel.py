@@ -20,6 +20,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "exact": {"kl_clip": None},
     "clipped": {"kl_clip": 1e-4},
     "defaults": {"source": "sampled"},
+    "ekfac": {"approximation": "ekfac", "kl_clip": None},
 }
 STEPS = 4
 WORLD = 2

@@ -31,6 +31,10 @@ def test_two_processes_are_as_good_as_one(tmp_path: Path) -> None:
     for name, tensor in found[0]["uninterrupted"].items():
         assert torch.equal(found[0]["resumed"][name], tensor), f"a resumed run differs in {name}"
         assert torch.equal(found[1]["resumed"][name], tensor), f"resumed processes parted at {name}"
+    # Signs of eigenvectors are arbitrary; the steps are not, and all of them went through the eigenbasis.
+    alone = data_parallel.train(model := network(), model, None, **data_parallel.RUNS["ekfac"])
+    for name in (name for name in alone if name.startswith("parameter")):
+        torch.testing.assert_close(found[0]["ekfac"][name], alone[name], rtol=1e-8, atol=1e-10)
     assert not torch.equal(found[0]["clipped"]["parameter 0.weight"], found[0]["exact"]["parameter 0.weight"])
 
 

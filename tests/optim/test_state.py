@@ -63,6 +63,9 @@ RUNS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], dict[str
     "diagonal": (network, vectors, {"approximation": "diagonal"}),
     "dense": (network, vectors, {"approximation": "dense"}),
     "dense, exact": (layers, images, {"approximation": "dense", "damping_rule": "exact"}),
+    "ekfac": (network, vectors, {"approximation": "ekfac"}),
+    "ekfac, convolutions": (layers, images, {"approximation": "ekfac", "average": 0.6}),
+    "ekfac, embedding": (Words, words, {"approximation": "ekfac"}),
     "convolutions": (layers, images, {}),
     "convolutions, exact": (layers, images, {"damping_rule": "exact"}),
     "full norms": (layers, images, {"norm": "full"}),
@@ -287,6 +290,32 @@ def test_a_damaged_state_changes_nothing(change: Callable[[dict[str, Any]], None
     assert optimizer.param_groups is groups
     assert_same_state(optimizer.state_dict(), before)
     train(model, optimizer, vectors, range(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (remove("kronfac", "constants"), "damaged"),
+        (remove("kronfac", "constants", "2"), "damaged"),
+        (remove("kronfac", "constants", "2", "input"), r"Layer '2'.*\['output'\], needed are \['input', 'output'\]"),
+        (
+            put(torch.eye(2), "kronfac", "constants", "2", "output"),
+            r"Layer '2'.*output has shape \(2, 2\), not \(5, 5\)",
+        ),
+        (put("Q", "kronfac", "constants", "2", "output"), "damaged"),
+        (remove("kronfac", "statistics", "2", "moments"), "Layer '2'"),
+    ],
+)
+def test_a_damaged_eigenbasis_changes_nothing(change: Callable[[dict[str, Any]], None], text: str) -> None:
+    models = [network(), network(seed=3)]
+    donor, optimizer = (make(model, approximation="ekfac") for model in models)
+    train(models[0], donor, vectors, range(4))
+    train(models[1], optimizer, vectors, range(2))
+    state, before = through_a_file(donor.state_dict()), copy.deepcopy(optimizer.state_dict())
+    change(state)
+    with pytest.raises(ValueError, match=text):
+        optimizer.load_state_dict(state)
+    assert_same_state(optimizer.state_dict(), before)
 
 
 def test_states_of_other_optimisers_and_models_are_foreign() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from kronfac.optim.adaptive import AdaptiveKFAC
+from kronfac.optim.ekfac import EKFAC
 from kronfac.optim.gauss_newton import KFLR, KFRA
 from kronfac.optim.growing_batches import GrowingBatches
 from kronfac.optim.hessian_free import HessianFree
 from kronfac.optim.kfac import KFAC
 from kronfac.optim.report import StepReport
 
-__all__ = ["KFAC", "KFLR", "KFRA", "AdaptiveKFAC", "GrowingBatches", "HessianFree", "StepReport"]
+__all__ = ["EKFAC", "KFAC", "KFLR", "KFRA", "AdaptiveKFAC", "GrowingBatches", "HessianFree", "StepReport"]

@@ -20,7 +20,7 @@ from kronfac.optim.averaging import swapped_in, update_average
 from kronfac.optim.clipping import KLClip, bound_of, exact_product
 from kronfac.optim.gathering import Gatherer, eager_root
 from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator
-from kronfac.optim.preconditioning import direction, refresh
+from kronfac.optim.preconditioning import direction, refresh, renew_values
 from kronfac.optim.state import gather_generators, load_curvature_state, save_curvature_state
 from kronfac.sources import Source
 from kronfac.tape import frozen_buffers, record
@@ -42,11 +42,12 @@ class KFAC(Optimizer):
         momentum: ``μ`` in ``[0, 1)``.
         damping: ``λ``, in units of the loss's curvature.
         weight_decay: ``r``; adds ``rθ`` to the gradient and ``r`` to the damping, unless decoupled.
-        approximation: ``"kfac"``, ``"diagonal"``, ``"dense"`` or an object.
+        approximation: ``"kfac"``, ``"ekfac"``, ``"diagonal"``, ``"dense"`` or an object.
         source: ``"sampled"`` (true Fisher), ``"exact"``, ``"empirical"``, ``"forward_only"`` or an object.
         damping_rule: ``"factored"``, ``"exact"`` or a rule.
         stats_every: Statistics period ``T_s`` in steps.
-        invert_every: Inverse period ``T_f``; before it, inverses are also refreshed at steps 1, 2, 4, 8, …
+        invert_every: Inverse period ``T_f``; before it, inverses are also refreshed at steps 1, 2, 4, 8, … For EKFAC
+            that of the eigenvectors: the values in their basis enter the inverses whenever statistics are gathered.
         ema: Decay of the statistics per gathered step, with bias correction.
         kl_clip: Bound ``C`` on ``vᵀFv`` in the loss's units; None for no clip; ``"auto"``: 0.01 nats for each term of
             the loss (a label, a pixel) wherever the root module's forward is seen. The exact product uses a quarter of
@@ -258,10 +259,10 @@ class KFAC(Optimizer):
         if self._fallback is not None:
             check_finite({self._names[id(p)]: p.grad for p in everything if p.grad is not None})
         self._check_statistics()
-        if self._inverses_due:
-            damping = {name: self._damping(name) for name in self._estimator.statistics}
+        renew = refresh if self._inverses_due else renew_values if self._gatherer.gathered else None
+        if renew is not None:
             ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
-            refresh(self._inverses, ready, damping.__getitem__, self._rule)
+            renew(self._inverses, ready, self._damping, self._rule)
         self._move({self._names[id(p)]: p.grad for p, _ in self._members() if p.grad is not None})
         if self._fallback is not None:
             self._fallback.step()

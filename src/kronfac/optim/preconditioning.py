@@ -17,7 +17,7 @@ from kronfac.linalg.factorise import invert
 def refresh(
     inverses: dict[str, Inverse], statistics: Mapping[str, Statistic], damping: Callable[[str], float], rule: Rule
 ) -> None:
-    """Factorise the damped blocks of all layers, equal shapes together.
+    """Renew eigenbases that are kept, and factorise the damped blocks of all layers, equal shapes together.
 
     A group's old inverses are dropped before its new ones are made, so that two sets are never held.  A block that
     cannot be inverted even in float64 raises a ``torch.linalg.LinAlgError`` that names the layer.
@@ -35,6 +35,23 @@ def refresh(
     for names in groups.values():
         for name in names:
             inverses.pop(name, None)
+            statistics[name].rebase()
+        inverses |= _refresh_equal(names, statistics, damping, rule)
+
+
+def renew_values(
+    inverses: dict[str, Inverse], statistics: Mapping[str, Statistic], damping: Callable[[str], float], rule: Rule
+) -> None:
+    """Bring inverses whose eigenbasis is kept up to date between two refreshes: reciprocals alone.
+
+    Args:
+        inverses: Inverses by layer; those of other layers are left alone.
+        statistics: The layers' running statistics.
+        damping: Damping of a layer.
+        rule: How it is added.
+    """
+    names = [name for name, statistic in statistics.items() if statistic.keeps_basis and name in inverses]
+    if names:
         inverses |= _refresh_equal(names, statistics, damping, rule)
 
 

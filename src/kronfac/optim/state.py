@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kronfac.approximations import Mean
+from kronfac.approximations import Mean, Statistic
 from kronfac.blocks import Inverse
 from kronfac.optim.options import check_group
 from kronfac.optim.preconditioning import load_inverses, save_inverses
@@ -42,6 +42,11 @@ def save_curvature_state(optimizer: KFAC) -> dict[str, Any]:
                 for key, mean in statistic.means().items()
             }
             for layer, statistic in optimizer._estimator.statistics.items()
+        },
+        "constants": {
+            layer: statistic.constants()
+            for layer, statistic in optimizer._estimator.statistics.items()
+            if statistic.constant_shapes()
         },
         "inverses": save_inverses(optimizer._inverses),
         "generator": generator.get_state(),
@@ -96,6 +101,8 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
             total = torch.empty_like(mean.total).copy_(entry["total"])
             weight, scale = (_number(f"{what} of {layer}.{key}", entry[what]) for what in ("weight", "scale"))
             means.append((mean, total, weight, scale))
+    fixed = {layer: statistic for layer, statistic in mine.items() if statistic.constant_shapes()}
+    constants = {layer: _constants(layer, statistic, saved["constants"][layer]) for layer, statistic in fixed.items()}
     inverses = _load_inverses(optimizer, saved["inverses"])
     steps = int(_number("steps", saved["steps"]))
     ratio = None if saved["clip_ratio"] is None else _number("clip_ratio", saved["clip_ratio"])
@@ -112,6 +119,8 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
     def apply() -> None:
         for mean, total, weight, scale in means:
             mean.total, mean.weight, mean.scale = total, weight, scale
+        for layer, statistic in fixed.items():
+            statistic.restore(constants[layer])
         optimizer._inverses = inverses
         optimizer._steps, optimizer._clip.ratio, optimizer._estimator.terms = steps, ratio, terms
         generator.set_state(random_state)
@@ -148,6 +157,20 @@ def _own_generator(saved: dict[str, Any]) -> Tensor:
     if states is not None and together and len(states) == distributed.get_world_size():
         return states[distributed.get_rank()]
     return saved["generator"]
+
+
+def _constants(layer: str, statistic: Statistic, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of a layer's constants, all or none."""
+    shapes = statistic.constant_shapes()
+    if saved and set(saved) != set(shapes):
+        raise ValueError(f"Layer {layer!r}: the state holds {sorted(saved)}, needed are {sorted(shapes)}.")
+    like = next(iter(statistic.means().values())).total
+    for key, tensor in saved.items():
+        if tensor.shape != shapes[key]:
+            raise ValueError(
+                f"Layer {layer!r}: the state's {key} has shape {tuple(tensor.shape)}, not {tuple(shapes[key])}."
+            )
+    return {key: tensor.to(like.device, like.dtype, copy=True) for key, tensor in saved.items()}
 
 
 def _number(what: str, value: object) -> float:
