@@ -59,6 +59,37 @@ def test_memory_is_what_blocks_and_inverses_take(model: nn.Module, x: Tensor, ap
     assert 2 * half.memory == report.memory
 
 
+@pytest.mark.parametrize("rule", ["factored", "exact"])
+@pytest.mark.parametrize(
+    ("model", "x"), [(grouped(), draw(7, 4, 4, 4)), (Words(), torch.arange(14).reshape(7, 2) % 11)]
+)
+def test_memory_of_ekfac_is_that_of_a_running_optimiser(model: nn.Module, x: Tensor, rule: str) -> None:
+    model = double(model).train()
+    report = kf.coverage(model, approximation="ekfac", damping_rule=rule)
+    optimizer = kf.optim.EKFAC(model, kf.Categorical(), lr=0.1, kl_clip=None)
+    nn.functional.cross_entropy(model(x), torch.arange(7) % 3).backward()
+    optimizer.step()
+    statistics = optimizer._estimator.statistics.values()
+    totals = [{key: mean.total for key, mean in statistic.means().items()} for statistic in statistics]
+    assert report.factor_memory == sum(map(bytes_of, totals)) + sum(bytes_of(s.constants()) for s in statistics)
+    shared = {tensor.data_ptr() for statistic in statistics for tensor in statistic.constants().values()}
+    own = [t for i in optimizer._inverses.values() for t in i.tensors().values() if t.data_ptr() not in shared]
+    assert report.inverse_memory == bytes_of(dict(enumerate(own)))  # type: ignore[arg-type]
+
+
+def test_rows_of_ekfac() -> None:
+    rows = {row.parameter: row for row in kf.coverage(grouped().eval(), approximation="ekfac").rows}
+    conv = rows["0.weight"]
+    assert (conv.block, conv.factors, conv.state) == (
+        "eigen-kronecker",
+        "2 of 19x19 (x) 3x3, 2x3x19 values",
+        "approximate",
+    )
+    assert conv.reason.startswith("gradients uncorrelated in the eigenbasis")
+    assert conv.factor_bytes == 4 * (2 * 2 * (19**2 + 3**2) + 2 * 3 * 19)
+    assert rows["1.weight"].state == "exact"
+
+
 def test_rows_name_kind_sizes_and_reason() -> None:
     model = grouped().eval()
     model[4].weight.requires_grad_(False)

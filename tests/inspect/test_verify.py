@@ -76,6 +76,26 @@ def test_dense_and_diagonal_blocks_are_exact(approximation: str) -> None:
     assert all(row.trace_factor == pytest.approx(1, abs=1e-10) for row in report.rows)
 
 
+@pytest.mark.parametrize("source", ["exact", "sampled"])
+def test_traces_of_ekfac_are_right_for_the_very_cotangents(source: str) -> None:
+    report = kf.verify(mixed(), kf.Categorical(), MIXED, approximation="ekfac", source=source)
+    report.raise_if(scale=1e-8)
+    assert [row.block for row in report.rows] == ["eigen_kronecker", "dense", "eigen_kronecker"]
+    assert all(row.trace_factor == pytest.approx(1, abs=1e-10) for row in report.rows)
+    assert all(row.input_factor is None and row.output_factor is None for row in report.rows)
+
+
+def test_ekfac_is_closer_than_kfac() -> None:
+    options: dict[str, Any] = {"source": "exact"}
+    plain, found = (
+        kf.verify(mixed(), kf.Categorical(), MIXED, approximation=name, **options) for name in ("kfac", "ekfac")
+    )
+    for row, other in zip(found.rows, plain.rows, strict=True):
+        assert row.error <= other.error * (1 + 1e-12)
+        assert row.scale == pytest.approx(1, abs=1e-10)
+    assert found.rows[0].error < 0.95 * plain.rows[0].error
+
+
 # ------------------------------------------------------------------------------------------------ against the oracle
 def restricted(model: nn.Module, adapter: LayerAdapter, dense: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
     """A layer's exact matrix, and what of it a block keeps."""
@@ -87,7 +107,7 @@ def restricted(model: nn.Module, adapter: LayerAdapter, dense: Tensor, diagonal:
 
 
 @pytest.mark.parametrize("direct", [True, False])
-@pytest.mark.parametrize("approximation", ["kfac", "dense", "diagonal"])
+@pytest.mark.parametrize("approximation", ["kfac", "ekfac", "dense", "diagonal"])
 def test_numbers_are_those_of_dense_matrices(approximation: str, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not direct:
         monkeypatch.setattr(comparison, "DIRECT", 0)
@@ -106,7 +126,7 @@ def test_numbers_are_those_of_dense_matrices(approximation: str, direct: bool, m
         assert row.left_out == pytest.approx(float(1 - f.norm() ** 2 / whole.norm() ** 2), abs=1e-9)
 
 
-@pytest.mark.parametrize("approximation", ["kfac", "dense"])
+@pytest.mark.parametrize("approximation", ["kfac", "ekfac", "dense"])
 def test_small_memory_groups_layers_and_changes_nothing(approximation: str) -> None:
     options: dict[str, Any] = {"approximation": approximation, "source": "exact"}
     whole = kf.verify(mixed(), kf.Categorical(), MIXED, **options)
@@ -390,7 +410,7 @@ def test_examples_mixed_by_a_layer_are_found() -> None:
 
 # ------------------------------------------------------------------------------------------------ sampling error
 @pytest.mark.parametrize("samples", [1, 4])
-@pytest.mark.parametrize("approximation", ["dense", "kfac"])
+@pytest.mark.parametrize("approximation", ["dense", "kfac", "ekfac"])
 def test_expected_sampling_error_is_the_one_seen(approximation: str, samples: int) -> None:
     # Small weights: labels about equally likely, so that a few draws tell how they vary.
     model, likelihood, batch = (

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from kronfac.approximations import Approximation, Statistic
 from kronfac.approximations.dense import DenseStatistic
 from kronfac.approximations.diagonal import DiagonalStatistic
+from kronfac.approximations.ekfac import EKFACStatistic
 from kronfac.approximations.kfac import KFACStatistic
 from kronfac.layers import LayerAdapter
 
@@ -133,6 +134,28 @@ def _(statistic: DiagonalStatistic) -> Description:
     inverse = 2 * entries
     holds = "the diagonal; nothing off it"
     return Description("diagonal", f"diag {entries}", (entries,), entries, inverse, inverse, holds)
+
+
+@describe.register
+def _(statistic: EKFACStatistic) -> Description:
+    layer, base = statistic.layer, describe(statistic.base)
+    values = layer.shape.numel()
+    bases = sum(shape.numel() for shape in statistic.constant_shapes().values())
+    assumes = ["gradients uncorrelated in the eigenbasis of the factors, at the scale they really have there"]
+    if not layer.has_weight and layer.sharing == "reduce":
+        assumes = []  # the output factor is the block, and its eigenvectors the basis
+    if layer.stack:
+        assumes.append("nothing between groups")
+    return Description(
+        kind=f"eigen-{base.kind}",
+        factors=f"{base.factors}, {_times(*layer.shape)} values",
+        widths=base.widths,
+        entries=base.entries + bases + values,
+        inverse=2 * values,  # values and their reciprocals; the bases are those of the statistics
+        exact_inverse=2 * values,
+        holds=base.holds,
+        assumes=tuple(assumes),
+    )
 
 
 def _factored_assumptions(layer: LayerAdapter) -> tuple[str, ...]:

@@ -106,7 +106,7 @@ def verify(
         checks = _factored_checks(one, factored, tape, traces, graph.detach(), likelihood, targets, seed)
         if not couples_examples(model):
             checks |= _trace_checks(one, factored, graph, likelihood, targets, given)
-    spreads = {} if drawn.exact else _spreads(curvature_from, drawn, seed)
+    spreads = {} if drawn.exact else _spreads(curvature_from, drawn, seed, means=method.passes == 1)
     rows = []
     for layers in groups:
         wanted = {name for layer in layers for name in curvature.layouts[layer].parameter_names}
@@ -228,8 +228,12 @@ def _single(source: Source) -> Source:
     return Sampled(1, source.probe) if isinstance(source, Sampled) else source
 
 
-def _spreads(curvature_from: Callable[[Source, int], BlockDiagonal], source: Source, seed: int) -> dict[str, Spread]:
+def _spreads(
+    curvature_from: Callable[[Source, int], BlockDiagonal], source: Source, seed: int, *, means: bool
+) -> dict[str, Spread]:
     """Spread of an estimate with as many samples as the source draws."""
+    if not means:  # eigenvectors of few samples are not those of many: each draw takes as many
+        return measure(lambda index: curvature_from(source, seed + 1 + index), 1)
     count = source.count if isinstance(source, Sampled) else 1
     return measure(lambda index: curvature_from(_single(source), seed + 1 + index), count)
 
