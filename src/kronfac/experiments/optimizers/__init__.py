@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kronfac.experiments.errors import UnknownNameError
-from kronfac.experiments.optimizers import adaptive, first_order, kfac
+from kronfac.experiments.optimizers import adaptive, ekfac, first_order, kfac
 from kronfac.experiments.optimizers.base import OptimizerSpec
 
 __all__ = ["OPTIMIZERS", "OptimizerSpec", "get_optimizer"]
@@ -15,6 +15,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         first_order.FAMILY,
         kfac.FAMILY,
         adaptive.FAMILY,
+        ekfac.FAMILY,
     )
     for spec in family
 }

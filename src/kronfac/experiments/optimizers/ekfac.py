@@ -1,0 +1,47 @@
+"""EKFAC, from `kronfac.optim`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kronfac.experiments.errors import ExperimentError
+from kronfac.experiments.optimizers import kfac
+from kronfac.experiments.optimizers.base import OptimizerSpec
+from kronfac.experiments.optimizers.options import COMMON, choice
+from kronfac.experiments.problems.base import Problem
+
+#: KFAC's, but for what EKFAC decides itself.
+_OPTIONS = tuple(
+    replace(option, parse=choice("sampled", "exact", "empirical")) if option.name == "source" else option
+    for option in kfac.FAMILY[0].options
+    if option.name not in ("approximation", "damping_rule")
+)
+
+
+def _ekfac(
+    model: nn.Module, problem: Problem, values: Mapping[str, object], generator: torch.Generator
+) -> torch.optim.Optimizer:
+    from kronfac.optim import EKFAC
+
+    shared = {option.name for option in COMMON}  # the runner averages and schedules for every optimiser alike
+    own: dict[str, Any] = {name: value for name, value in values.items() if name not in shared}
+    try:
+        return EKFAC(model, problem.likelihood(), generator=generator, **own)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ExperimentError(f"ekfac on {problem.name}: {error}") from error
+
+
+FAMILY = (
+    OptimizerSpec(
+        name="ekfac",
+        title="EKFAC",
+        description="second moments re-estimated in the Kronecker eigenbasis (George et al. 2018)",
+        options=_OPTIONS,
+        build=_ekfac,
+    ),
+)
