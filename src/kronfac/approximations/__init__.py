@@ -9,7 +9,13 @@ from kronfac.approximations.ekfac import EKFAC
 from kronfac.approximations.kfac import KFAC
 
 APPROXIMATIONS: dict[str, type[Approximation]] = {
-    kind.name: kind for kind in (KFAC, EKFAC, DiagonalBlocks, DenseBlocks)
+    kind.name: kind
+    for kind in (
+        KFAC,
+        EKFAC,
+        DiagonalBlocks,
+        DenseBlocks,
+    )
 }
 
 
