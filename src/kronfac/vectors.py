@@ -42,6 +42,7 @@ class ParameterSpace:
 
     Attributes:
         layouts: The layouts.
+        matrix_shapes: The shape of each layer's ``V``.
         names: The parameters that the layouts cover, in order.
         shapes: Their shapes, in order.
 
@@ -53,7 +54,7 @@ class ParameterSpace:
         self, layouts: Mapping[str, Layout], matrix_shapes: Mapping[str, torch.Size], order: Sequence[str]
     ) -> None:
         self.layouts = dict(layouts)
-        self._matrix_shapes = dict(matrix_shapes)
+        self.matrix_shapes = dict(matrix_shapes)
         shapes: dict[str, torch.Size] = {}
         owners: dict[str, str] = {}
         for layer, layout in self.layouts.items():
@@ -131,9 +132,9 @@ class ParameterSpace:
             total += self.shapes[name].numel()
         positions = {}
         for layer, layout in self.layouts.items():
-            size = self._matrix_shapes[layer].numel()
+            size = self.matrix_shapes[layer].numel()
             position = torch.full((size,), -1)
-            for name, part in layout.unpack(torch.arange(size).view(self._matrix_shapes[layer])).items():
+            for name, part in layout.unpack(torch.arange(size).view(self.matrix_shapes[layer])).items():
                 position[part.flatten()] = torch.arange(part.numel()) + starts[name]
             positions[layer] = position
         return positions

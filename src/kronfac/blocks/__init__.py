@@ -6,6 +6,7 @@ A new kind of block is one file here and one entry of `KINDS`.
 from __future__ import annotations
 
 from kronfac.blocks.base import Block, Inverse
+from kronfac.blocks.coupled import CoupledBlocks, CoupledInverse
 from kronfac.blocks.dense import Dense
 from kronfac.blocks.diagonal import Diagonal
 from kronfac.blocks.diagonal_kronecker import DiagonalKronecker
@@ -14,6 +15,8 @@ from kronfac.blocks.eigenbasis import Eigenbasis
 from kronfac.blocks.inverses import DenseInverse, DiagonalKroneckerInverse, EigenInverse, KroneckerInverse
 from kronfac.blocks.kronecker import Kronecker
 from kronfac.blocks.shifts import PerFactor, Shift, Uniform
+from kronfac.blocks.tridiagonal import Link, Tridiagonal, TridiagonalInverse
+from kronfac.blocks.two_term import TwoTermInverse
 
 #: Block classes by the name they are saved under.
 KINDS: dict[str, type[Block]] = {
@@ -22,13 +25,16 @@ KINDS: dict[str, type[Block]] = {
 
 #: Inverse classes by the name they are saved under.
 INVERSES: dict[str, type[Inverse]] = {
-    inverse.kind: inverse for inverse in (KroneckerInverse, DiagonalKroneckerInverse, DenseInverse, EigenInverse)
+    inverse.kind: inverse
+    for inverse in (KroneckerInverse, DiagonalKroneckerInverse, DenseInverse, EigenInverse, TwoTermInverse)
 }
 
 __all__ = [
     "INVERSES",
     "KINDS",
     "Block",
+    "CoupledBlocks",
+    "CoupledInverse",
     "Dense",
     "DenseInverse",
     "Diagonal",
@@ -40,7 +46,11 @@ __all__ = [
     "Inverse",
     "Kronecker",
     "KroneckerInverse",
+    "Link",
     "PerFactor",
     "Shift",
+    "Tridiagonal",
+    "TridiagonalInverse",
+    "TwoTermInverse",
     "Uniform",
 ]
