@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"analysis", "inspect", "coverage", "verification"},
     {"estimation"},
     {"storage"},
-    {"curvature", "operators"},
+    {"curvature", "curvature_coupled", "operators"},
     {"vectors"},
     {"approximations", "damping", "sources"},
     {"blocks", "tape"},

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kronfac import (
+        analysis,
         approximations,
         blocks,
         damping,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         sources,
     )
     from kronfac.curvature import BlockDiagonal
+    from kronfac.curvature_coupled import BlockTridiagonal
     from kronfac.estimation import CoverageWarning, Estimator, estimate
     from kronfac.inspect.covered import coverage
     from kronfac.inspect.verification import verify
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 # (a literal, because type checkers and linters do not read computed ones); a test holds the three together.
 _HOMES = {
     "BlockDiagonal": "curvature",
+    "BlockTridiagonal": "curvature_coupled",
     "CoverageWarning": "estimation",
     "Estimator": "estimation",
     "estimate": "estimation",
@@ -62,6 +65,7 @@ _HOMES = {
 }
 _SUBMODULES = frozenset(
     {
+        "analysis",
         "approximations",
         "blocks",
         "damping",
@@ -80,6 +84,7 @@ _SUBMODULES = frozenset(
 __all__ = [
     "Bernoulli",
     "BlockDiagonal",
+    "BlockTridiagonal",
     "Categorical",
     "CoverageWarning",
     "Estimator",
@@ -90,6 +95,7 @@ __all__ = [
     "StorageError",
     "TapeError",
     "VerificationError",
+    "analysis",
     "approximations",
     "blocks",
     "coverage",

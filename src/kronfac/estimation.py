@@ -6,13 +6,15 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from kronfac.approximations import Approximation, Statistic, get_approximation
+from kronfac.approximations import Approximation, JointApproximation, JointStatistic, Statistic, get_approximation
+from kronfac.approximations.joint import whole_pulls
 from kronfac.curvature import BlockDiagonal
+from kronfac.curvature_coupled import CoupledCurvature, coupled_curvature
 from kronfac.layers import Adaptation, adapt_model
 from kronfac.likelihoods import Likelihood
 from kronfac.sources import Sample, Source, get_source
@@ -68,9 +70,16 @@ class Estimator:
         self.generator = generator
         #: Terms of the loss for each unit of its denominator, as this process last saw them.
         self.terms = 1.0
-        self.statistics: dict[str, Statistic] = {
-            name: self.approximation.start(adapter) for name, adapter in self.adaptation.adapters.items()
-        }
+        #: Statistics layer by layer; none where the approximation couples layers.
+        self.statistics: dict[str, Statistic] = {}
+        #: Statistics of all layers together, where the approximation couples them.
+        self.joint: JointStatistic | None = None
+        if isinstance(self.approximation, JointApproximation):
+            self.joint = self.approximation.start_all(self.adaptation.adapters)
+        else:
+            self.statistics |= {
+                name: self.approximation.start(adapter) for name, adapter in self.adaptation.adapters.items()
+            }
 
     def warn_uncovered(self, what: str) -> None:
         """Name parameters without a block, once, as a :class:`CoverageWarning`.
@@ -99,12 +108,20 @@ class Estimator:
             count = self.likelihood.term_shape(values, targets).numel()
             terms = count / max(float(self.likelihood.denominator(values, targets)), 1e-12)
             self.terms = self.terms + terms if adds else terms
+        if self.joint is not None:
+            self.joint.check_graph(tape.feeders(outputs))
+            add = whole_pulls(list(tape.calls), self.joint.add)
+        else:
+            add = self._add
 
         def take(sample: Sample) -> None:
             # The denominator of a sum is one, and was counted with the first of its parts.
-            self.statistics[sample.layer.name].add(replace(sample, denominator=0.0) if adds else sample)
+            add(replace(sample, denominator=0.0) if adds else sample)
 
         self.source.stream(tape, self.likelihood, outputs, targets, self.generator, take)
+
+    def _add(self, sample: Sample) -> None:
+        self.statistics[sample.layer.name].add(sample)
 
     def consolidate(self) -> None:
         """Give every process of a distributed run the same share of the statistics; each must call this."""
@@ -117,6 +134,8 @@ class Estimator:
         """Forget: multiply all sums and weights by ``factor`` (exponential moving average)."""
         for statistic in self.statistics.values():
             statistic.decay(factor)
+        if self.joint is not None:
+            self.joint.decay(factor)
 
     def next_pass(self) -> None:
         """Go on to the next pass over the same data, where the approximation takes several; see :func:`estimate`."""
@@ -131,7 +150,10 @@ class Estimator:
 
         Raises:
             RuntimeError: A layer gathered nothing.
+            TypeError: The approximation couples layers.
         """
+        if self.joint is not None:
+            raise TypeError(f"approximation={self.approximation.name!r} couples layers; call coupled_curvature().")
         missing = [name for name, statistic in self.statistics.items() if statistic.empty]
         if missing:
             raise RuntimeError(
@@ -140,6 +162,23 @@ class Estimator:
             )
         blocks = {name: statistic.block() for name, statistic in self.statistics.items()}
         return BlockDiagonal(blocks, self.adaptation.adapters, self.adaptation.order, options=self.options)
+
+    def coupled_curvature(self) -> CoupledCurvature:
+        """Return the curvature of what was gathered, where the approximation couples layers.
+
+        Returns:
+            The operator.
+
+        Raises:
+            RuntimeError: Nothing was gathered.
+            TypeError: The approximation is one of blocks alone.
+        """
+        if self.joint is None:
+            raise TypeError(f"approximation={self.approximation.name!r} couples no layers; call curvature().")
+        if self.joint.empty:
+            raise RuntimeError("No statistics: no forward pass was seen.")
+        layouts = self.adaptation.adapters
+        return coupled_curvature(self.joint.blocks(), layouts, self.adaptation.order, self.options)
 
 
 def mean_over_processes(value: float, device: torch.device) -> float:
@@ -160,6 +199,24 @@ def mean_over_processes(value: float, device: torch.device) -> float:
     return float(total) / distributed.get_world_size()
 
 
+@overload
+def estimate(  # type: ignore[overload-overlap]  # the name is a str as well
+    model: nn.Module,
+    likelihood: Likelihood,
+    loader: Iterable[Any] | tuple[Any, Any],
+    *,
+    approximation: Literal["kfac_tridiagonal"] | JointApproximation,
+    source: str | Source = "sampled",
+    samples: int = 1,
+    sharing: str = "expand",
+    norm: str = "unitwise",
+    seed: int = 0,
+    outputs: Callable[[Any], Tensor] | None = None,
+    progress: bool = False,
+) -> CoupledCurvature: ...
+
+
+@overload
 def estimate(
     model: nn.Module,
     likelihood: Likelihood,
@@ -173,7 +230,23 @@ def estimate(
     seed: int = 0,
     outputs: Callable[[Any], Tensor] | None = None,
     progress: bool = False,
-) -> BlockDiagonal:
+) -> BlockDiagonal: ...
+
+
+def estimate(
+    model: nn.Module,
+    likelihood: Likelihood,
+    loader: Iterable[Any] | tuple[Any, Any],
+    *,
+    approximation: str | Approximation = "kfac",
+    source: str | Source = "sampled",
+    samples: int = 1,
+    sharing: str = "expand",
+    norm: str = "unitwise",
+    seed: int = 0,
+    outputs: Callable[[Any], Tensor] | None = None,
+    progress: bool = False,
+) -> BlockDiagonal | CoupledCurvature:
     """Estimate the curvature of the loss over a data set.
 
     The loss is what the likelihood's ``reduction`` says over all data given: sums over batches are divided by the sum
@@ -197,7 +270,8 @@ def estimate(
         progress: Show a progress bar.
 
     Returns:
-        The curvature as an operator on the parameters.
+        The curvature as an operator on the parameters; a `kronfac.BlockTridiagonal` for ``"kfac_tridiagonal"``, which
+        couples layers.
 
     Raises:
         TypeError: ``seed`` is no integer.
@@ -231,6 +305,9 @@ def estimate(
         if count == 0:
             raise ValueError("loader is empty: no batch to estimate curvature from.")
         batches = count
+    if estimator.joint is not None:
+        coupled = estimator.coupled_curvature()
+        return coupled.scale(float(batches)) if likelihood.reduction == "sum" else coupled  # for the reason below
     curvature = estimator.curvature()
     if likelihood.reduction == "sum":
         # Each batch's sum counted with weight one; the loss is the sum over all of them.

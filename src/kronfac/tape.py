@@ -215,6 +215,37 @@ class Tape:
         self._last = (outputs, names)
         return names
 
+    def feeders(self, outputs: Tensor) -> dict[str | None, set[str]]:
+        """From which recorded layers each one takes its input directly, not through another recorded layer.
+
+        Args:
+            outputs: The model's outputs, attached to the graph; their entry is ``None``, the last.
+
+        Returns:
+            Names by name, in the order of the calls.
+        """
+        recorded = {call.edge.node: name for name, call in self.calls.items()}
+
+        def behind(start: Any) -> set[str]:
+            found: set[str] = set()
+            stack, met = [start], {start}
+            while stack:
+                for node, _ in stack.pop().next_functions:
+                    if node is None or node in met:
+                        continue
+                    met.add(node)
+                    if node in recorded:
+                        found.add(recorded[node])
+                    else:
+                        stack.append(node)
+            return found
+
+        feeders: dict[str | None, set[str]] = {name: behind(call.edge.node) for name, call in self.calls.items()}
+        last = outputs.grad_fn
+        if last is not None:
+            feeders[None] = {recorded[last]} if last in recorded else behind(last)
+        return feeders
+
 
 @contextmanager
 def record(adapters: Mapping[str, LayerAdapter]) -> Iterator[Tape]:

@@ -6,13 +6,18 @@ from kronfac.approximations.base import Approximation, Mean, Statistic
 from kronfac.approximations.dense import DenseBlocks
 from kronfac.approximations.diagonal import DiagonalBlocks
 from kronfac.approximations.ekfac import EKFAC
+from kronfac.approximations.joint import JointApproximation, JointStatistic
 from kronfac.approximations.kfac import KFAC
+from kronfac.approximations.nearest import NearestKronecker
+from kronfac.approximations.tridiagonal import KFACTridiagonal
 
 APPROXIMATIONS: dict[str, type[Approximation]] = {
     kind.name: kind
     for kind in (
         KFAC,
         EKFAC,
+        KFACTridiagonal,
+        NearestKronecker,
         DiagonalBlocks,
         DenseBlocks,
     )
@@ -49,7 +54,11 @@ __all__ = [
     "Approximation",
     "DenseBlocks",
     "DiagonalBlocks",
+    "JointApproximation",
+    "JointStatistic",
+    "KFACTridiagonal",
     "Mean",
+    "NearestKronecker",
     "Statistic",
     "get_approximation",
 ]

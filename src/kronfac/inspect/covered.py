@@ -11,6 +11,7 @@ from torch import nn
 
 from kronfac.approximations import Approximation, get_approximation
 from kronfac.approximations.base import statistics_dtype
+from kronfac.approximations.joint import require_per_layer
 from kronfac.inspect.description import Description, describe, start
 from kronfac.inspect.text import frame, plain, size, table
 from kronfac.layers import LayerAdapter, adapt_model
@@ -206,6 +207,7 @@ def coverage(
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype={dtype!r} is not supported: statistics are kept in torch.float32 or torch.float64.")
     method = get_approximation(approximation)
+    require_per_layer(method, "coverage")
     adaptation = adapt_model(model, sharing=sharing, norm=norm)
     coupled = couples_examples(model)
     rows: dict[str, ParameterCoverage] = {}

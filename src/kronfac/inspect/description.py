@@ -16,6 +16,7 @@ from kronfac.approximations.dense import DenseStatistic
 from kronfac.approximations.diagonal import DiagonalStatistic
 from kronfac.approximations.ekfac import EKFACStatistic
 from kronfac.approximations.kfac import KFACStatistic
+from kronfac.approximations.nearest import NearestKroneckerStatistic
 from kronfac.layers import LayerAdapter
 
 
@@ -155,6 +156,23 @@ def _(statistic: EKFACStatistic) -> Description:
         exact_inverse=2 * values,
         holds=base.holds,
         assumes=tuple(assumes),
+    )
+
+
+@describe.register
+def _(statistic: NearestKroneckerStatistic) -> Description:
+    layer = statistic.layer
+    d_in, d_out, stack = layer.d_in, layer.d_out, math.prod(layer.stack)
+    inverse = stack * (d_in * d_in + d_out * d_out)
+    return Description(
+        kind="kronecker",
+        factors=_repeated(layer, f"{_times(d_in, d_in)} (x) {_times(d_out, d_out)}"),
+        widths=(d_in, d_out),
+        entries=stack * (d_in * d_out) ** 2,  # the exact block, which it is fitted to
+        inverse=inverse,
+        exact_inverse=inverse + stack * 2 * d_in * d_out,
+        holds="a block with one row or column is a Kronecker product",
+        assumes=() if 1 in (d_in, d_out) else ("the nearest Kronecker product in place of the exact block",),
     )
 
 

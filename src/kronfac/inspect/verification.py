@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kronfac import reference
 from kronfac.approximations import KFAC, Approximation, get_approximation
+from kronfac.approximations.joint import require_per_layer
 from kronfac.blocks import Block, DiagonalKronecker, Kronecker
 from kronfac.curvature import BlockDiagonal
 from kronfac.estimation import CoverageWarning, call_model, estimate, pick_outputs
@@ -71,6 +72,7 @@ def verify(
         The report.
     """
     method, drawn = get_approximation(approximation), get_source(source, samples)
+    require_per_layer(method, "verify")
     inputs, targets = _check(model, batch, drawn)
     adaptation = adapt_model(model, sharing=sharing, norm=norm)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kronfac.approximations import Approximation
+from kronfac.approximations.joint import require_per_layer
 from kronfac.blocks import Inverse
 from kronfac.curvature import BlockDiagonal
 from kronfac.damping import Rule, get_rule
@@ -104,6 +105,7 @@ class KFAC(Optimizer):
             norm=self._options["norm"],
             generator=make_generator(generator, device),
         )
+        require_per_layer(self._estimator.approximation, type(self).__name__)
         self._rule = get_rule(damping_rule)
         self._periods, self._ema, self._average = (stats_every, invert_every), ema, average
         self._steps = 0

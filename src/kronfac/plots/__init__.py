@@ -9,6 +9,16 @@ from kronfac.plots.bars import bars
 from kronfac.plots.curves import training_curves
 from kronfac.plots.diagnostics import step_reports
 from kronfac.plots.grids import grid_profile
+from kronfac.plots.spectrum import spectrum_panels
 from kronfac.plots.style import COLOURS, colour_of, new_axes
 
-__all__ = ["COLOURS", "bars", "colour_of", "grid_profile", "new_axes", "step_reports", "training_curves"]
+__all__ = [
+    "COLOURS",
+    "bars",
+    "colour_of",
+    "grid_profile",
+    "new_axes",
+    "spectrum_panels",
+    "step_reports",
+    "training_curves",
+]

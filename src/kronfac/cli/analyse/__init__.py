@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import typer
 
-from kronfac.cli.analyse import coverage, verify
+from kronfac.cli.analyse import coverage, spectrum, verify
 
 app = typer.Typer(
     help="Look at the curvature of a problem's network: what each parameter gets, and whether it is right.",
     rich_markup_mode="rich",
 )
 app.command("coverage")(coverage.coverage)
+app.command("spectrum")(spectrum.spectrum)
 app.command("verify")(verify.verify)
 
 
