@@ -199,14 +199,18 @@ def test_the_undamped_matrix_agrees_with_all_given_blocks() -> None:
     torch.testing.assert_close(diagonal, dense.diagonal(), rtol=1e-12, atol=1e-16)
 
 
+@pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("widths", [[3, 2, 2], [3, 2, 4, 2], [2, 5, 4, 3, 2]])
-def test_deep_linear_networks_are_exact_between_layers_too(widths: list[int]) -> None:
+def test_deep_linear_networks_are_exact_between_layers_too(widths: list[int], biases: bool) -> None:
     """Wide hidden layers have singular output factors, narrow ones singular inputs above them.
 
     Cotangents do not depend on the data, and each layer's inputs and cotangents are functions of its neighbours': the
     chain holds exactly, and with it every block, not only those beside the diagonal.
     """
     model, x, likelihood = mlp(widths, activation=None, bare=None), draw(11, widths[0]), kf.Gaussian(variance=0.5)
+    if not biases:
+        for module in model:
+            module.bias = None
     curvature = estimated(model, x, likelihood)
     wanted = kf.reference.ggn(model, likelihood, x)
     assert relative(curvature.to_dense(), wanted) < 1e-8

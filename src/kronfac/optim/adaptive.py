@@ -65,7 +65,7 @@ class AdaptiveKFAC(KFAC):
         stats_every: Statistics period in steps.
         invert_every: Inverse period ``T₃``; before it, inverses are also refreshed at steps 1, 2, 4, 8, …
         adapt_every: Period ``T₁`` of the adaptation of ``λ``, also of the check that the loss falls.
-        greedy_every: Period ``T₂`` of the choice of ``γ``, before whose end it is also chosen at steps 1, 2, 4, 8, …; None
+        greedy_every: Period ``T₂`` of the choice of ``γ``; before its end also at steps 1, 2, 4, 8, …; None
             to keep the first.
         ema: Decay of the statistics per gathered step, with bias correction.
         fraction: Part of the mini-batch for the exact curvature, in ``(0, 1]``.

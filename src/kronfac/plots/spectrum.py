@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+#: Of the approximations in order, so that one shows through another that it agrees with.
+STYLES = ("-", "--", "-.", ":")
 #: Eigenvalues below this fraction of the layer's largest one are rounding, and zeros have no logarithm.
 FLOOR = 1e-12
 
@@ -48,21 +50,23 @@ def spectrum_panels(
     for layer, panel in zip(layers, panels, strict=True):
         rows = table[table["layer"] == layer]
         least = floor * rows["eigenvalue"].max()
-        for name in names:
+        for place, name in enumerate(names):
             line = rows[(rows["approximation"] == name) & (rows["eigenvalue"] > least)].sort_values("index")
             # The exact spectrum lies under the others, broad enough to be seen where they agree.
-            width, under = (3.5, 1) if name == names[0] else (1.5, 2)
+            width, under = (3.5, 1) if place == 0 else (1.5, 2)
             panel.plot(
                 line["index"] + 1,
                 line["eigenvalue"],
                 color=colour_of(name, names),
                 label=name,
                 linewidth=width,
+                linestyle=STYLES[(place - 1) % len(STYLES)] if place else "-",
                 zorder=under,
                 alpha=0.55 if under == 1 else 1.0,
             )
         panel.set_xscale("log")
         panel.set_yscale("log")
+        panel.minorticks_off()
         dress(panel, f"layer {layer!r}", "rank", "eigenvalue" if panel is panels[0] else "")
     panels[0].legend(frameon=False)
     return panels
