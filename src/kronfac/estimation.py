@@ -67,6 +67,7 @@ class Estimator:
         self.adaptation: Adaptation = adapt_model(model, sharing=sharing, norm=norm)
         if not self.adaptation.adapters:
             raise ValueError("No layer of the model has a curvature block: " + _reasons(self.adaptation.uncovered))
+        self.source = self.source.bind(model)
         self.generator = generator
         #: Terms of the loss for each unit of its denominator, as this process last saw them.
         self.terms = 1.0
@@ -261,7 +262,8 @@ def estimate(
         loader: Iterable of ``(inputs, targets)``, or a single pair of tensors. Inputs may be a tensor, a tuple of
             arguments or a mapping of keyword arguments.
         approximation: ``"kfac"``, ``"ekfac"``, ``"diagonal"``, ``"dense"`` or an object.
-        source: ``"sampled"`` (Fisher), ``"exact"`` (Gauss-Newton), ``"empirical"``, ``"forward_only"`` or an object.
+        source: ``"sampled"`` (Fisher), ``"exact"`` (Gauss-Newton), ``"empirical"``, ``"forward_only"``,
+            ``"recursive"`` (KFRA) or an object.
         samples: Samples per example of the sampled source.
         sharing: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023).
         norm: ``"unitwise"`` or ``"full"`` blocks of normalisation layers.

@@ -193,3 +193,19 @@ def require_finite(sample: Sample) -> None:
     """
     if sample.cotangents is not None and not all_finite(sample.cotangents):
         raise FloatingPointError(not_finite("cotangent", sample.layer.name))
+
+
+def require_no_moment(sample: Sample) -> None:
+    """Refuse a moment without cotangents, where each example's gradient is needed.
+
+    Args:
+        sample: The sample.
+
+    Raises:
+        ValueError: The source has averaged already.
+    """
+    if sample.output_moment is not None:
+        raise ValueError(
+            f"The block of layer {sample.layer.name!r} needs each example's gradient; the source gave averages only. "
+            "Use source='sampled' or 'exact'."
+        )

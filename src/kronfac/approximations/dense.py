@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, zeros
+from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, require_no_moment, zeros
 from kronfac.blocks import Block, Dense
 from kronfac.layers import LayerAdapter
 from kronfac.linalg.symmetric import add_gram_, mirror_
@@ -41,6 +41,7 @@ class DenseStatistic(Statistic):
     def add(self, sample: Sample) -> None:
         """Add the outer products of one pull's per-example gradients."""
         require_finite(sample)
+        require_no_moment(sample)
         if sample.first:
             self.moment.weight += sample.denominator
         if sample.cotangents is None:

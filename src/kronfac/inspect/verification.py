@@ -25,7 +25,7 @@ from kronfac.inspect.sampling import Spread, measure
 from kronfac.inspect.verified import LayerCheck, VerificationError, VerificationReport
 from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.likelihoods import Likelihood
-from kronfac.sources import Empirical, ForwardOnly, Sampled, Seed, Source, align_weights, get_source
+from kronfac.sources import Empirical, Exact, ForwardOnly, Recursive, Sampled, Seed, Source, align_weights, get_source
 from kronfac.tape import Tape, apart_from_training, couples_examples, frozen_buffers, record
 
 
@@ -60,7 +60,7 @@ def verify(
         likelihood: The loss.
         batch: ``(inputs, targets)``, inputs as for `kronfac.estimate`.
         approximation: Name or object.
-        source: ``"sampled"``, ``"exact"``, or an object.
+        source: ``"sampled"``, ``"exact"``, ``"recursive"`` or an object.
         samples: Samples of the sampled source. Its expected error is measured by drawing 16 times more.
         seed: Seed of the sampled labels.
         sharing: ``"expand"`` or ``"reduce"``.
@@ -99,16 +99,18 @@ def verify(
     groups = Budget(values, memory_limit).groups(curvature)
     seeds_checked = seeds.check(_single(drawn), likelihood, values, targets, seed)
     given = seeds.draw(_single(drawn), likelihood, values, targets, seed)
-    one = curvature if drawn.exact else curvature_from(seeds.Replay(given), seed)
+    random = not drawn.exact and not isinstance(drawn, Recursive)
+    one = curvature_from(seeds.Replay(given), seed) if random else curvature
     with frozen_buffers(model), torch.enable_grad(), record(adaptation.adapters) as tape:
         graph = run()
         tape.close()
         factored = [name for name, block in one.blocks.items() if _factored(method, block)]
-        traces = output_traces(tape, graph, given, apart=drawn.exact) if factored else {}
+        known = bool(factored) and not _averages(drawn, values)
+        traces = output_traces(tape, graph, given, apart=not random) if known else {}
         checks = _factored_checks(one, factored, tape, traces, graph.detach(), likelihood, targets, seed)
         if not couples_examples(model):
             checks |= _trace_checks(one, factored, graph, likelihood, targets, given)
-    spreads = {} if drawn.exact else _spreads(curvature_from, drawn, seed, means=method.passes == 1)
+    spreads = _spreads(curvature_from, drawn, seed, means=method.passes == 1) if random else {}
     rows = []
     for layers in groups:
         wanted = {name for layer in layers for name in curvature.layouts[layer].parameter_names}
@@ -126,6 +128,8 @@ def verify(
     settings |= {"examples": len(values), "roots": values.numel()}  # type: ignore[dict-item]
     other = [name for name, call in tape.calls.items() if len(call.input) != len(values)]
     notes = _notes(model, other, adaptation.uncovered)
+    if _averages(drawn, values):
+        notes += (_AVERAGED,)
     return VerificationReport(tuple(rows), settings, seeds_checked, adaptation.uncovered, notes)
 
 
@@ -195,10 +199,9 @@ def _factored_checks(
         # Weights are those of examples: without a dimension of examples in front there is nothing to compare with.
         known = weights is None or len(call.input) == len(values)
         rows = align_weights(call.adapter, call.input, weights) if known else None
-        found[name] = {
-            "input_factor": input_ratio(block, call, rows, generator) if known else math.nan,
-            "output_factor": ratio(output_trace(block), traces[name] / denominator),
-        }
+        found[name] = {"input_factor": input_ratio(block, call, rows, generator) if known else math.nan}
+        if name in traces:
+            found[name]["output_factor"] = ratio(output_trace(block), traces[name] / denominator)
     return found
 
 
@@ -225,8 +228,21 @@ def _trace_checks(
     }
 
 
+_AVERAGED = (
+    "source='recursive' averages over the examples at every layer: output factors are exact for one example only, and "
+    "are not checked by themselves here; verify a batch of one example to check the recursion"
+)
+
+
+def _averages(source: Source, values: Tensor) -> bool:
+    """Whether output factors are approximations by themselves."""
+    return isinstance(source, Recursive) and len(values) > 1
+
+
 def _single(source: Source) -> Source:
-    """The source with one sample, of which more are means."""
+    """The source with one sample, of which more are means; the recursive one starts from the exact one's columns."""
+    if isinstance(source, Recursive):
+        return Exact()
     return Sampled(1, source.probe) if isinstance(source, Sampled) else source
 
 

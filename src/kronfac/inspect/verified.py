@@ -37,7 +37,7 @@ class LayerCheck:
         input_factor: K-FAC's input factor: ``wᵀAw`` over its exact value, of several random directions the one
             farthest from 1. None for other blocks.
         output_factor: K-FAC's output factor: ``tr G`` over its exact value for the same cotangents of the outputs. None
-            for other blocks.
+            for other blocks, and for the recursive source with more than one example.
         trace_factor: Other blocks: ``tr C`` over its exact value for the same cotangents. None for K-FAC's, and where
             batch norm in train mode couples the examples.
         norm_ratio: ``|C| / |F|``.

@@ -44,7 +44,8 @@ class KFAC(Optimizer):
         damping: ``λ``, in units of the loss's curvature.
         weight_decay: ``r``; adds ``rθ`` to the gradient and ``r`` to the damping, unless decoupled.
         approximation: ``"kfac"``, ``"ekfac"``, ``"diagonal"``, ``"dense"`` or an object.
-        source: ``"sampled"`` (true Fisher), ``"exact"``, ``"empirical"``, ``"forward_only"`` or an object.
+        source: ``"sampled"`` (true Fisher), ``"exact"``, ``"empirical"``, ``"forward_only"``,
+            ``"recursive"`` (KFRA's factors) or an object.
         damping_rule: ``"factored"``, ``"exact"`` or a rule.
         stats_every: Statistics period ``T_s`` in steps.
         invert_every: Inverse period ``T_f``; before it, inverses are also refreshed at steps 1, 2, 4, 8, … For EKFAC

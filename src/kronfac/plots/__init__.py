@@ -18,7 +18,9 @@ __all__ = [
     "colour_of",
     "grid_profile",
     "new_axes",
+    "rank_curves",
     "spectrum_panels",
     "step_reports",
     "training_curves",
 ]
+from kronfac.plots.rank import rank_curves

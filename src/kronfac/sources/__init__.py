@@ -6,9 +6,10 @@ from kronfac.sources.base import Sample, Seed, Source, align_weights, not_finite
 from kronfac.sources.empirical import Empirical
 from kronfac.sources.exact import Exact
 from kronfac.sources.forward_only import ForwardOnly
+from kronfac.sources.recursive import Recursive
 from kronfac.sources.sampled import Sampled
 
-SOURCES: dict[str, type[Source]] = {kind.name: kind for kind in (Sampled, Exact, Empirical, ForwardOnly)}
+SOURCES: dict[str, type[Source]] = {kind.name: kind for kind in (Sampled, Exact, Empirical, ForwardOnly, Recursive)}
 
 
 def get_source(source: str | Source, samples: int = 1) -> Source:
@@ -43,6 +44,7 @@ __all__ = [
     "Empirical",
     "Exact",
     "ForwardOnly",
+    "Recursive",
     "Sample",
     "Sampled",
     "Seed",

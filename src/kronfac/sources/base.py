@@ -28,6 +28,8 @@ class Sample:
         batch: Number of examples, as the outputs' first dimension says.
         first: Whether this is the first pull of its forward pass: inputs and denominators count once.
         row_weights: Weight of every row, ``[B, S]`` as the layer's rows, or None for ones.
+        output_moment: From a source that averages without cotangents: the denominator times the output factor,
+            ``[*stack, d_out, d_out]``, summed over positions as the layer's rows are. None for all others.
     """
 
     layer: LayerAdapter
@@ -38,6 +40,7 @@ class Sample:
     batch: int
     first: bool
     row_weights: Tensor | None = None
+    output_moment: Tensor | None = None
 
 
 @dataclass
@@ -83,6 +86,17 @@ class Source(ABC):
             model: The model.
             couples: Whether examples interact (batch norm in train mode).
         """
+
+    def bind(self, model: nn.Module) -> Source:
+        """Return this source for a model; called once, before the first pass.
+
+        Args:
+            model: The model.
+
+        Returns:
+            The source itself, unless it must know the model.
+        """
+        return self
 
     def samples(
         self,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from kronfac.cli.analyse import coverage, spectrum, verify
+from kronfac.cli.analyse import coverage, rank, spectrum, verify
 
 app = typer.Typer(
     help="Look at the curvature of a problem's network: what each parameter gets, and whether it is right.",
@@ -15,6 +15,7 @@ app = typer.Typer(
 )
 app.command("coverage")(coverage.coverage)
 app.command("spectrum")(spectrum.spectrum)
+app.command("rank")(rank.rank)
 app.command("verify")(verify.verify)
 
 

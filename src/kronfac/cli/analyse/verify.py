@@ -18,7 +18,7 @@ def verify(
     problem: Problem,
     approximation: Approximation = "kfac",
     norm: Norm = "unitwise",
-    source: Annotated[str, typer.Option(help="Which cotangents are pulled back: sampled or exact.")] = "sampled",
+    source: Annotated[str, typer.Option(help="Whose cotangents: sampled, exact or recursive.")] = "sampled",
     samples: Annotated[int, typer.Option(help="Samples of the sampled source.", min=1)] = 1,
     examples: Annotated[int, typer.Option(help="Training examples to look at; a few are enough.", min=1)] = 8,
     seed: Annotated[int, typer.Option(help="Of the initial weights and the sampled labels.", min=0)] = 0,
