@@ -21,7 +21,10 @@ _OPTIONS = (
     Option("decoupled_weight_decay", False, flag, "whether the decay bypasses the curvature"),
     Option("approximation", "kfac", choice("kfac", "diagonal", "dense"), "what of the curvature is kept"),
     Option(
-        "source", "sampled", choice("sampled", "exact", "empirical", "forward_only"), "which cotangents are pulled back"
+        "source",
+        "sampled",
+        choice("sampled", "exact", "empirical", "forward_only", "recursive"),
+        "which cotangents are pulled back",
     ),
     Option("damping_rule", "factored", choice("factored", "exact"), "how the damping is split over the factors"),
     Option("stats_every", 10, integer(1), "steps between statistics passes"),
