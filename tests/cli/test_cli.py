@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from kronfac import experiments
 from kronfac.cli.main import app
+from kronfac.sources import Recursive
 
 SMALL = ["--steps", "20", "--threads", "1"]
 
@@ -62,6 +63,15 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     code, _, stderr = call("train", "digits-mlp", "--optimizer", "sgd", *SMALL, "--out", str(tmp_path / "file"))
     assert code == 2
     assert f"cannot write to {tmp_path / 'file'}" in stderr
+
+
+def test_what_the_optimiser_refuses_in_training_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recursive.__init__, "__defaults__", (1000,))
+    settings = ["--optimizer", "kfac", "--set", "source=recursive"]
+    code, _, stderr = call("train", "digits-cnn", *settings, *SMALL, "--out", str(tmp_path))
+    assert code == 2
+    assert "kronfac: error: kfac on digits-cnn: source='recursive' keeps a matrix" in stderr
+    assert "layer '0', with outputs (16, 8, 8)" in stderr
 
 
 def test_a_missing_dataset_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kronfac.experiments.averaging import IterateAverage
 from kronfac.experiments.batches import Batches
+from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers import get_optimizer
 from kronfac.experiments.problems.base import Data, Problem
 from kronfac.experiments.schedules import factor
@@ -52,7 +53,7 @@ class Training:
 
         Raises:
             Diverged: If the loss of the batch is not finite, or the optimiser finds that something else is not.
-            ValueError: If the optimiser refuses something that is finite.
+            ExperimentError: If the optimiser refuses something that is finite.
         """
         start = time.perf_counter()
         inputs, targets = self.batches.at(self.step)
@@ -75,7 +76,7 @@ class Training:
             raise Diverged(str(error)) from error
         except ValueError as error:  # curvature refuses outputs that are not finite before the loss is seen
             if self._finite(inputs, targets):
-                raise
+                raise ExperimentError(f"{self.settings.optimizer} on {self.problem.name}: {error}") from error
             raise Diverged(str(error)) from error
         self.average.update()
         self.step += 1
