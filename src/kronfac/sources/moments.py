@@ -114,8 +114,11 @@ def _pull_linear(function: Callable[[Tensor], Tensor], x: Tensor, moment: Tensor
     """``Jᵀ M J`` for a linear function without a bias, by its transpose."""
 
     def pull(rows: Tensor) -> Tensor:
-        at_once = max(1, CHUNK // max(x[0].numel(), rows.shape[1]))
-        return torch.cat([_transpose(function, part, x.shape[1:], shape) for part in rows.split(at_once)])
+        width = x[0].numel()
+        found, at_once = x.new_empty(len(rows), width), max(1, CHUNK // max(width, rows.shape[1]))
+        for part, here in zip(rows.split(at_once), found.split(at_once), strict=True):
+            here.copy_(_transpose(function, part, x.shape[1:], shape))
+        return found
 
     return pull(pull(moment).T)
 
