@@ -9,6 +9,7 @@ from kronfac.plots.bars import bars
 from kronfac.plots.curves import training_curves
 from kronfac.plots.diagnostics import step_reports
 from kronfac.plots.grids import grid_profile
+from kronfac.plots.rank import rank_curves
 from kronfac.plots.spectrum import spectrum_panels
 from kronfac.plots.style import COLOURS, colour_of, new_axes
 
@@ -23,4 +24,3 @@ __all__ = [
     "step_reports",
     "training_curves",
 ]
-from kronfac.plots.rank import rank_curves
