@@ -9,6 +9,8 @@ from kronfac.approximations.ekfac import EKFAC
 from kronfac.approximations.joint import JointApproximation, JointStatistic
 from kronfac.approximations.kfac import KFAC
 from kronfac.approximations.nearest import NearestKronecker
+from kronfac.approximations.prong import PRONG
+from kronfac.approximations.sua import SUA
 from kronfac.approximations.tridiagonal import KFACTridiagonal
 
 APPROXIMATIONS: dict[str, type[Approximation]] = {
@@ -18,6 +20,8 @@ APPROXIMATIONS: dict[str, type[Approximation]] = {
         EKFAC,
         KFACTridiagonal,
         NearestKronecker,
+        SUA,
+        PRONG,
         DiagonalBlocks,
         DenseBlocks,
     )
@@ -51,6 +55,8 @@ __all__ = [
     "APPROXIMATIONS",
     "EKFAC",
     "KFAC",
+    "PRONG",
+    "SUA",
     "Approximation",
     "DenseBlocks",
     "DiagonalBlocks",

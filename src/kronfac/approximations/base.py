@@ -139,12 +139,14 @@ class Approximation(ABC):
         needs_pairs: Whether samples must pair each input with its cotangent.
         needs_cotangents: Whether it cannot do without cotangents.
         passes: How often :func:`kronfac.estimate` reads the data; :meth:`Statistic.next_pass` is called in between.
+        keeps_trace: Whether every block has the trace of the exact one, or K-FAC's own factors: what `verify` checks.
     """
 
     name: str
     needs_pairs: bool = False
     needs_cotangents: bool = True
     passes: int = 1
+    keeps_trace: bool = True
 
     @abstractmethod
     def start(self, layer: LayerAdapter) -> Statistic:

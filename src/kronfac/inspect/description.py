@@ -17,6 +17,8 @@ from kronfac.approximations.diagonal import DiagonalStatistic
 from kronfac.approximations.ekfac import EKFACStatistic
 from kronfac.approximations.kfac import KFACStatistic
 from kronfac.approximations.nearest import NearestKroneckerStatistic
+from kronfac.approximations.prong import PRONGStatistic
+from kronfac.approximations.sua import SUAStatistic
 from kronfac.layers import LayerAdapter
 
 
@@ -89,7 +91,29 @@ def describe(statistic: Statistic) -> Description:
 
 @describe.register
 def _(statistic: KFACStatistic) -> Description:
+    return _kronecker(statistic.layer, _factored_assumptions(statistic.layer))
+
+
+@describe.register
+def _(statistic: SUAStatistic) -> Description:
+    return _kronecker(statistic.layer, (*_factored_assumptions(statistic.layer), _UNCORRELATED))
+
+
+@describe.register
+def _(statistic: PRONGStatistic) -> Description:
     layer = statistic.layer
+    assumed = [*_factored_assumptions(layer), "cotangents as white"]
+    if statistic.channels is not None:
+        assumed.append(_UNCORRELATED if statistic.boundaries else f"{_UNCORRELATED}, at borders too")
+    return _kronecker(layer, tuple(assumed))
+
+
+#: SUA (Grosse & Martens 2016, section 4.2).
+_UNCORRELATED = "activations as uncorrelated over positions but for their mean"
+
+
+def _kronecker(layer: LayerAdapter, assumes: tuple[str, ...]) -> Description:
+    """Describe a Kronecker product of the layer's two widths."""
     d_in, d_out, stack = layer.d_in, layer.d_out, math.prod(layer.stack)
     input = d_in if layer.diagonal_input else d_in * d_in
     basis = d_out * d_out + (0 if layer.diagonal_input else input)
@@ -102,7 +126,7 @@ def _(statistic: KFACStatistic) -> Description:
         inverse=stack * (input + d_out * d_out),
         exact_inverse=stack * (basis + 2 * d_in * d_out),
         holds="bias alone, its input is constant",
-        assumes=_factored_assumptions(layer),
+        assumes=assumes,
     )
 
 

@@ -108,7 +108,7 @@ def verify(
         known = bool(factored) and not _averages(drawn, values)
         traces = output_traces(tape, graph, given, apart=not random) if known else {}
         checks = _factored_checks(one, factored, tape, traces, graph.detach(), likelihood, targets, seed)
-        if not couples_examples(model):
+        if method.keeps_trace and not couples_examples(model):
             checks |= _trace_checks(one, factored, graph, likelihood, targets, given)
     spreads = _spreads(curvature_from, drawn, seed, means=method.passes == 1) if random else {}
     rows = []

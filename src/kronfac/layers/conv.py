@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kronfac.layers.base import LayerAdapter, flat_weights, require_float, with_ones
 from kronfac.layers.conv_moments import add_conv_gram_
 from kronfac.layers.conv_weighted import add_weighted_conv_gram_, row_norms
-from kronfac.layers.geometry import Geometry, im2col
+from kronfac.layers.geometry import Geometry, im2col, reads
 from kronfac.layers.registry import adapt
 from kronfac.linalg.symmetric import add_product_
 
@@ -46,6 +46,10 @@ class ConvAdapter(LayerAdapter):
     def positions(self, x: Tensor) -> tuple[int, ...]:
         """Batch and output positions."""
         return (x.shape[0], *self.geometry.output_size(tuple(x.shape[2:])))
+
+    def reads(self, size: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Which input position each tap reads, for an input of spatial size ``size``: see `geometry.reads`."""
+        return reads(self.geometry, size)
 
     def expand(self, x: Tensor) -> Tensor:
         """Return patches ``[B, T, *stack, d_in]``."""

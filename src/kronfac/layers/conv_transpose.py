@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from kronfac.layers.base import LayerAdapter, UnsupportedLayer
 from kronfac.layers.conv import ConvAdapter
-from kronfac.layers.geometry import Geometry
+from kronfac.layers.geometry import Geometry, reads
 from kronfac.layers.registry import adapt
 
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -42,6 +42,10 @@ class ConvTransposeAdapter(ConvAdapter):
         """Batch and output positions."""
         size = tuple((n - 1) * s + 1 for n, s in zip(x.shape[2:], self._stuff, strict=True))
         return (x.shape[0], *self.geometry.output_size(size))
+
+    def reads(self, size: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Which input position each tap reads; -1 for the zeros between positions too."""
+        return reads(self.geometry, size, self._stuff)
 
     def expand(self, x: Tensor) -> Tensor:
         """Return patches ``[B, T, *stack, d_in]`` of the zero-stuffed input."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,3 +80,29 @@ def im2col(x: Tensor, geometry: Geometry) -> Tensor:
 def column_sums(x: Tensor, geometry: Geometry) -> Tensor:
     """Sum of all rows, ``[groups, (C/groups)·prod(kernel)]``, from the input's batch sum alone."""
     return im2col(x.sum(0, keepdim=True), geometry).sum((0, 1))
+
+
+def reads(geometry: Geometry, size: tuple[int, ...], stuffing: tuple[int, ...] | None = None) -> tuple[Tensor, ...]:
+    """Tabulate which input position each tap of the kernel reads: the dimensions are independent of one another.
+
+    Args:
+        geometry: The convolution.
+        size: Spatial size of the input.
+        stuffing: Distance that zeros put between neighbouring input positions (transposed convolutions); none by
+            default.
+
+    Returns:
+        For each spatial dimension a table ``[positions, taps]`` of input indices; -1 where a tap reads a zero that is
+        no input (padding, stuffing).
+    """
+    tables = []
+    for dim, n in enumerate(size):
+        step = stuffing[dim] if stuffing else 1
+        places = torch.zeros((n - 1) * step + 1, dtype=torch.float64)
+        places[::step] = torch.arange(1, n + 1, dtype=torch.float64)  # zero stands for what is no input
+        padded = F.pad(places[None, None], geometry.padding[dim], mode=geometry.mode)[0, 0]
+        kernel, stride, dilation = geometry.kernel[dim], geometry.stride[dim], geometry.dilation[dim]
+        count = (len(padded) - dilation * (kernel - 1) - 1) // stride + 1
+        index = torch.arange(count)[:, None] * stride + torch.arange(kernel)[None, :] * dilation
+        tables.append(padded[index].long() - 1)
+    return tuple(tables)

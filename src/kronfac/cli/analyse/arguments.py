@@ -9,5 +9,8 @@ import typer
 Problem = Annotated[
     str, typer.Argument(help="Name of a problem; kronfac compare --help lists them.", show_default=False)
 ]
-Approximation = Annotated[str, typer.Option(help="What of the curvature is kept: kfac, ekfac, diagonal or dense.")]
+Approximation = Annotated[
+    str,
+    typer.Option(help="What of the curvature is kept: kfac, tkfac, ekfac, tekfac, sua, prong, diagonal, dense ..."),
+]
 Norm = Annotated[str, typer.Option(help="Blocks of normalisation layers: unitwise or full.")]

@@ -19,7 +19,9 @@ _OPTIONS = (
     Option("damping", 1e-3, number(0.0), "what is added to the curvature before it is inverted"),
     Option("weight_decay", 0.0, number(0.0), "strength of the decay of weights"),
     Option("decoupled_weight_decay", False, flag, "whether the decay bypasses the curvature"),
-    Option("approximation", "kfac", choice("kfac", "diagonal", "dense"), "what of the curvature is kept"),
+    Option(
+        "approximation", "kfac", choice("kfac", "diagonal", "dense", "sua", "prong"), "what of the curvature is kept"
+    ),
     Option(
         "source",
         "sampled",
