@@ -18,7 +18,7 @@ from kronfac.layers import adapt
 from kronfac.sources import Sample
 from kronfac.tape import record
 
-NAMES = ["kfac", "ekfac", "dense", "diagonal"]
+NAMES = ["kfac", "ekfac", "dense", "diagonal", "sua", "prong"]
 
 
 def sample(layer: nn.Module, x: Tensor, g: Tensor | None, **parts: object) -> Sample:

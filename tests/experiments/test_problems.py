@@ -94,3 +94,13 @@ def test_the_kfc_network_has_maps_of_16_8_and_4() -> None:
 def test_resnet20_has_the_published_number_of_parameters() -> None:
     # He et al. state 0.27 M; option A's shortcuts have none.
     assert sum(p.numel() for p in ResNet(3).parameters()) == 269_722
+
+
+def test_pooling_of_one_kind() -> None:
+    x = torch.zeros(1, 3, 32, 32)
+    for pooling, kinds in {"published": "MAA", "max": "MMM", "average": "AAA"}.items():
+        net = kfc_network(pooling=pooling)
+        assert "".join(type(layer).__name__[0] for layer in net if "Pool" in type(layer).__name__) == kinds
+        assert net(x).shape == (1, 10)
+    with pytest.raises(ValueError, match="pooling='min' is unknown"):
+        kfc_network(pooling="min")

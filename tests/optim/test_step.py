@@ -217,7 +217,7 @@ def test_a_step_is_the_natural_gradient_where_kfac_is_exact() -> None:
     torch.testing.assert_close(move, -0.2 * torch.linalg.solve(damped, gradient), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("approximation", ["kfac", "diagonal", "dense"])
+@pytest.mark.parametrize("approximation", ["kfac", "diagonal", "dense", "sua", "prong"])
 @pytest.mark.parametrize("rule", ["factored", "exact"])
 def test_the_direction_is_that_of_the_curvature_operator(approximation: str, rule: str) -> None:
     """For every kind of layer; the operator's inverse has tests of its own."""

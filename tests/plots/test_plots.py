@@ -89,3 +89,15 @@ def test_a_grid_shows_best_points_and_divergence() -> None:
 def test_a_grid_over_words_is_drawn_in_words() -> None:
     axes = plots.grid_profile(pd.DataFrame({"source": ["sampled", "exact"], "final": [2.0, 1.0]}), "source")
     assert axes.get_xscale() == "linear"
+
+
+def test_correlations_are_drawn_on_one_scale() -> None:
+    row = plots.ImageRow("layer", [np.array([[1.0, -0.5], [-0.5, 1.0]]), None])
+    figure = plots.correlation_images([row, row], ["a", "a"], title="t", extents=[0.5, 0.5])
+    images = [image for axes in figure.axes for image in axes.get_images()]
+    assert len(images) == 2
+    assert all(image.get_clim() == (0.0, 1.0) for image in images)
+    assert images[0].get_array().min() == 0.5  # absolute values
+    assert [axes.get_title(loc="left") for axes in figure.axes[:4]] == ["a", "", "", ""]
+    with pytest.raises(ValueError, match=r"2 images in each row, got \[1\]"):
+        plots.correlation_images([plots.ImageRow("x", [None])], ["a", "b"])

@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+from kronfac.analysis.autocorrelation import (
+    LayerCorrelations,
+    convolution_correlations,
+    cross_map_correlation,
+    spatial_autocorrelation,
+)
+from kronfac.analysis.locations import LocationCorrelation, location_correlation
 from kronfac.analysis.rank import monte_carlo_rank
 from kronfac.analysis.spectrum import Eigenvalue, eigenvalues, spectrum
+from kronfac.analysis.theorem1 import Theorem1Gap, theorem1_factors, theorem1_gap
 
-__all__ = ["Eigenvalue", "eigenvalues", "monte_carlo_rank", "spectrum"]
+__all__ = [
+    "Eigenvalue",
+    "LayerCorrelations",
+    "LocationCorrelation",
+    "Theorem1Gap",
+    "convolution_correlations",
+    "cross_map_correlation",
+    "eigenvalues",
+    "location_correlation",
+    "monte_carlo_rank",
+    "spatial_autocorrelation",
+    "spectrum",
+    "theorem1_factors",
+    "theorem1_gap",
+]

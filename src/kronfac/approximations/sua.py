@@ -84,10 +84,7 @@ class ChannelInput:
         """Add the inputs of a forward pass.
 
         Args:
-            sample: Its first sample.
-
-        Raises:
-            NotImplementedError: Positions of one example differ in weight.
+            sample: Its first sample. Weights that differ between positions of one example are refused.
         """
         layer, x = self.layer, require_float(sample.inputs)
         size = tuple(x.shape[2:])

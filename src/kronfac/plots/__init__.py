@@ -5,6 +5,7 @@ They take pandas frames, or anything with named columns, and know nothing of how
 
 from __future__ import annotations
 
+from kronfac.plots.autocorrelation import ImageRow, correlation_images
 from kronfac.plots.bars import bars
 from kronfac.plots.curves import training_curves
 from kronfac.plots.diagnostics import step_reports
@@ -15,8 +16,10 @@ from kronfac.plots.style import COLOURS, colour_of, new_axes
 
 __all__ = [
     "COLOURS",
+    "ImageRow",
     "bars",
     "colour_of",
+    "correlation_images",
     "grid_profile",
     "new_axes",
     "rank_curves",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from kronfac.cli.analyse import coverage, rank, spectrum, verify
+from kronfac.cli.analyse import autocorrelation, coverage, locations, rank, spectrum, verify
 
 app = typer.Typer(
     help="Look at the curvature of a problem's network: what each parameter gets, and whether it is right.",
@@ -17,6 +17,8 @@ app.command("coverage")(coverage.coverage)
 app.command("spectrum")(spectrum.spectrum)
 app.command("rank")(rank.rank)
 app.command("verify")(verify.verify)
+app.command("autocorrelation")(autocorrelation.autocorrelation)
+app.command("locations")(locations.locations)
 
 
 @app.callback(invoke_without_command=True)

@@ -69,6 +69,20 @@ FAMILY = (
         tuned=_TUNED,
     ),
     _on(
+        name="cifar10-kfc-max",
+        description="CIFAR-10, the same network with maximum pooling everywhere",
+        dataset="cifar10",
+        build=partial(kfc_network, pooling="max"),
+        tuned=_TUNED,
+    ),
+    _on(
+        name="cifar10-kfc-avg",
+        description="CIFAR-10, the same network with average pooling everywhere",
+        dataset="cifar10",
+        build=partial(kfc_network, pooling="average"),
+        tuned=_TUNED,
+    ),
+    _on(
         name="cifar100-kfc",
         description="CIFAR-100, the same network with a hundred classes",
         dataset="cifar100",
