@@ -49,10 +49,10 @@ def test_both_kinds_by_definition() -> None:
 
 
 def test_independent_products_show_sampling_alone() -> None:
-    """White inputs, and derivatives that do not depend on the location: the loss is linear in every output."""
+    """White inputs, and derivatives that are the independent noise of the drawn labels."""
     net = double(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten())).eval()
     n = 400
-    (found,) = location_correlation(net, kf.Gaussian(), (draw(n, 1, 4, 4), torch.zeros(n, 16).double()), ["0"])
+    (found,) = location_correlation(net, kf.Gaussian(), (draw(n, 1, 4, 4, seed=7), None), ["0"], seed=1)
     off = ~torch.eye(16, dtype=torch.bool)
     torch.testing.assert_close(found.trace.diagonal(), torch.ones(16).double())
     expected = math.sqrt(2 / (math.pi * n))  # mean absolute value of a correlation of n independent normal numbers

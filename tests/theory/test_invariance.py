@@ -45,8 +45,8 @@ class Network(nn.Module):
     """Convolution, strided convolution and two linear layers.
 
     ``before[l]`` is (U, c) of layer l + 1, ``after[l]`` is (V, d) of the activations that layer l + 1 reads, those of
-    the input first. A margin of zeros around the activations belongs to the activation function, and is transformed with
-    it, or to the convolution, as ``pad`` says.
+    the input first. A margin of zeros around the activations belongs to the activation function, and is transformed
+    with it, or to the convolution, as ``pad`` says.
     """
 
     def __init__(self, before: list[Change], after: list[Change], pad: str) -> None:
