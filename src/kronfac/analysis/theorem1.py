@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kronfac.layers import adapt
 from kronfac.layers.base import require_float
+from kronfac.layers.conv_moments import add_conv_gram_
+from kronfac.layers.geometry import Geometry
+from kronfac.linalg.symmetric import mirror_
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -166,9 +168,11 @@ def theorem1_gap(layer: Convolution, x: Tensor) -> Theorem1Gap:
     Returns:
         The gap.
     """
-    analytic = theorem1_input_factor(x, _radius(layer), layer.bias is not None).double()
-    rows = adapt(layer, "layer").expand(x).flatten(0, 1).double()
-    patches = rows.T @ rows / len(rows)
+    radius, bias, x = _radius(layer), layer.bias is not None, x.double()
+    analytic = theorem1_input_factor(x, radius, bias)
+    patches = torch.zeros_like(analytic)
+    count = add_conv_gram_(patches.unsqueeze(0), x, Geometry.of(layer), ones=bias)
+    patches = mirror_(patches) / count
     least = [torch.linalg.eigvalsh(factor) for factor in (analytic, patches)]
     return Theorem1Gap(
         error=float((analytic - patches).norm() / patches.norm()),

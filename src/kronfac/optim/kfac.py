@@ -43,7 +43,8 @@ class KFAC(Optimizer):
         momentum: ``μ`` in ``[0, 1)``.
         damping: ``λ``, in units of the loss's curvature.
         weight_decay: ``r``; adds ``rθ`` to the gradient and ``r`` to the damping, unless decoupled.
-        approximation: ``"kfac"``, ``"ekfac"``, ``"diagonal"``, ``"dense"`` or an object.
+        approximation: A name of ``kronfac.approximations.APPROXIMATIONS``, such as ``"kfac"``, ``"tkfac"``, ``"prong"``
+            or ``"diagonal"``, or an object.
         source: ``"sampled"`` (true Fisher), ``"exact"``, ``"empirical"``, ``"forward_only"``,
             ``"recursive"`` (KFRA's factors) or an object.
         damping_rule: ``"factored"``, ``"exact"`` or a rule.
