@@ -261,8 +261,8 @@ def estimate(
         likelihood: The loss.
         loader: Iterable of ``(inputs, targets)``, or a single pair of tensors. Inputs may be a tensor, a tuple of
             arguments or a mapping of keyword arguments.
-        approximation: A name of ``kronfac.approximations.APPROXIMATIONS``, such as ``"kfac"``, ``"tkfac"``, ``"ekfac"``,
-            ``"diagonal"`` or ``"dense"``, or an object.
+        approximation: A name of ``kronfac.approximations.APPROXIMATIONS``, such as ``"kfac"``, ``"tkfac"``,
+            ``"ekfac"``, ``"diagonal"`` or ``"dense"``, or an object.
         source: ``"sampled"`` (Fisher), ``"exact"`` (Gauss-Newton), ``"empirical"``, ``"forward_only"``,
             ``"recursive"`` (KFRA) or an object.
         samples: Samples per example of the sampled source.

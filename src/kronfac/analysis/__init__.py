@@ -14,12 +14,20 @@ from kronfac.analysis.spectrum import Eigenvalue, eigenvalues, spectrum
 from kronfac.analysis.theorem1 import Theorem1Gap, theorem1_factors, theorem1_gap
 
 __all__ = [
+    "Alignment",
+    "ConvergenceWarning",
     "Eigenvalue",
     "LayerCorrelations",
+    "LayerDamping",
     "LocationCorrelation",
+    "Method",
     "Theorem1Gap",
+    "alignment",
+    "alignment_during_training",
     "convolution_correlations",
     "cross_map_correlation",
+    "damping_during_training",
+    "damping_of",
     "eigenvalues",
     "location_correlation",
     "monte_carlo_rank",
