@@ -5,9 +5,11 @@ They take pandas frames, or anything with named columns, and know nothing of how
 
 from __future__ import annotations
 
+from kronfac.plots.alignment import alignment_curves, alignment_panels
 from kronfac.plots.autocorrelation import ImageRow, correlation_images
 from kronfac.plots.bars import bars
 from kronfac.plots.curves import training_curves
+from kronfac.plots.damping import damping_curves, damping_panels
 from kronfac.plots.diagnostics import step_reports
 from kronfac.plots.grids import grid_profile
 from kronfac.plots.rank import rank_curves
@@ -17,9 +19,13 @@ from kronfac.plots.style import COLOURS, colour_of, new_axes
 __all__ = [
     "COLOURS",
     "ImageRow",
+    "alignment_curves",
+    "alignment_panels",
     "bars",
     "colour_of",
     "correlation_images",
+    "damping_curves",
+    "damping_panels",
     "grid_profile",
     "new_axes",
     "rank_curves",
