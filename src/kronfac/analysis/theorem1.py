@@ -54,7 +54,7 @@ def autocovariance(x: Tensor, reach: tuple[int, ...]) -> Tensor:
         there = [slice(max(0, d), n + min(0, d)) for d, n in zip(offset, size, strict=True)]
         if any(abs(d) >= n for d, n in zip(offset, size, strict=True)):
             continue
-        left, right = (x[(slice(None), slice(None), *places)].transpose(0, 1).flatten(1) for places in (here, there))
+        left, right = (x[(..., *places)].transpose(0, 1).flatten(1) for places in (here, there))
         moment = left @ right.T / left.shape[1]
         for sign, part in ((1, moment), (-1, moment.T)):
             entry = [r + sign * d for r, d in zip(reach, offset, strict=True)]

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import typer
 
-from kronfac.cli.analyse import autocorrelation, coverage, locations, rank, spectrum, verify
+from kronfac.cli.analyse import alignment, autocorrelation, coverage, damping, locations, rank, spectrum, verify
 
 app = typer.Typer(
     help="Look at the curvature of a problem's network: what each parameter gets, and whether it is right.",
     rich_markup_mode="rich",
 )
+app.command("alignment")(alignment.alignment)
 app.command("coverage")(coverage.coverage)
 app.command("spectrum")(spectrum.spectrum)
 app.command("rank")(rank.rank)
+app.command("damping")(damping.damping)
 app.command("verify")(verify.verify)
 app.command("autocorrelation")(autocorrelation.autocorrelation)
 app.command("locations")(locations.locations)
