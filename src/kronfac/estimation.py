@@ -127,9 +127,9 @@ class Estimator:
     def consolidate(self) -> None:
         """Give every process of a distributed run the same share of the statistics; each must call this."""
         self.terms = mean_over_processes(self.terms, next(self.model.parameters()).device)
-        for statistic in self.statistics.values():
-            for mean in statistic.means().values():
-                mean.consolidate()
+        means = [mean for statistic in self.statistics.values() for mean in statistic.means().values()]
+        for mean in means if self.joint is None else self.joint.means().values():
+            mean.consolidate()
 
     def decay(self, factor: float) -> None:
         """Forget: multiply all sums and weights by ``factor`` (exponential moving average)."""

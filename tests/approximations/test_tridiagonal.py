@@ -95,6 +95,20 @@ def test_running_averages_forget_all_moments_alike() -> None:
     assert weights["0.input"] == weights["0.input_next"] == weights["0.output_next"] == 7.0
 
 
+def test_parts_of_one_summed_loss_add_up() -> None:
+    """As gradient accumulation gives them: denominators of a sum are one, for all parts together."""
+    model, x = net(), draw(9, 3)
+    likelihood = kf.Categorical(reduction="sum")
+    estimator = Estimator(model, likelihood, approximation=NAME, source="exact")
+    for index, part in enumerate(x.split([4, 5])):
+        with torch.enable_grad(), record(estimator.adaptation.adapters) as tape:
+            out = model(part)
+        estimator.update(tape, out, continues=index > 0)
+    estimator.consolidate()  # one process alone: nothing changes
+    wanted = estimated(model, (x, None), likelihood)
+    assert relative(estimator.coupled_curvature().to_dense(), wanted.to_dense()) < 1e-10
+
+
 def test_the_order_is_that_of_the_calls() -> None:
     class Backwards(nn.Module):
         def __init__(self) -> None:
