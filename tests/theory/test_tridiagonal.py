@@ -240,3 +240,42 @@ def test_large_damping_forgets_what_is_between_layers() -> None:
         apart.append(relative(*flat))
     assert apart[0] > 0.01
     assert apart[1] < 1e-3
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("scale", "nearer"), [(3**-0.5, 5), (1.0, 2)])
+def test_nearer_to_the_whole_matrix_than_blocks_alone_and_a_better_step(scale: float, nearer: float, seed: int) -> None:
+    """On tanh networks with weights of PyTorch's initial scale, and with larger ones: less linear, less near.
+
+    The gain of a step along ``d`` from gradient ``v``, at its best length, is ``½ (vᵀd)² / dᵀ(F + λI)d``.
+    """
+    model, x = mlp([8, 10, 8, 6, 4], bare=None), draw(64, 8, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            width = parameter.shape[-1] if name.endswith("weight") else 10
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale / math.sqrt(width)
+            )
+    exact = kf.reference.ggn(model, kf.Categorical(), x)
+    damped = exact + 1e-3 * torch.eye(len(exact), dtype=torch.float64)
+    root = torch.linalg.cholesky(exact + 1e-9 * torch.eye(len(exact), dtype=torch.float64))
+    gradients = root @ torch.randn(len(exact), 20, generator=generator, dtype=torch.float64)
+    best = (gradients * torch.linalg.solve(damped, gradients)).sum(0)
+    errors, gains = [], []
+    for name in ("kfac_tridiagonal", "kfac"):
+        curvature = estimated(model, x, approximation=name)
+        errors.append(relative(curvature.to_dense(), exact))
+        inverse, steps = curvature.factorise(1e-3), []
+        for gradient in gradients.T:
+            sizes = [shape.numel() for shape in curvature.parameter_shapes.values()]
+            parts = zip(curvature.parameter_shapes.items(), gradient.split(sizes), strict=True)
+            solved = inverse.apply({key: part.reshape(shape) for (key, shape), part in parts})
+            steps.append(nn.utils.parameters_to_vector(list(solved.values())))
+        step = torch.stack(steps, 1)
+        gains.append((gradients * step).sum(0) ** 2 / (step * (damped @ step)).sum(0) / best)
+    shown = [*errors, *(float(gain.mean()) for gain in gains)]
+    print("error and gain, chain and blocks alone:", *(f"{value:.2f}" for value in shown))  # for the documentation
+    assert errors[0] < errors[1] / nearer
+    assert bool((gains[0] > gains[1]).all())
+    assert float(gains[0].max()) < 1 + 1e-9
