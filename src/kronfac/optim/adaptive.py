@@ -49,7 +49,7 @@ class AdaptiveKFAC(KFAC):
 
     The closure must call the model once; where ``λ`` is adapted it is evaluated again at the trial point, with the same
     state of torch's random generators, so that dropout keeps its masks. On such steps a loss that rises or is not
-    finite takes the step back and raises ``λ`` fourfold until it falls. In between, a loss that is not finite takes the
+    finite takes the step back and raises ``λ`` until it falls. In between, a loss that is not finite takes the
     step before back. A step that finds no descent at all raises a ``RuntimeError`` and leaves the parameters as they
     were.
 
@@ -330,7 +330,9 @@ class AdaptiveKFAC(KFAC):
                     f"{objective:.6g}. No parameter was changed. Is the likelihood that of the loss, and the "
                     "loss the same at each call?"
                 )
-            self._lam.scale(4.0)
+            # Below the curvature along the step another λ changes nothing.
+            along = float(proposal.model.curvature[0, 0] / proposal.model.squares[0, 0].clamp_min(1e-300))
+            self._lam.scale(max(4.0, 0.25 * along / lam))
             self._lam.streak = 0
         self._probation = PROBATION if rejected else max(self._probation - 1, 0)
         for parameter, change in zip(params, delta, strict=True):

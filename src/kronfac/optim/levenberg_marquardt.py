@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 #: Bounds of λ; beyond them it says nothing any more.
 LOWEST, HIGHEST = 1e-20, 1e20
+#: One verdict changes ``λ`` by no more than this, however long its period.
+STEEPEST = 0.1
 
 
 @dataclass
@@ -39,7 +41,8 @@ class LevenbergMarquardt:
             self.streak = 0
             return
         exponent = min(2 ** max(abs(self.streak) - 2, 0), 8)
-        self.scale(self.factor ** (exponent if self.streak < 0 else -exponent))
+        factor = max(self.factor**exponent, STEEPEST)
+        self.scale(factor if self.streak < 0 else 1 / factor)
 
     def scale(self, factor: float) -> None:
         """Multiply ``λ``, within bounds.
