@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.blocks.block_cases import random_psd
 from tests.exactness_helpers import block_errors, double, draw, ggn_errors, positions, relative, seeded
 from tests.layers.layer_cases import CASES, NORMS
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import kronfac as kf
 from kronfac.approximations import EKFAC, KFAC, DiagonalBlocks
 from kronfac.approximations.ekfac import EKFACStatistic
+from kronfac.approximations.kfac import KFACStatistic
 from kronfac.blocks import Block, Dense, DiagonalKronecker, EigenKronecker, Kronecker
 from kronfac.estimation import Estimator
 from kronfac.layers import LayerAdapter, adapt
@@ -383,6 +385,39 @@ def test_an_estimator_counts_up_both() -> None:
         estimator.update(tape, out, y)
     plain = kf.estimate(model, kf.Categorical(), pairs(), source="exact")
     assert relative(estimator.curvature().to_dense(), plain.to_dense()) < 1e-10
+
+
+# ---------------------------------------------------------------------------------------------------- other bases
+class FixedStatistic(KFACStatistic):
+    """Factors that have nothing to do with the data, at a scale of their own."""
+
+    def block(self) -> Block:
+        a, g = (
+            random_psd(*self.layer.stack, width, width, seed=width) for width in (self.layer.d_in, self.layer.d_out)
+        )
+        return Kronecker(a, 100 * g)
+
+
+class Fixed(KFAC):
+    name = "fixed"
+
+    def start(self, layer: LayerAdapter) -> FixedStatistic:
+        return FixedStatistic(layer)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d, groups, dilated", "linear, positions"])
+def test_of_any_base_only_the_eigenvectors_matter(name: str) -> None:
+    model, x, y = behind(name)
+    exact = kf.reference.ggn(model, kf.Categorical(), x, y)
+    found = kf.estimate(model, kf.Categorical(), (x, y), source="exact", approximation=EKFAC(Fixed()))
+    for layer, block in found.blocks.items():
+        adapter = found.layouts[layer]
+        assert isinstance(block, EigenKronecker)
+        assert isinstance(adapter, LayerAdapter)
+        q, factors = vectors(block), Fixed().start(adapter).block().tensors()
+        assert off_diagonal(block.output.mT @ factors["output"] @ block.output) < 1e-10
+        diagonal = (q.mT @ exact_parts(model, adapter, exact) @ q).diagonal(dim1=-2, dim2=-1)
+        assert relative(block.values.flatten(-2), diagonal) < 1e-10
 
 
 # ---------------------------------------------------------------------------------------------------- memory

@@ -15,9 +15,15 @@ from kronfac.experiments.optimizers.base import OptimizerSpec
 from kronfac.experiments.optimizers.options import COMMON, choice
 from kronfac.experiments.problems.base import Problem
 
+#: Exact damping wants a larger number than factored damping, whose cross terms add to it.
+_OWN = {
+    "lr": {"default": 0.03},
+    "damping": {"default": 0.1},
+    "source": {"parse": choice("sampled", "exact", "empirical")},
+}
 #: KFAC's, but for what EKFAC decides itself.
 _OPTIONS = tuple(
-    replace(option, parse=choice("sampled", "exact", "empirical")) if option.name == "source" else option
+    replace(option, **_OWN.get(option.name, {}))  # type: ignore[arg-type]
     for option in kfac.FAMILY[0].options
     if option.name not in ("approximation", "damping_rule")
 )
