@@ -36,6 +36,7 @@ CONTRACT = [
     "estimate",
     "likelihood_of",
     "load",
+    "optim.EKFAC",
     "optim.KFAC",
     "reference.empirical_fisher",
     "reference.fisher",
