@@ -285,6 +285,31 @@ def test_training_lowers_the_loss(approximation: str) -> None:
 
 
 @pytest.mark.parametrize("approximation", ["sua", "prong"])
+def test_blocks_of_other_shapes_with_equal_statistics(approximation: str) -> None:
+    """Channel moments say nothing of outputs and bias: layers that are inverted together must agree in these too."""
+    model = double(
+        nn.Sequential(
+            nn.Conv2d(2, 2, 3, padding=1),
+            nn.Conv2d(2, 2, 3, padding=1, bias=False),
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.Flatten(),
+            nn.Linear(64, 3),
+        )
+    )
+    optimizer = kf.optim.KFAC(model, kf.Categorical(), lr=0.1, damping=0.1, approximation=approximation)
+    nn.functional.cross_entropy(model(draw(6, 2, 4, 4)), torch.arange(6) % 3).backward()
+    gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    wanted = optimizer.curvature().factorise(0.1).apply(gradient)
+    optimizer.step()
+    moves = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    ratios = [float((moves[name] / wanted[name]).median()) for name in moves]
+    for name, move in moves.items():
+        torch.testing.assert_close(move, ratios[0] * wanted[name], rtol=1e-6, atol=1e-9)
+    assert ratios[0] < 0
+
+
+@pytest.mark.parametrize("approximation", ["sua", "prong"])
 def test_verify_compares_without_asking_for_exact_factors(approximation: str) -> None:
     """The factors are meant to differ from the exact ones; error and cosine say by how much."""
     model = double(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(32, 3)))

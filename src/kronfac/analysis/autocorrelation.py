@@ -193,6 +193,14 @@ class LayerCorrelations:
     spatial: Tensor
     cross_map: Tensor
 
+    def alive(self) -> Tensor:
+        """Indices of the maps that are not zero throughout (dead units), which correlate with nothing.
+
+        Returns:
+            Indices.
+        """
+        return (~self.cross_map.diagonal().isnan()).nonzero().flatten()
+
     def by_distance(self) -> Tensor:
         """Mean absolute autocorrelation over maps and offsets, by the larger of the offset's components.
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,11 +54,15 @@ def autocovariance(x: Tensor, reach: tuple[int, ...]) -> Tensor:
         there = [slice(max(0, d), n + min(0, d)) for d, n in zip(offset, size, strict=True)]
         if any(abs(d) >= n for d, n in zip(offset, size, strict=True)):
             continue
-        left, right = (x[_at(places)].transpose(0, 1).flatten(1) for places in (here, there))
+        left, right = (x[(slice(None), slice(None), *places)].transpose(0, 1).flatten(1) for places in (here, there))
         moment = left @ right.T / left.shape[1]
         for sign, part in ((1, moment), (-1, moment.T)):
-            entry = [r + sign * d for r, d in zip(reach, offset, strict=True)]
-            found[_at(entry)] = part
+            place: tuple[slice | int, ...] = (
+                slice(None),
+                slice(None),
+                *(r + sign * d for r, d in zip(reach, offset, strict=True)),
+            )
+            found[place] = part
     return found
 
 
@@ -86,11 +88,6 @@ def boundary_counts(size: tuple[int, ...], radius: tuple[int, ...]) -> tuple[Ten
         two = torch.kron(two, (n - largest + smallest).clamp(min=0.0))
         one = torch.kron(one, (n - offsets.abs()).clamp(min=0.0).unsqueeze(0))
     return one[0], two
-
-
-def _at(places: Sequence[slice] | Sequence[int]) -> tuple[Any, ...]:
-    """Index of places behind the first two dimensions."""
-    return (slice(None), slice(None), *places)
 
 
 def theorem1_input_factor(x: Tensor, radius: tuple[int, ...], bias: bool = True) -> Tensor:

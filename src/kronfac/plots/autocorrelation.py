@@ -76,9 +76,7 @@ def correlation_images(
                 shape = (-reach - 0.5, reach + 0.5, reach + 0.5, -reach - 0.5)
                 axes.set_xticks([-reach, 0, reach], [f"{-reach:g}", "0", f"{reach:g}"], fontsize=5)
                 axes.tick_params(length=2, pad=1)
-            drawn = axes.imshow(
-                np.abs(image), cmap="Greys", vmin=0.0, vmax=1.0, interpolation="nearest", extent=shape, aspect="equal"
-            )
+            drawn = axes.imshow(np.abs(image), cmap="Greys", vmin=0.0, vmax=1.0, extent=shape, aspect="equal")
         line[0].set_visible(True)
         line[0].set_ylabel(row.label, rotation=0, ha="right", va="center", fontsize="small")
     for column, heading in enumerate(columns):

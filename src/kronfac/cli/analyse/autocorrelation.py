@@ -79,15 +79,16 @@ def summary_rows(found: dict[str, list[LayerCorrelations]]) -> list[dict[str, An
         found: Correlations by problem.
 
     Returns:
-        Mean absolute autocorrelation at distances 1, 2 and 4, and median and 90 % quantile of the absolute
-        correlations between maps; None where there is nothing to average.
+        How many maps there are, and how many of them are not zero throughout; mean absolute autocorrelation of these at
+        distances 1, 2 and 4, and median and 90 % quantile of the absolute correlations between them; None where there
+        is nothing to average.
     """
     rows = []
     for problem, entries in found.items():
         for entry in sorted(entries, key=lambda e: (e.kind != "derivatives", e.layer)):
             means, between = entry.by_distance(), entry.between_maps()
             row: dict[str, Any] = {"problem": problem, "kind": entry.kind, "layer": entry.layer}
-            row["maps"] = entry.spatial.shape[0]
+            row["maps"], row["alive"] = entry.spatial.shape[0], len(entry.alive())
             for distance in (1, 2, 4):
                 row[f"distance {distance}"] = _value(means[distance]) if distance < len(means) else None
             for quantile in (0.5, 0.9):
@@ -134,7 +135,7 @@ def _draw(found: dict[str, list[LayerCorrelations]], radius: int, out: Path) -> 
                 maps += [None] * (SHOWN - len(maps))
                 images += [None if m is None else _square(cropped(m[None], radius)[0], radius) for m in maps]
             spatial.append(ImageRow(f"{kind}\n{problem}", images))
-            whole = [own[layer].cross_map.nan_to_num(0.0).numpy() if layer in own else None for layer in layers]
+            whole = [_between(own[layer]) if layer in own else None for layer in layers]
             cross.append(ImageRow(f"{kind}\n{problem}", whole))
     three = [f"layer {layer}" for layer in layers for _ in range(SHOWN)]
     figures = {
@@ -151,12 +152,18 @@ def _draw(found: dict[str, list[LayerCorrelations]], radius: int, out: Path) -> 
     }
     for name, figure in figures.items():
         with replace_atomically(out / name) as stream:
-            figure.savefig(stream, format="png")
+            figure.savefig(stream, format="png", bbox_inches="tight")
 
 
 def _lively(entry: LayerCorrelations) -> list[Any]:
     """The first maps that are not zero everywhere."""
-    return [m for m in entry.spatial if not m.isnan().all()][:SHOWN]
+    return list(entry.spatial[entry.alive()[:SHOWN]])
+
+
+def _between(entry: LayerCorrelations) -> Any:
+    """Correlations between the maps that are not zero everywhere."""
+    alive = entry.alive()
+    return entry.cross_map[alive][:, alive].numpy() if len(alive) else None
 
 
 def _square(image: Any, radius: int) -> Any:

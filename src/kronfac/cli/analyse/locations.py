@@ -148,4 +148,4 @@ def _draw(found: dict[int, list[LocationCorrelation]], out: Path) -> None:
         rows, columns, side=1.7, title="Correlation of the products of activations and derivatives between locations"
     )
     with replace_atomically(out / "locations.png") as stream:
-        figure.savefig(stream, format="png")
+        figure.savefig(stream, format="png", bbox_inches="tight")
