@@ -121,6 +121,19 @@ def test_of_a_networks_convolutions() -> None:
     assert len(entries["0", "derivatives"].between_maps()) == 3
 
 
+def test_dead_maps_are_named_and_left_out() -> None:
+    net = model()
+    with torch.no_grad():
+        net[0].bias[1] = -100.0
+    found = convolution_correlations(net, kf.Categorical(), (draw(6, 1, 6, 6), None))
+    entries = {(entry.layer, entry.kind): entry for entry in found}
+    for key in (("0", "derivatives"), ("2", "activations")):
+        assert entries[key].alive().tolist() == [0, 2]
+        assert len(entries[key].between_maps()) == 1
+        assert not entries[key].by_distance().isnan().any()
+    assert entries["2", "derivatives"].alive().tolist() == [0, 1]
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="no convolution with trained parameters"):
         convolution_correlations(nn.Linear(2, 3), kf.Categorical(), (draw(2, 2), None))
