@@ -31,6 +31,7 @@ HEIGHTS = {name: len(FLOORS) - i for i, names in enumerate(FLOORS) for name in n
 #: Neighbours on one floor that may nevertheless import each other in this one direction.
 SIDEWAYS = {
     ("cli", "experiments"),
+    ("analysis", "inspect"),  # both compare blocks with exact roots
     ("inspect", "coverage"),
     ("inspect", "verification"),
     ("approximations", "sources"),  # an approximation says what it needs of a source

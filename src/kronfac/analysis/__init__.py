@@ -10,13 +10,18 @@ from kronfac.analysis.autocorrelation import (
     spatial_autocorrelation,
 )
 from kronfac.analysis.damping import LayerDamping, damping_during_training, damping_of
+from kronfac.analysis.during_training import error_during_training
+from kronfac.analysis.error import NETWORK, approximation_error
+from kronfac.analysis.frames import to_frame
 from kronfac.analysis.locations import LocationCorrelation, location_correlation
+from kronfac.analysis.matrices import matrices
 from kronfac.analysis.method import Method
 from kronfac.analysis.rank import monte_carlo_rank
 from kronfac.analysis.spectrum import Eigenvalue, eigenvalues, spectrum
 from kronfac.analysis.theorem1 import Theorem1Gap, theorem1_factors, theorem1_gap
 
 __all__ = [
+    "NETWORK",
     "Alignment",
     "ConvergenceWarning",
     "Eigenvalue",
@@ -27,15 +32,19 @@ __all__ = [
     "Theorem1Gap",
     "alignment",
     "alignment_during_training",
+    "approximation_error",
     "convolution_correlations",
     "cross_map_correlation",
     "damping_during_training",
     "damping_of",
     "eigenvalues",
+    "error_during_training",
     "location_correlation",
+    "matrices",
     "monte_carlo_rank",
     "spatial_autocorrelation",
     "spectrum",
     "theorem1_factors",
     "theorem1_gap",
+    "to_frame",
 ]

@@ -38,7 +38,38 @@ class Comparison:
     block_norm: float
 
 
-def compare(block: Block, roots: Tensor) -> Comparison:
+class Roots:
+    """Roots of an exact matrix, with what comparisons of several blocks with it share.
+
+    Args:
+        tensor: ``u``, shape ``[K, *stack, d_out, d_in]``, in float64.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.trace = float(tensor.square().sum())
+        self._squares: dict[int, float] = {}
+        self._moments: dict[int, Tensor] = {}
+
+    def units(self, count: int) -> Tensor:
+        """Roots as ``[K, count, n]``."""
+        return self.tensor.reshape(len(self.tensor), count, -1)
+
+    def squared(self, count: int) -> float:
+        """``Σ |F|²`` over the diagonal blocks of that many units."""
+        if count not in self._squares:
+            self._squares[count] = _squared_norm(self.units(count))
+        return self._squares[count]
+
+    def moments(self, count: int) -> Tensor:
+        """Those diagonal blocks, ``[count, n, n]``."""
+        if count not in self._moments:
+            units = self.units(count).movedim(0, 1)
+            self._moments[count] = units.mT @ units
+        return self._moments[count]
+
+
+def compare(block: Block, roots: Tensor | Roots) -> Comparison:
     """Compare a block with the exact matrix.
 
     ``⟨C, F⟩ = Σ_k u_kᵀ C u_k``, and ``|F|²`` is the squared norm of the Gram matrix of the roots; for a block over a
@@ -46,19 +77,19 @@ def compare(block: Block, roots: Tensor) -> Comparison:
 
     Args:
         block: ``C``, in float64.
-        roots: ``u``, shape ``[K, *stack, d_out, d_in]``, in float64.
+        roots: ``u``, shape ``[K, *stack, d_out, d_in]``, in float64; as `Roots` where several blocks are compared.
 
     Returns:
         The comparison.
     """
-    kept = roots.flatten(1).unsqueeze(-1) if isinstance(block, Diagonal) else _units(block, roots)
-    trace = float(roots.square().sum())
-    squared = _squared_norm(kept)
-    whole = squared if kept.shape[1] == 1 else _squared_norm(roots.flatten(1).unsqueeze(1))
-    product, block_norm = float(block.quadratic_form(roots).sum()), float(block.frobenius_norm())
+    roots = roots if isinstance(roots, Roots) else Roots(roots)
+    trace, entries = roots.trace, block.shape.numel()
+    units = entries if isinstance(block, Diagonal) else math.prod(block.shape[:-2])
+    squared, whole = roots.squared(units), roots.squared(1)
+    product, block_norm = float(block.quadratic_form(roots.tensor).sum()), float(block.frobenius_norm())
     norm = math.sqrt(squared)
-    if kept.shape[1] * kept.shape[2] ** 2 <= DIRECT:
-        difference = _difference(block, kept)
+    if entries**2 // units <= DIRECT:
+        difference = _difference(block, roots.moments(units))
     else:
         difference = math.sqrt(max(0.0, block_norm**2 - 2 * product + squared))
     both = norm * block_norm
@@ -86,17 +117,6 @@ def ratio(found: float, wanted: float) -> float:
     return found / wanted if wanted else (1.0 if not found else math.inf)
 
 
-def _units(block: Block, roots: Tensor) -> Tensor:
-    """Roots as ``[K, stack, n]``."""
-    return roots.reshape(len(roots), math.prod(block.shape[:-2]), -1)
-
-
-def _moments(kept: Tensor) -> Tensor:
-    """``F`` of each unit, ``[stack, n, n]``."""
-    units = kept.movedim(0, 1)
-    return units.mT @ units
-
-
 def _squared_norm(kept: Tensor) -> float:
     """``Σ_stack |F|²`` by the smaller of ``F`` and the Gram matrix."""
     count, _, width = kept.shape
@@ -105,8 +125,7 @@ def _squared_norm(kept: Tensor) -> float:
     return float(gram.square().sum())
 
 
-def _difference(block: Block, kept: Tensor) -> float:
-    exact = _moments(kept)
+def _difference(block: Block, exact: Tensor) -> float:
     if isinstance(block, Diagonal):
         return float(torch.linalg.vector_norm(block.diagonal().flatten() - exact.flatten()))
     return float(torch.linalg.vector_norm(block.matrices().reshape(exact.shape) - exact))

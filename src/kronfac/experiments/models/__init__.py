@@ -6,5 +6,6 @@ from kronfac.experiments.models.autoencoder import autoencoder, logistic_autoenc
 from kronfac.experiments.models.kfc import kfc_network
 from kronfac.experiments.models.resnet import ResNet
 from kronfac.experiments.models.small import perceptron, small_convolutional
+from kronfac.experiments.models.transformer import RowTransformer
 
-__all__ = ["ResNet", "autoencoder", "kfc_network", "logistic_autoencoder", "perceptron", "small_convolutional"]
+__all__ = ["ResNet", "RowTransformer", "autoencoder", "kfc_network", "logistic_autoencoder", "perceptron", "small_convolutional"]

@@ -45,22 +45,23 @@ class ResNet(nn.Module):
     """A residual network of ``6 * blocks + 2`` layers: ResNet-20 for three blocks per stage.
 
     Args:
-        blocks: Residual blocks in each of the three stages of 16, 32 and 64 maps.
+        blocks: Residual blocks in each of the three stages.
         classes: Number of outputs.
+        maps: Maps of the three stages.
     """
 
-    def __init__(self, blocks: int = 3, classes: int = 10) -> None:
+    def __init__(self, blocks: int = 3, classes: int = 10, maps: tuple[int, int, int] = (16, 32, 64)) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(16)
+        self.conv = nn.Conv2d(3, maps[0], 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(maps[0])
         stages: list[nn.Module] = []
-        inputs = 16
-        for outputs, stride in ((16, 1), (32, 2), (64, 2)):
+        inputs = maps[0]
+        for outputs, stride in zip(maps, (1, 2, 2), strict=True):
             for index in range(blocks):
                 stages.append(BasicBlock(inputs, outputs, stride if index == 0 else 1))
                 inputs = outputs
         self.stages = nn.Sequential(*stages)
-        self.head = mark_linear(nn.Linear(64, classes))
+        self.head = mark_linear(nn.Linear(maps[-1], classes))
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:

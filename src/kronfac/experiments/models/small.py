@@ -26,15 +26,16 @@ def perceptron(widths: Sequence[int]) -> nn.Sequential:
     return initialise(nn.Sequential(*layers))  # type: ignore[return-value]
 
 
-def small_convolutional(maps: tuple[int, int] = (16, 32), classes: int = 10) -> nn.Sequential:
-    """Build a classifier of 8 by 8 images: two 3x3 convolutions with pooling, and one fully-connected layer.
+def small_convolutional(maps: tuple[int, int] = (16, 32), classes: int = 10, size: int = 8) -> nn.Sequential:
+    """Build a classifier of small grey images: two 3x3 convolutions with pooling, and one fully-connected layer.
 
     Args:
         maps: Maps of the two convolutions.
         classes: Number of outputs.
+        size: Height and width of the images.
 
     Returns:
-        A network from ``[N, 1, 8, 8]`` to logits ``[N, classes]``.
+        A network from ``[N, 1, size, size]`` to logits ``[N, classes]``.
     """
     first, second = maps
     return initialise(  # type: ignore[return-value]
@@ -46,6 +47,6 @@ def small_convolutional(maps: tuple[int, int] = (16, 32), classes: int = 10) -> 
             nn.ReLU(),
             nn.AvgPool2d(2),
             nn.Flatten(),
-            mark_linear(nn.Linear(second * 4, classes)),
+            mark_linear(nn.Linear(second * (size // 2 // 2) ** 2, classes)),
         )
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kronfac.experiments.errors import UnknownNameError
-from kronfac.experiments.problems import autoencoders, convolutional, digits, logistic, residual
+from kronfac.experiments.problems import autoencoders, convolutional, digits, logistic, pooled, residual
 from kronfac.experiments.problems.base import Data, Problem
 
 __all__ = ["PROBLEMS", "Data", "Problem", "get_problem"]
@@ -17,6 +17,7 @@ PROBLEMS: dict[str, Problem] = {
         logistic.FAMILY,
         convolutional.FAMILY,
         residual.FAMILY,
+        pooled.FAMILY,
     )
     for problem in family
 }

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.analysis.test_error import classifier, data_for
+from torch import nn
+
+import kronfac as kf
+from kronfac.analysis import NETWORK, approximation_error, error_during_training
+
+
+def test_errors_are_those_of_the_model_at_the_time() -> None:
+    model, data = classifier().train(), data_for((5,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    heard: list[int] = []
+
+    def advance() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(data[0]), data[1]).backward()
+        optimizer.step()
+
+    start = approximation_error(model, kf.Categorical(), data, approximations="kfac", sources="exact")
+    rows = error_during_training(
+        model,
+        kf.Categorical(),
+        data,
+        advance,
+        steps=5,
+        every=2,
+        approximations=["kfac", "diagonal"],
+        record=lambda step, found: heard.append(step),
+    )
+    assert heard == [0, 2, 4, 5]
+    assert model.training
+    own = [row for row in rows if row["approximation"] == "kfac"]
+    first, last = [row for row in own if row["step"] == 0], [row for row in own if row["step"] == 5]
+    end = approximation_error(model, kf.Categorical(), data, approximations="kfac", sources="exact")
+    for found, wanted in ((first, start), (last, end)):
+        assert [row["error"] for row in found] == pytest.approx([row["error"] for row in wanted], rel=1e-12)
+    assert first[0]["error"] != last[0]["error"]
+    assert last[-1]["layer"] == NETWORK
+    assert last[-1]["distance_sum"] == pytest.approx(sum(row["distance"] for row in last[:-1]))
+
+
+def test_bad_intervals_are_named() -> None:
+    with pytest.raises(ValueError, match="every=0"):
+        error_during_training(classifier(), kf.Categorical(), data_for((5,)), lambda: None, steps=1, every=0)
