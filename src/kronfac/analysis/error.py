@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from kronfac.curvature import BlockDiagonal
 from kronfac.damping import check_damping
 from kronfac.damping.rules import exact as exactly
 from kronfac.estimation import CoverageWarning, estimate
-from kronfac.inspect.comparison import Roots, compare, ratio
+from kronfac.inspect.comparison import Roots, compare
 from kronfac.likelihoods import Likelihood
 from kronfac.sources import Sampled, Source
 
@@ -57,9 +58,9 @@ def approximation_error(
     given. It is held by its roots, one for each output of each example, and formed for small layers only. The model is
     copied, its mode is kept: batch norm must be in eval mode, in which examples are independent.
 
-    Updates are ``(C + λI)⁻¹ g`` with ``g`` the gradient of the loss on the same data. ``λ`` is added exactly
-    (``rule="exact"``) to every approximation, and is the same for the exact matrix: of each layer, `relative_damping`
-    times the mean eigenvalue ``tr C / n`` of its exact block.
+    Updates are ``(C + λI)⁻¹ g`` with ``g`` the gradient of the loss on the same data. One ``λ`` is added exactly
+    (``rule="exact"``) to all layers of every approximation and of the exact matrix, as an optimiser would:
+    `relative_damping` times the mean eigenvalue ``Σ tr C / Σ n`` of the exact blocks, unless `damping` gives it.
 
     A combination that is refused (an approximation that does not fit the source, a layer or the form of the network)
     gives one row with the reason under ``refused`` and None for all figures.
@@ -71,7 +72,7 @@ def approximation_error(
         approximations: Names or objects; None for every one that is registered.
         sources: Names or objects; None for every one that estimates the Gauss-Newton matrix.
         samples: Samples of the sampled source.
-        damping: ``λ`` on the scale of the curvature, for every layer; by default it is relative.
+        damping: ``λ`` on the scale of the curvature; by default it is relative.
         relative_damping: ``λ`` in mean eigenvalues of the exact matrix.
         layers: Names of the layers to look at; all by default.
         sharing: ``"expand"`` or ``"reduce"``.
@@ -88,7 +89,7 @@ def approximation_error(
         the Frobenius norm, ``distance`` ``|Ĉ - C|``, ``exact_norm`` ``|C|``, ``trace_ratio`` ``tr Ĉ / tr C``,
         ``cosine`` ``⟨Ĉ, C⟩ / (|Ĉ| |C|)``, ``update_cosine`` between the two updates, ``damping`` ``λ``, ``refused``
         and ``note``. The network's row is over the diagonal blocks of all layers together (errors are added in
-        quadrature) with one ``λ``; in it ``full_update_cosine`` compares with the update of the whole Gauss-Newton
+        quadrature); in it ``full_update_cosine`` compares with the update of the whole Gauss-Newton
         matrix, blocks between layers included.
 
     Raises:
@@ -153,18 +154,16 @@ class _Reference:
             raise ValueError(
                 f"The exact curvature of layer {zero[0]!r} is zero on these data: nothing to compare with."
             )
-        means = {name: trace / self.sizes[name] for name, trace in traces.items()}
-        self.damping = {name: relative * mean if damping is None else damping for name, mean in means.items()}
         mean = sum(traces.values()) / sum(self.sizes.values())
-        self.network_damping = relative * mean if damping is None else damping
+        self.damping = relative * mean if damping is None else damping
         if not updates:
             return
-        flats = {name: (exact.roots[name].flatten(1), exact.gradients[name].flatten()) for name in self.layers}
-        self.layer_updates = {name: damped_solve(*flats[name], self.damping[name]) for name in self.layers}
-        alike = {name: damped_solve(*flats[name], self.network_damping) for name in self.layers}
-        self.block_update = flat(alike, self.layers)
+        self.layer_updates = {
+            name: damped_solve(tensor.flatten(1), exact.gradients[name].flatten(), self.damping)
+            for name, tensor in exact.roots.items()
+        }
         whole = joint_roots(exact, self.layers)
-        self.full_update = damped_solve(whole, flat(exact.gradients, self.layers), self.network_damping)
+        self.full_update = damped_solve(whole, flat(exact.gradients, self.layers), self.damping)
 
 
 _FIGURES = ("parameters", "error", "distance", "exact_norm", "trace_ratio", "cosine", "update_cosine")
@@ -180,11 +179,22 @@ def _compared(scene: Scene, reference: _Reference, method: Approximation, source
         curvature = estimate_quietly(scene, method, source, seed)
     except REFUSALS as error:
         return [_row(NETWORK, refused=str(error))]
-    rows = [_layer_row(name, curvature.blocks[name], reference) for name in reference.layers]
-    return [*rows, _network_row(scene, curvature, rows, reference)]
+    layers = [_layer_row(name, curvature.blocks[name], reference) for name in reference.layers]
+    return [*(layer.row for layer in layers), _network_row(scene, curvature, layers, reference)]
 
 
-def _layer_row(name: str, block: Block, reference: _Reference) -> Row:
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's row, and what the network's row is made of: update, ``⟨Ĉ, C⟩``, ``|Ĉ|`` and ``tr Ĉ``."""
+
+    row: Row
+    update: Tensor | None
+    inner: float
+    norm: float
+    trace: float
+
+
+def _layer_row(name: str, block: Block, reference: _Reference) -> _Layer:
     block = block.to(dtype=torch.float64)
     roots = reference.roots[name]
     found = compare(block, roots)
@@ -199,59 +209,64 @@ def _layer_row(name: str, block: Block, reference: _Reference) -> Row:
         exact_norm=norm,
         trace_ratio=found.scale,
         cosine=found.cosine * math.sqrt(1 - left_out),
-        damping=reference.damping[name],
+        damping=reference.damping,
     )
-    row["_parts"] = (found.cosine * found.norm * found.block_norm, found.block_norm, found.trace)
     if reference.updates:
         try:
-            solved = block.factorise(exactly(block, reference.damping[name])).apply(reference.exact.gradients[name])
-            row["update_cosine"] = cosine(solved.flatten(), reference.layer_updates[name])
+            solved = block.factorise(exactly(block, reference.damping)).apply(reference.exact.gradients[name]).flatten()
+            row["update_cosine"] = cosine(solved, reference.layer_updates[name])
         except (TypeError, torch.linalg.LinAlgError) as error:
-            row["note"] = f"no update: {error}"
-    return row
+            solved, row["note"] = None, f"no update: {error}"
+    else:
+        solved = None
+    return _Layer(row, solved, found.cosine * found.norm * found.block_norm, found.block_norm, float(block.trace()))
 
 
-def _network_row(scene: Scene, curvature: BlockDiagonal, rows: list[Row], reference: _Reference) -> Row:
-    """All layers together; consumes what the layers' rows hold for it."""
-    parts = [row.pop("_parts") for row in rows]
-    distance = math.hypot(*(row["distance"] for row in rows))
-    norm = math.hypot(*(row["exact_norm"] for row in rows))
-    inner, found_norm = sum(part[0] for part in parts), math.hypot(*(part[1] for part in parts))
-    found_trace = sum(row["trace_ratio"] * part[2] for row, part in zip(rows, parts, strict=True))
+def _network_row(scene: Scene, curvature: BlockDiagonal, layers: list[_Layer], reference: _Reference) -> Row:
+    """All layers together."""
+    distance = math.hypot(*(layer.row["distance"] for layer in layers))
+    norm = math.hypot(*(layer.row["exact_norm"] for layer in layers))
+    found_norm = math.hypot(*(layer.norm for layer in layers))
     network = _row(
         NETWORK,
         parameters=sum(reference.sizes.values()),
         error=distance / norm,
         distance=distance,
         exact_norm=norm,
-        trace_ratio=ratio(found_trace, sum(part[2] for part in parts)),
-        cosine=ratio(inner, norm * found_norm) if found_norm else 0.0,
-        damping=reference.network_damping,
+        trace_ratio=sum(layer.trace for layer in layers) / sum(roots.trace for roots in reference.roots.values()),
+        cosine=sum(layer.inner for layer in layers) / (norm * found_norm) if found_norm else 0.0,
+        damping=reference.damping,
     )
     if reference.updates:
-        solved, network["note"] = _network_update(scene, curvature, reference)
+        solved, network["note"] = _network_update(scene, curvature, layers, reference)
         if solved is not None:
-            network["update_cosine"] = cosine(solved, reference.block_update)
+            block_update = torch.cat([reference.layer_updates[name] for name in reference.layers])
+            network["update_cosine"] = cosine(solved, block_update)
             network["full_update_cosine"] = cosine(solved, reference.full_update)
     return network
 
 
-def _network_update(scene: Scene, curvature: BlockDiagonal, reference: _Reference) -> tuple[Tensor | None, str]:
+def _network_update(
+    scene: Scene, curvature: BlockDiagonal, layers: list[_Layer], reference: _Reference
+) -> tuple[Tensor | None, str]:
     """The damped update of all layers, and what there is to say about it."""
+    if isinstance(curvature, BlockDiagonal):
+        updates = [layer.update for layer in layers]
+        refused = [layer.row["note"] for layer in layers if layer.row["note"]]
+        return (None, refused[0]) if refused else (torch.cat([each for each in updates if each is not None]), "")
+    # A matrix that couples layers: its diagonal blocks do not make its update.
     parts: dict[str, Tensor] = {}
     for name, adapter in scene.adapters.items():
         parts |= {key: part.contiguous() for key, part in adapter.unpack(reference.exact.gradients[name]).items()}
     note = ""
     for rule in ("exact", "factored"):
         try:
-            solved = curvature.factorise(reference.network_damping, rule).apply(parts)
+            solved = curvature.factorise(reference.damping, rule).apply(parts)
         except (TypeError, torch.linalg.LinAlgError) as error:
-            # A matrix that couples layers may know factored damping alone.
-            note = f"no update with exact damping: {error}"
+            note = f"no update: {error}"
             continue
         packed = {name: adapter.pack(solved).double() for name, adapter in scene.adapters.items()}
-        if note:
-            note = "update with factored damping, which is another matrix: exact damping is refused"
+        note = note and "update of all layers together with factored damping, since exact damping is refused"
         return flat(packed, reference.layers), note
     return None, note
 

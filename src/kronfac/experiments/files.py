@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -56,6 +58,21 @@ def write_text(path: Path, text: str) -> None:
     """
     with replace_atomically(path) as stream:
         stream.write(text.encode())
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write a table as comma-separated values, atomically; None and NaN are empty cells.
+
+    Args:
+        path: The file to create or replace.
+        rows: At least one row, all with the same columns.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: "" if isinstance(cell, float) and cell != cell else cell for key, cell in row.items()})
+    write_text(path, text.getvalue())
 
 
 def write_json(path: Path, value: object) -> None:

@@ -11,7 +11,9 @@ from kronfac.plots.bars import bars
 from kronfac.plots.curves import training_curves
 from kronfac.plots.damping import damping_curves, damping_panels
 from kronfac.plots.diagnostics import step_reports
+from kronfac.plots.errors import error_curves, layer_errors
 from kronfac.plots.grids import grid_profile
+from kronfac.plots.matrices import matrix_images
 from kronfac.plots.rank import rank_curves
 from kronfac.plots.spectrum import spectrum_panels
 from kronfac.plots.style import COLOURS, colour_of, new_axes
@@ -26,7 +28,10 @@ __all__ = [
     "correlation_images",
     "damping_curves",
     "damping_panels",
+    "error_curves",
     "grid_profile",
+    "layer_errors",
+    "matrix_images",
     "new_axes",
     "rank_curves",
     "spectrum_panels",

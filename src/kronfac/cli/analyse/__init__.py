@@ -7,7 +7,20 @@ from __future__ import annotations
 
 import typer
 
-from kronfac.cli.analyse import alignment, autocorrelation, coverage, damping, locations, rank, spectrum, verify
+from kronfac.cli.analyse import (
+    alignment,
+    autocorrelation,
+    coverage,
+    damping,
+    error,
+    error_training,
+    locations,
+    matrices,
+    rank,
+    spectrum,
+    table,
+    verify,
+)
 
 app = typer.Typer(
     help="Look at the curvature of a problem's network: what each parameter gets, and whether it is right.",
@@ -15,6 +28,10 @@ app = typer.Typer(
 )
 app.command("alignment")(alignment.alignment)
 app.command("coverage")(coverage.coverage)
+app.command("error")(error.error)
+app.command("matrices")(matrices.matrices)
+app.command("table")(table.table)
+app.command("training")(error_training.training)
 app.command("spectrum")(spectrum.spectrum)
 app.command("rank")(rank.rank)
 app.command("damping")(damping.damping)
