@@ -64,7 +64,7 @@ def matrix_images(
             if titles and titles[i][j]:
                 place.set_xlabel(titles[i][j], fontsize="small")
         numbers = ScalarFormatter()
-        numbers.set_powerlimits((-2, 3))
+        numbers.set_powerlimits((-3, 3))
         bar = figure.colorbar(drawn, ax=list(axes[i]), shrink=0.85, pad=0.01, extend="max", format=numbers)
         bar.ax.tick_params(labelsize="x-small")
         bar.ax.yaxis.get_offset_text().set_fontsize("x-small")
