@@ -7,6 +7,8 @@ from torch import nn
 
 import kronfac as kf
 from kronfac.analysis import NETWORK, approximation_error, error_during_training
+from kronfac.analysis.exact import gather
+from kronfac.analysis.scene import Scene
 
 
 def test_errors_are_those_of_the_model_at_the_time() -> None:
@@ -40,6 +42,32 @@ def test_errors_are_those_of_the_model_at_the_time() -> None:
     assert first[0]["error"] != last[0]["error"]
     assert last[-1]["layer"] == NETWORK
     assert last[-1]["distance_sum"] == pytest.approx(sum(row["distance"] for row in last[:-1]))
+
+
+def test_pairs_make_the_exact_block() -> None:
+    model, data = classifier(), data_for((5,))
+    exact = gather(Scene.of(model, kf.Categorical(), data), 1 << 30, keep_pairs=True)
+    for layer, (a, u) in exact.pairs.items():
+        roots = exact.roots[layer].flatten(1)
+        pairs = torch.einsum("ko,ki->koi", u, a).flatten(1)
+        torch.testing.assert_close(pairs.T @ pairs / len(pairs), roots.T @ roots)
+
+
+def test_errors_stay_within_their_bounds() -> None:
+    pytest.importorskip("kronfac.approximations.bounds")
+    rows = error_during_training(
+        classifier(),
+        kf.Categorical(),
+        data_for((5,)),
+        lambda: None,
+        steps=0,
+        every=1,
+        approximations=["kfac", "tkfac", "diagonal"],
+    )
+    for row in rows:
+        assert (row["bound"] is None) == (row["approximation"] == "diagonal")
+        if row["bound"] is not None:
+            assert row["distance"] <= row["bound"]
 
 
 def test_bad_intervals_are_named() -> None:

@@ -49,5 +49,5 @@ def test_a_residual_network_is_analysed_with_settled_statistics() -> None:
 def test_divergence_is_named() -> None:
     problem = get_problem("digits-mlp")
     settings = training_settings(problem, "sgd", {"lr": 1e9}, 30, seed=0)
-    with pytest.raises(ExperimentError, match="sgd diverged at step .* of digits-mlp"):
+    with pytest.raises(ExperimentError, match=r"sgd diverged at step .* of digits-mlp"):
         train_subject(problem, settings, problem.data(), 30, 5)
