@@ -8,4 +8,12 @@ from kronfac.experiments.models.resnet import ResNet
 from kronfac.experiments.models.small import perceptron, small_convolutional
 from kronfac.experiments.models.transformer import RowTransformer
 
-__all__ = ["ResNet", "RowTransformer", "autoencoder", "kfc_network", "logistic_autoencoder", "perceptron", "small_convolutional"]
+__all__ = [
+    "ResNet",
+    "RowTransformer",
+    "autoencoder",
+    "kfc_network",
+    "logistic_autoencoder",
+    "perceptron",
+    "small_convolutional",
+]
