@@ -391,3 +391,20 @@ def test_no_random_number_is_drawn() -> None:
     first = kfra(model, kf.Categorical(), (x, None), seed=1)
     assert torch.equal(first, kfra(model, kf.Categorical(), (x, None), seed=2))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("approximation", ["sua", "prong"])
+def test_other_kronecker_products_take_the_recursion_s_output_factor(approximation: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double()
+    x = torch.randn(5, 2, 3, 3, generator=generator, dtype=torch.float64)
+    y = torch.zeros(5, dtype=torch.int64)
+    found, kfac = (
+        kf.estimate(model, kf.Categorical(), (x, y), approximation=name, source="recursive").blocks
+        for name in (approximation, "kfac")
+    )
+    for layer, block in kfac.items():
+        output = block.output
+        if approximation == "prong":
+            output = output.trace() / len(output) * torch.eye(len(output), dtype=output.dtype)
+        torch.testing.assert_close(found[layer].output, output)

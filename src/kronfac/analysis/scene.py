@@ -136,8 +136,8 @@ def sources_of(sources: Sequence[str | Source] | str | Source | None, samples: i
         ValueError: One estimates another matrix.
     """
     if sources is None:
-        fitting = [name for name, kind in SOURCES.items() if not issubclass(kind, _OTHER_MATRICES)]
-        sources = sorted(fitting, key=lambda name: not SOURCES[name].exact)  # exact ones first
+        fitting = {name: kind for name, kind in SOURCES.items() if not issubclass(kind, _OTHER_MATRICES)}
+        sources = [name for _, name in sorted((not kind.exact, name) for name, kind in fitting.items())]
     if isinstance(sources, (str, Source)):
         sources = [sources]
     found = [get_source(each, samples if each == "sampled" else 1) for each in sources]

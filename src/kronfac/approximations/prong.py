@@ -55,6 +55,9 @@ class PRONGStatistic(Statistic):
         if sample.cotangents is not None:
             squares = layer.output_rows(sample.cotangents).to(self.trace.total.dtype).square().sum((0, 1, -1))
             self.trace.total.add_(squares[..., None, None], alpha=sample.weight * self.trace.alpha)
+        elif sample.output_moment is not None:
+            traces = sample.output_moment.diagonal(dim1=-2, dim2=-1).sum(-1)
+            self.trace.total.add_(traces[..., None, None], alpha=sample.weight * self.trace.alpha)
         elif sample.first:  # forward-only: the identity
             self.trace.total.add_(layer.d_out * sample.denominator * self.trace.alpha)
 

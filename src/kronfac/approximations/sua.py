@@ -191,6 +191,8 @@ class SUAStatistic(Statistic):
             self.output.weight += sample.denominator
         if sample.cotangents is not None:
             self.layer.add_output_gram_(self.output.total, sample.cotangents, sample.weight * self.output.alpha)
+        elif sample.output_moment is not None:
+            self.output.total.add_(sample.output_moment, alpha=sample.weight * self.output.alpha)
         elif sample.first:  # forward-only: the identity
             self.output.total.diagonal(dim1=-2, dim2=-1).add_(sample.denominator * self.output.alpha)
 
