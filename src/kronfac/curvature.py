@@ -161,7 +161,8 @@ class BlockDiagonal:
 
         Args:
             damping: Not negative; how it enters each block is the rule's business.
-            rule: ``"factored"``, ``"exact"``, or a function ``(block, damping) -> Shift``.
+            rule: ``"factored"``, ``"exact"``, ``"normal"``, ``"trace_restricted"``, or a function ``(block, damping) ->
+                Shift``.
 
         Returns:
             The inverse.

@@ -18,7 +18,7 @@ from kronfac.layers import adapt
 from kronfac.sources import Sample
 from kronfac.tape import record
 
-NAMES = ["kfac", "ekfac", "dense", "diagonal", "sua", "prong"]
+NAMES = ["kfac", "tkfac", "ekfac", "dense", "diagonal", "sua", "prong"]
 
 
 def sample(layer: nn.Module, x: Tensor, g: Tensor | None, **parts: object) -> Sample:
@@ -178,7 +178,7 @@ def test_unknown_names_and_types_are_refused() -> None:
         get_approximation(3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["dense", "diagonal"])
+@pytest.mark.parametrize("name", ["dense", "diagonal", "tkfac"])
 def test_pairs_that_a_source_does_not_offer(name: str) -> None:
     with pytest.raises(ValueError, match=f"approximation='{name}' needs paired statistics.*source='forward_only'"):
         Estimator(small(), kf.Categorical(), approximation=name, source="forward_only")

@@ -181,9 +181,12 @@ class BlockCase:
         for value in (math.nan, math.inf):
             for name in self.block().tensors():
                 tensors = {key: tensor.clone() for key, tensor in self.block().tensors().items()}
+                matrix = tensors[name].ndim == len(self.stack) + 2 and self.block().kind != "diagonal"
                 # The last entry of the first row and its mirror image: off the diagonal where there is one.
-                if name in ("output", "matrix") or (name == "input" and self.block().kind == "kronecker"):
+                if matrix:
                     tensors[name][..., 0, -1] = tensors[name][..., -1, 0] = value
+                elif tensors[name].ndim == len(self.stack):
+                    tensors[name].fill_(value)
                 else:
                     tensors[name][..., 0] = value
                 broken = type(self.block()).from_tensors(tensors, self.shape)
@@ -240,11 +243,12 @@ class FactoredCase(BlockCase):
     def test_factors_that_do_not_fit_are_refused(self) -> None:
         block = self.block()
         tensors = block.tensors()
+        make = type(block)
         with pytest.raises(ValueError, match="stack"):
-            type(block)(tensors["input"][None], tensors["output"])
+            make(**tensors | {"input": tensors["input"][None]})
         with pytest.raises(TypeError, match="must agree"):
-            type(block)(tensors["input"].float(), tensors["output"])
+            make(**tensors | {"input": tensors["input"].float()})
         with pytest.raises(ValueError, match="shape"):
-            type(block)(tensors["input"], tensors["output"][..., :-1])
+            make(**tensors | {"output": tensors["output"][..., :-1]})
         with pytest.raises(TypeError, match="must be a tensor"):
-            type(block)(1.0, tensors["output"])
+            make(**tensors | {"input": 1.0})

@@ -16,6 +16,9 @@ from kronfac.blocks import (
     Kronecker,
     KroneckerInverse,
     PerFactor,
+    Rescaled,
+    ScaledKronecker,
+    Shift,
     Uniform,
 )
 
@@ -75,6 +78,74 @@ class TestDiagonalKronecker(FactoredCase):
 
 
 class TestDiagonalKroneckerStack(TestDiagonalKronecker):
+    stack = (2,)
+
+
+class TestScaledKronecker(FactoredCase):
+    """``FactoredCase`` describes the balanced factors; the block is given by those of unit trace."""
+
+    diagonal_input = False
+
+    def delta(self) -> Tensor:
+        return random_tensor(*self.stack, seed=11).abs() + 0.5
+
+    def unit(self, width: int, seed: int) -> Tensor:
+        matrix = random_psd(*self.stack, width, width, seed=seed)
+        matrix = torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1)) if self.diagonal_input and seed == 1 else matrix
+        return matrix / matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+
+    def input_matrices(self) -> Tensor:
+        return self.delta().sqrt()[..., None, None] * self.unit(self.d_in, 1)
+
+    def output_matrices(self) -> Tensor:
+        return self.delta().sqrt()[..., None, None] * self.unit(self.d_out, 2)
+
+    def block(self) -> Block:
+        input = self.unit(self.d_in, 1)
+        input = input.diagonal(dim1=-2, dim2=-1) if self.diagonal_input else input
+        return ScaledKronecker(input.clone(), self.unit(self.d_out, 2), self.delta())
+
+    def shifted(self) -> list[tuple[Shift, Tensor]]:
+        scale, extra = 3 * self.delta(), self.delta() / 7
+        grown = self.__class__.__new__(self.__class__)
+        grown.delta = lambda: scale  # type: ignore[method-assign]
+        return [*super().shifted(), (Rescaled(scale, extra, 2 * extra), grown.kronecker(extra, 2 * extra))]
+
+    def test_the_trace_is_the_scale(self) -> None:
+        close(self.block().trace(), self.delta().sum())
+
+    def test_from_moments_normalises_and_leaves_them_alone(self) -> None:
+        block = self.block()
+        input, output = (self.delta()[..., None, None] * self.unit(n, s) for n, s in ((self.d_in, 1), (self.d_out, 2)))
+        input = input.diagonal(dim1=-2, dim2=-1).clone() if self.diagonal_input else input
+        before = input.clone()
+        again = ScaledKronecker.from_moments(input, output)
+        assert torch.equal(input, before)
+        for name, tensor in block.tensors().items():
+            close(again.tensors()[name], tensor)
+
+    def test_without_signal_it_is_zero_and_can_still_be_rescaled(self) -> None:
+        block = ScaledKronecker.from_moments(*(0 * t for t in list(self.block().tensors().values())[:2]))
+        assert float(block.trace()) == 0
+        ones = torch.ones(self.stack, dtype=torch.float64)
+        solved = block.factorise(Rescaled(ones, ones / self.d_in, ones / self.d_out)).apply(self.vector())
+        close(solved, self.vector() * self.d_in * self.d_out / 4)
+
+    def test_a_scale_of_another_stack_is_refused(self) -> None:
+        tensors = self.block().tensors()
+        with pytest.raises(ValueError, match="delta must have the stack's shape"):
+            ScaledKronecker(**tensors | {"delta": tensors["delta"][None]})
+
+
+class TestScaledKroneckerStack(TestScaledKronecker):
+    stack = (3,)
+
+
+class TestScaledDiagonalKronecker(TestScaledKronecker):
+    diagonal_input = True
+
+
+class TestScaledDiagonalKroneckerStack(TestScaledDiagonalKronecker):
     stack = (2,)
 
 
@@ -194,6 +265,8 @@ CASES = (
     TestDense,
     TestEigenKronecker,
     TestEigenKroneckerIdentity,
+    TestScaledKronecker,
+    TestScaledDiagonalKronecker,
 )
 STACKS = (
     TestKroneckerStack,

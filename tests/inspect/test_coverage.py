@@ -42,7 +42,7 @@ def bytes_of(tensors: dict[str, Tensor]) -> int:
 
 
 @pytest.mark.parametrize("rule", ["factored", "exact"])
-@pytest.mark.parametrize("approximation", ["kfac", "dense", "diagonal", "sua", "prong"])
+@pytest.mark.parametrize("approximation", ["kfac", "tkfac", "dense", "diagonal", "sua", "prong"])
 @pytest.mark.parametrize(
     ("model", "x"), [(grouped(), draw(7, 4, 4, 4)), (Words(), torch.arange(14).reshape(7, 2) % 11)]
 )

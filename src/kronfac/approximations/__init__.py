@@ -11,12 +11,14 @@ from kronfac.approximations.kfac import KFAC
 from kronfac.approximations.nearest import NearestKronecker
 from kronfac.approximations.prong import PRONG
 from kronfac.approximations.sua import SUA
+from kronfac.approximations.tkfac import TKFAC
 from kronfac.approximations.tridiagonal import KFACTridiagonal
 
 APPROXIMATIONS: dict[str, type[Approximation]] = {
     kind.name: kind
     for kind in (
         KFAC,
+        TKFAC,
         EKFAC,
         KFACTridiagonal,
         NearestKronecker,
@@ -57,6 +59,7 @@ __all__ = [
     "KFAC",
     "PRONG",
     "SUA",
+    "TKFAC",
     "Approximation",
     "DenseBlocks",
     "DiagonalBlocks",

@@ -14,13 +14,14 @@ from kronfac.blocks.eigen_kronecker import EigenKronecker
 from kronfac.blocks.eigenbasis import Eigenbasis
 from kronfac.blocks.inverses import DenseInverse, DiagonalKroneckerInverse, EigenInverse, KroneckerInverse
 from kronfac.blocks.kronecker import Kronecker
-from kronfac.blocks.shifts import PerFactor, Shift, Uniform
+from kronfac.blocks.scaled_kronecker import ScaledKronecker
+from kronfac.blocks.shifts import PerFactor, Rescaled, Shift, Uniform
 from kronfac.blocks.tridiagonal import Link, Tridiagonal, TridiagonalInverse
 from kronfac.blocks.two_term import TwoTermInverse
 
 #: Block classes by the name they are saved under.
 KINDS: dict[str, type[Block]] = {
-    block.kind: block for block in (Kronecker, DiagonalKronecker, EigenKronecker, Diagonal, Dense)
+    block.kind: block for block in (Kronecker, DiagonalKronecker, ScaledKronecker, EigenKronecker, Diagonal, Dense)
 }
 
 #: Inverse classes by the name they are saved under.
@@ -48,6 +49,8 @@ __all__ = [
     "KroneckerInverse",
     "Link",
     "PerFactor",
+    "Rescaled",
+    "ScaledKronecker",
     "Shift",
     "Tridiagonal",
     "TridiagonalInverse",

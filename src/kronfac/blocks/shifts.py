@@ -58,6 +58,31 @@ class PerFactor(Shift):
         _check("output", self.output)
 
 
+@dataclass(frozen=True, eq=False)
+class Rescaled(Shift):
+    """Replace the scale of ``delta (Psi x Phi)``, and add to its balanced factors (Gao et al. 2020, equation 5.16).
+
+    The inverse is that of ``(sqrt(scale) Psi + output I) x (sqrt(scale) Phi + input I)``.
+
+    Attributes:
+        scale: What takes the place of the block's ``delta``, one entry per stack element.
+        input: What is added to ``sqrt(scale) Phi``, one entry per stack element.
+        output: The same for ``sqrt(scale) Psi``.
+
+    Raises:
+        ValueError: If an entry is negative, infinite or NaN.
+    """
+
+    scale: Tensor
+    input: Tensor
+    output: Tensor
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        for name in ("scale", "input", "output"):
+            _check(name, getattr(self, name))
+
+
 def _check(name: str, value: Tensor | float) -> None:
     if isinstance(value, Tensor):
         if not bool((value.isfinite() & (value >= 0)).all()):

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from kronfac.blocks.shifts import PerFactor, Shift, Uniform
+from kronfac.blocks.shifts import PerFactor, Rescaled, Shift, Uniform
 from kronfac.damping.rules import RULES, Rule, check_damping, exact, factored, get_rule
+from kronfac.damping.trace_restricted import TraceRestricted, expansion, normal
 
-__all__ = ["RULES", "PerFactor", "Rule", "Shift", "Uniform", "check_damping", "exact", "factored", "get_rule"]
+RULES |= {"normal": normal, "trace_restricted": TraceRestricted()}
+
+__all__ = [
+    "RULES",
+    "PerFactor",
+    "Rescaled",
+    "Rule",
+    "Shift",
+    "TraceRestricted",
+    "Uniform",
+    "check_damping",
+    "exact",
+    "expansion",
+    "factored",
+    "get_rule",
+    "normal",
+]

@@ -10,6 +10,7 @@ import math
 from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from kronfac.blocks import Block, PerFactor, Shift, Uniform
 
@@ -48,12 +49,24 @@ def factored(block: Block, damping: float) -> Shift:
     means = block.factor_means()
     if means is None:
         return Uniform(float(damping))
-    input, output = means
-    usable = (input > 0) & (output > 0)
-    pi = torch.where(usable, (input / output).sqrt(), torch.ones_like(input))
-    # A ratio that over- or underflows is no split either, and must not become a shift of zero or infinity.
-    pi = torch.where(pi.isfinite() & (pi > 0), pi, torch.ones_like(pi))
+    pi = split_ratio(*means)
     return PerFactor(pi * root, root / pi)
+
+
+def split_ratio(input: Tensor, output: Tensor) -> Tensor:
+    """Root of the ratio of two sizes, by which damping is split between two factors.
+
+    Args:
+        input: Size of the input factor, shape ``[*stack]``.
+        output: Size of the output factor.
+
+    Returns:
+        ``sqrt(input / output)``, or 1 where one of them is zero or the ratio leaves the range of numbers.
+    """
+    usable = (input > 0) & (output > 0)
+    ratio = torch.where(usable, (input / output).sqrt(), torch.ones_like(input))
+    # A ratio that over- or underflows is no split either, and must not become a shift of zero or infinity.
+    return torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio))
 
 
 def exact(block: Block, damping: float) -> Shift:

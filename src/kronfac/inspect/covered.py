@@ -17,7 +17,7 @@ from kronfac.inspect.text import frame, plain, size, table
 from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.tape import couples_examples
 
-DAMPING_RULES = ("factored", "exact")
+DAMPING_RULES = ("factored", "exact", "normal", "trace_restricted")
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,8 @@ def coverage(
         sharing: ``"expand"`` or ``"reduce"``.
         norm: ``"unitwise"`` or ``"full"`` blocks of normalisation layers.
         damping_rule: How the inverses that are counted are damped: ``"factored"`` keeps two inverse factors,
-            ``"exact"`` their eigenvectors and all products of their eigenvalues.
+            ``"exact"`` their eigenvectors and all products of their eigenvalues; ``"normal"`` and
+            ``"trace_restricted"`` are as ``"factored"``.
         dtype: float32 or float64, to count memory in; by default float64 for float64 layers and float32 for others.
 
     Returns:
@@ -239,7 +240,7 @@ def _layer_rows(
     if coupled:
         assumed.append("examples as independent, though batch norm in train mode couples them")
     state, reason = ("approximate", "; ".join(assumed)) if assumed else ("exact", description.holds)
-    inverse = description.inverse if rule == "factored" else description.exact_inverse
+    inverse = description.exact_inverse if rule == "exact" else description.inverse
     rows = {}
     for index, key in enumerate(adapter.parameter_names):
         memory = (0, 0) if index else (description.entries * entry, inverse * entry)

@@ -19,6 +19,7 @@ from kronfac.approximations.kfac import KFACStatistic
 from kronfac.approximations.nearest import NearestKroneckerStatistic
 from kronfac.approximations.prong import PRONGStatistic
 from kronfac.approximations.sua import SUAStatistic
+from kronfac.approximations.tkfac import TKFACStatistic
 from kronfac.layers import LayerAdapter
 
 
@@ -127,6 +128,29 @@ def _kronecker(layer: LayerAdapter, assumes: tuple[str, ...]) -> Description:
         exact_inverse=stack * (basis + 2 * d_in * d_out),
         holds="bias alone, its input is constant",
         assumes=assumes,
+    )
+
+
+@describe.register
+def _(statistic: TKFACStatistic) -> Description:
+    layer = statistic.layer
+    d_in, d_out, stack = layer.d_in, layer.d_out, math.prod(layer.stack)
+    input = d_in if layer.diagonal_input else d_in * d_in
+    basis = d_out * d_out + (0 if layer.diagonal_input else input)
+    left = f"diag {d_in}" if layer.diagonal_input else _times(d_in, d_in)
+    assumed = list(_factored_assumptions(layer))
+    if layer.has_weight:
+        # With a factor of one row nothing but the trace is left to be shared out.
+        assumed[:1] = ["one product that keeps both partial traces"] if min(d_in, d_out) > 1 else []
+    return Description(
+        kind="scaled kronecker, diagonal input" if layer.diagonal_input else "scaled kronecker",
+        factors=_repeated(layer, f"{left} (x) {_times(d_out, d_out)}"),
+        widths=(d_in, d_out),
+        entries=stack * (input + d_out * d_out),
+        inverse=stack * (input + d_out * d_out),
+        exact_inverse=stack * (basis + 2 * d_in * d_out),
+        holds="one factor has a single row: nothing is approximated",
+        assumes=tuple(assumed),
     )
 
 

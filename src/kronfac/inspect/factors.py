@@ -59,7 +59,9 @@ def input_ratio(block: Block, call: Call, weights: Tensor | None, generator: tor
     return max(found, key=lambda value: abs(value - 1))
 
 
-def output_traces(tape: Tape, outputs: Tensor, seeds: Sequence[Seed], *, apart: bool) -> dict[str, float]:
+def output_traces(
+    tape: Tape, outputs: Tensor, seeds: Sequence[Seed], *, apart: bool, inputs: bool = False
+) -> dict[str, float]:
     """Compute what ``D tr G`` must be for given cotangents of the outputs.
 
     Args:
@@ -68,6 +70,7 @@ def output_traces(tape: Tape, outputs: Tensor, seeds: Sequence[Seed], *, apart: 
         seeds: The cotangents, with their weights.
         apart: Pull each example's cotangent back by itself. Sampled ones are independent, and may be pulled together;
             an exact root's may not if anything in the model mixes examples.
+        inputs: Weigh each row by the squared norm of its input row: what TKFAC's ``D δ`` must be.
 
     Returns:
         ``Σ_seeds weight Σ_rows |g|²`` for each layer, where ``g`` is the seed pulled back to the layer's output.
@@ -77,9 +80,20 @@ def output_traces(tape: Tape, outputs: Tensor, seeds: Sequence[Seed], *, apart: 
         assert seed.cotangent is not None
         for root in _alone(seed.cotangent) if apart else [seed.cotangent]:
             for name, cotangent in tape.pull(outputs, root).items():
-                rows = _shared(tape.calls[name].adapter, cotangent).double()
-                totals[name] += seed.weight * float(rows.square().sum())
+                call = tape.calls[name]
+                rows = _shared(call.adapter, cotangent).double().square()
+                if inputs:
+                    rows = call.adapter.output_rows(cotangent).double().square().sum(-1) * norms(call)
+                totals[name] += seed.weight * float(rows.sum())
     return totals
+
+
+def norms(call: Call) -> Tensor:
+    """Squared norm of each input row, from the rows themselves where they can be formed: ``[B, S, *stack]``."""
+    adapter = call.adapter
+    if adapter.diagonal_input:  # one-hot rows as wide as the vocabulary
+        return adapter.input_norms(call.input).double()
+    return adapter.rows(call.input).double().square().sum(-1)
 
 
 def gradient_traces(parameters: Mapping[str, Tensor], outputs: Tensor, seeds: Sequence[Seed]) -> dict[str, float]:

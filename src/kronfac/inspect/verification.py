@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kronfac import reference
 from kronfac.approximations import KFAC, Approximation, get_approximation
 from kronfac.approximations.joint import require_per_layer
-from kronfac.blocks import Block, DiagonalKronecker, Kronecker
+from kronfac.blocks import Block, DiagonalKronecker, Kronecker, ScaledKronecker
 from kronfac.curvature import BlockDiagonal
 from kronfac.estimation import CoverageWarning, call_model, estimate, pick_outputs
 from kronfac.inspect import seeds
@@ -108,8 +108,12 @@ def verify(
         known = bool(factored) and not _averages(drawn, values)
         traces = output_traces(tape, graph, given, apart=not random) if known else {}
         checks = _factored_checks(one, factored, tape, traces, graph.detach(), likelihood, targets, seed)
+        scaled = [name for name, block in one.blocks.items() if isinstance(block, ScaledKronecker)]
+        if scaled:
+            deltas = output_traces(tape, graph, given, apart=drawn.exact, inputs=True)
+            checks |= _scale_checks(one, scaled, deltas, float(likelihood.denominator(graph.detach(), targets)))
         if method.keeps_trace and not couples_examples(model):
-            checks |= _trace_checks(one, factored, graph, likelihood, targets, given)
+            checks |= _trace_checks(one, factored + scaled, graph, likelihood, targets, given)
     spreads = _spreads(curvature_from, drawn, seed, means=method.passes == 1) if random else {}
     rows = []
     for layers in groups:
@@ -203,6 +207,14 @@ def _factored_checks(
         if name in traces:
             found[name]["output_factor"] = ratio(output_trace(block), traces[name] / denominator)
     return found
+
+
+def _scale_checks(
+    curvature: BlockDiagonal, scaled: list[str], deltas: Mapping[str, float], denominator: float
+) -> dict[str, dict[str, float]]:
+    """Traces of TKFAC's blocks over what they are defined to be, positions taken as uncorrelated."""
+    traces = {name: float(curvature.blocks[name].trace()) for name in scaled}
+    return {name: {"trace_factor": ratio(trace, deltas[name] / denominator)} for name, trace in traces.items()}
 
 
 def _trace_checks(

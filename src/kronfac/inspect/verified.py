@@ -38,8 +38,8 @@ class LayerCheck:
             farthest from 1. None for other blocks.
         output_factor: K-FAC's output factor: ``tr G`` over its exact value for the same cotangents of the outputs. None
             for other blocks, and for the recursive source with more than one example.
-        trace_factor: Other blocks: ``tr C`` over its exact value for the same cotangents. None for K-FAC's, and where
-            batch norm in train mode couples the examples.
+        trace_factor: Other blocks: ``tr C`` over its exact value for the same cotangents (TKFAC's: with positions taken
+            as uncorrelated). None for K-FAC's, and where batch norm in train mode couples the examples.
         norm_ratio: ``|C| / |F|``.
     """
 

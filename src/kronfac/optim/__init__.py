@@ -9,5 +9,6 @@ from kronfac.optim.growing_batches import GrowingBatches
 from kronfac.optim.hessian_free import HessianFree
 from kronfac.optim.kfac import KFAC
 from kronfac.optim.report import StepReport
+from kronfac.optim.tkfac import TKFAC
 
-__all__ = ["EKFAC", "KFAC", "KFLR", "KFRA", "AdaptiveKFAC", "GrowingBatches", "HessianFree", "StepReport"]
+__all__ = ["EKFAC", "KFAC", "KFLR", "KFRA", "TKFAC", "AdaptiveKFAC", "GrowingBatches", "HessianFree", "StepReport"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Unpack
 
@@ -47,7 +47,7 @@ class KFAC(Optimizer):
             or ``"diagonal"``, or an object.
         source: ``"sampled"`` (true Fisher), ``"exact"``, ``"empirical"``, ``"forward_only"``,
             ``"recursive"`` (KFRA's factors) or an object.
-        damping_rule: ``"factored"``, ``"exact"`` or a rule.
+        damping_rule: ``"factored"``, ``"exact"``, ``"normal"``, ``"trace_restricted"`` or a rule.
         stats_every: Statistics period ``T_s`` in steps.
         invert_every: Inverse period ``T_f``; before it, inverses are also refreshed at steps 1, 2, 4, 8, … For EKFAC
             that of the eigenvectors: the values in their basis enter the inverses whenever statistics are gathered.
@@ -266,7 +266,7 @@ class KFAC(Optimizer):
         renew = refresh if self._inverses_due else renew_values if self._gatherer.gathered else None
         if renew is not None:
             ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
-            renew(self._inverses, ready, self._damping, self._rule)
+            renew(self._inverses, ready, self._damping, self._rules())
         self._move({self._names[id(p)]: p.grad for p, _ in self._members() if p.grad is not None})
         if self._fallback is not None:
             self._fallback.step()
@@ -288,6 +288,10 @@ class KFAC(Optimizer):
             if id(parameter) in own:
                 return float(group["damping"]) + (0.0 if group["decoupled_weight_decay"] else group["weight_decay"])
         return float(self.defaults["damping"])
+
+    def _rules(self) -> Rule | Mapping[str, Rule]:
+        """How damping is added: one rule for all layers, or one for each by name."""
+        return self._rule
 
     def _check_statistics(self) -> None:
         if self._stats_due and self._gatherer.gathered == 0:

@@ -15,7 +15,10 @@ from kronfac.linalg.factorise import invert
 
 
 def refresh(
-    inverses: dict[str, Inverse], statistics: Mapping[str, Statistic], damping: Callable[[str], float], rule: Rule
+    inverses: dict[str, Inverse],
+    statistics: Mapping[str, Statistic],
+    damping: Callable[[str], float],
+    rule: Rule | Mapping[str, Rule],
 ) -> None:
     """Renew eigenbases that are kept, and factorise the damped blocks of all layers, equal shapes together.
 
@@ -26,7 +29,7 @@ def refresh(
         inverses: Inverses by layer, replaced one group after the other.
         statistics: The layers' running statistics.
         damping: Damping of a layer.
-        rule: How it is added.
+        rule: How it is added: a rule for all layers, or one for each by name.
     """
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, statistic in statistics.items():
@@ -40,7 +43,10 @@ def refresh(
 
 
 def renew_values(
-    inverses: dict[str, Inverse], statistics: Mapping[str, Statistic], damping: Callable[[str], float], rule: Rule
+    inverses: dict[str, Inverse],
+    statistics: Mapping[str, Statistic],
+    damping: Callable[[str], float],
+    rule: Rule | Mapping[str, Rule],
 ) -> None:
     """Bring inverses whose eigenbasis is kept up to date between two refreshes: reciprocals alone.
 
@@ -56,10 +62,14 @@ def renew_values(
 
 
 def _refresh_equal(
-    names: list[str], statistics: Mapping[str, Statistic], damping: Callable[[str], float], rule: Rule
+    names: list[str],
+    statistics: Mapping[str, Statistic],
+    damping: Callable[[str], float],
+    rule: Rule | Mapping[str, Rule],
 ) -> dict[str, Inverse]:
     blocks = {name: statistics[name].block() for name in names}
-    shifts = {name: rule(block, damping(name)) for name, block in blocks.items()}
+    rules = rule if isinstance(rule, Mapping) else dict.fromkeys(names, rule)
+    shifts = {name: rules[name](block, damping(name)) for name, block in blocks.items()}
     if all(isinstance(blocks[n], Kronecker) and isinstance(shifts[n], PerFactor) for n in names):
         sides: dict[str, list[Tensor]] = {}
         factors = {

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from kronfac.experiments.errors import UnknownNameError
-from kronfac.experiments.optimizers import adaptive, ekfac, first_order, kfac
+from kronfac.experiments.optimizers import adaptive, ekfac, first_order, kfac, tkfac
 from kronfac.experiments.optimizers.base import OptimizerSpec
-
-__all__ = ["OPTIMIZERS", "OptimizerSpec", "get_optimizer"]
 
 #: Every optimiser, by name.
 OPTIMIZERS: dict[str, OptimizerSpec] = {
@@ -16,6 +14,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         kfac.FAMILY,
         adaptive.FAMILY,
         ekfac.FAMILY,
+        tkfac.FAMILY,
     )
     for spec in family
 }
@@ -36,3 +35,6 @@ def get_optimizer(name: str) -> OptimizerSpec:
     if name not in OPTIMIZERS:
         raise UnknownNameError("optimiser", name, OPTIMIZERS)
     return OPTIMIZERS[name]
+
+
+__all__ = ["OPTIMIZERS", "OptimizerSpec", "get_optimizer"]
