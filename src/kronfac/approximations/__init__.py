@@ -11,6 +11,7 @@ from kronfac.approximations.kfac import KFAC
 from kronfac.approximations.nearest import NearestKronecker
 from kronfac.approximations.prong import PRONG
 from kronfac.approximations.sua import SUA
+from kronfac.approximations.tekfac import TEKFAC
 from kronfac.approximations.tkfac import TKFAC
 from kronfac.approximations.tridiagonal import KFACTridiagonal
 
@@ -20,6 +21,7 @@ APPROXIMATIONS: dict[str, type[Approximation]] = {
         KFAC,
         TKFAC,
         EKFAC,
+        TEKFAC,
         KFACTridiagonal,
         NearestKronecker,
         SUA,
@@ -59,6 +61,7 @@ __all__ = [
     "KFAC",
     "PRONG",
     "SUA",
+    "TEKFAC",
     "TKFAC",
     "Approximation",
     "DenseBlocks",
