@@ -288,3 +288,15 @@ def test_objects_and_options_reach_their_places() -> None:
     curvature = estimator.curvature()
     assert curvature.blocks["1"].shape == (4, 2)
     assert curvature.options == {"sharing": "expand", "norm": "full"}
+
+
+@pytest.mark.parametrize("source", ["sampled", "exact", "empirical", "recursive"])
+def test_batches_of_one_class_count_with_its_weight(source: str) -> None:
+    """Weights that are uniform within a batch are not uniform over the data."""
+    model = double(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)))
+    likelihood = kf.Categorical(torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64))
+    x, y = draw(7, 3), torch.tensor([0, 0, 1, 1, 1, 1, 2])
+    whole = kf.estimate(model, likelihood, (x, y), source=source)
+    parts = kf.estimate(model, likelihood, list(zip(x.split([2, 4, 1]), y.split([2, 4, 1]), strict=True)), source=source)
+    for name, block in whole.blocks.items():
+        torch.testing.assert_close(parts.blocks[name].tensors()["input"], block.tensors()["input"])

@@ -176,12 +176,10 @@ class Source(ABC):
             likelihood.validate(values, targets)  # type: ignore[arg-type]
             denominator = float(likelihood.denominator(values, targets))  # type: ignore[arg-type]
             weights = likelihood.row_weights(values, targets)  # type: ignore[arg-type]
-            if weights is not None and float(weights.min()) == float(weights.max()) > 0:
-                weights = None  # uniform: the same means by the cheaper unweighted forms
             if self.exact:
                 for call in tape.calls.values():
                     require_examples(call.adapter, call.input, len(values), f"source={self.name!r}")
-            rows = {name: align_weights(call.adapter, call.input, weights) for name, call in tape.calls.items()}
+            rows = {name: _unless_ones(align_weights(c.adapter, c.input, weights)) for name, c in tape.calls.items()}
             for index, seed in enumerate(self.seeds(likelihood, values, targets, generator)):
 
                 def sample(name: str, cotangent: Tensor | None, seed: Seed = seed, first: bool = index == 0) -> Sample:
@@ -231,6 +229,11 @@ def require_examples(adapter: LayerAdapter, x: Tensor, batch: int, what: str) ->
             f"{first}, not the batch of {batch}: examples are summed or interleaved there. Keep the batch first "
             "(expand position indices to [batch, positions]), or use approximation='kfac' with source='sampled'."
         )
+
+
+def _unless_ones(weights: Tensor | None) -> Tensor | None:
+    """Drop weights that are all one, for the cheaper unweighted forms; others count against other batches' rows."""
+    return None if weights is None or bool((weights == 1).all()) else weights
 
 
 def _first_not_finite(tape: Tape) -> str:
