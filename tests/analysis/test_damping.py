@@ -60,7 +60,9 @@ def test_figures_against_dense_damped_blocks(damping: float) -> None:
 
 @pytest.mark.parametrize("rule", sorted(kf.damping.RULES))
 def test_every_registered_rule_can_be_looked_at(rule: str) -> None:
-    curvature = kf.estimate(network().eval(), kf.Categorical(), data(), source="exact")
+    # This rule is that of one approximation.
+    approximation = "tkfac" if rule == "trace_restricted" else "kfac"
+    curvature = kf.estimate(network().eval(), kf.Categorical(), data(), approximation=approximation, source="exact")
     small, large = (damping_of(curvature, damping, [rule]) for damping in (1e-4, 1e-2))
     assert [row.layer for row in small] == list(curvature.blocks)
     assert all(row.inflation >= 0 for row in small)
@@ -74,6 +76,18 @@ def test_rules_of_your_own() -> None:
         return kf.damping.Uniform(0.1 * float(block.trace()) / block.shape.numel())
 
     assert {(row.rule, round(row.inflation, 9)) for row in damping_of(curvature, 1.0, [tenth])} == {("tenth", 0.1)}
+
+    class Restricted(kf.damping.Shift):
+        scale, input, output = torch.tensor(4.0), torch.tensor(0.5), 0.25
+
+    (_, _, row) = damping_of(curvature, 1.0, [lambda block, damping: Restricted()])
+    height, width = curvature.blocks["4"].shape
+    assert row.input_mean == pytest.approx(2.0 / width)
+    assert row.output_ratio == pytest.approx(0.25 / (2.0 / height))
+    damped = torch.kron(
+        torch.eye(height) * (2.0 / height + 0.25), torch.eye(width) * (2.0 / width + 0.5)
+    )  # any balanced factors of that trace
+    assert row.inflation == pytest.approx(float(damped.trace()) / row.trace - 1.0, rel=1e-6)
 
     class Strange(kf.damping.Shift):
         pass

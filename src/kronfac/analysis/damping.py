@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kronfac.analysis.measurement import along_training
 from kronfac.approximations import Approximation
-from kronfac.blocks import Block, PerFactor, Shift, Uniform
+from kronfac.blocks import Block, Shift, Uniform
 from kronfac.curvature import BlockDiagonal
 from kronfac.damping import Rule, check_damping, get_rule
 from kronfac.estimation import CoverageWarning, batches_of, estimate
@@ -42,14 +42,15 @@ class LayerDamping:
         rule: The damping rule.
         trace: Trace of the block (``delta`` of Gao et al.), before damping.
         mean: Mean eigenvalue of the block, its trace over its size.
-        input_mean: Mean eigenvalue of the input factor.
+        input_mean: Mean eigenvalue of the input factor that the rule adds to (rescaled, if the rule does that).
         output_mean: Mean eigenvalue of the output factor.
         input_added: What the rule adds to the input factor.
         output_added: What it adds to the output factor.
         input_ratio: The former over ``input_mean``.
         output_ratio: The latter over ``output_mean``.
         pi: ``sqrt(input_added / output_added)``; the ``pi`` of Martens & Grosse (2015, section 6.3) for ``"factored"``.
-        inflation: Trace of the damped block over that of the block, minus 1: over 1, damping outweighs curvature.
+        inflation: Trace of the damped block over that of the block, minus 1: over 1, damping outweighs curvature. A
+            rule that rescales the block inflates it by that as well.
         printed_input: ``sqrt(lambda) d_in / trace``, as printed in Figure 3(a).
         printed_output: ``sqrt(lambda) d_out / trace``, as printed in Figure 3(b).
         step: Steps of training done.
@@ -173,15 +174,22 @@ def _row(layer: str, rule: str, block: Block, shift: Shift, damping: float, step
     mean = trace / block.shape.numel()
     means = block.factor_means()
     inputs, outputs = means if means is not None else (torch.tensor(math.nan), torch.tensor(math.nan))
-    if isinstance(shift, PerFactor):
-        added_in, added_out = (_like(value, inputs) for value in (shift.input, shift.output))
-        damped = ((inputs + added_in) * (outputs + added_out)).double().mean()
-        inflation = _ratio(float(damped), mean) - 1.0
-    elif isinstance(shift, Uniform):
+    if isinstance(shift, Uniform):
         added_in = added_out = torch.full_like(inputs, math.nan)
         inflation = _ratio(shift.value, mean)
+    elif hasattr(shift, "input") and hasattr(shift, "output"):
+        # Where the rule changes the scale of the block too, it adds to balanced factors of that scale.
+        scale = getattr(shift, "scale", None)
+        if scale is not None:
+            inputs, outputs = _like(scale, inputs).sqrt() / width, _like(scale, outputs).sqrt() / height
+        added_in, added_out = _like(shift.input, inputs), _like(shift.output, outputs)
+        damped = ((inputs + added_in) * (outputs + added_out)).double().mean()
+        inflation = _ratio(float(damped), mean) - 1.0
     else:
-        raise TypeError(f"rule {rule!r} gave a {type(shift).__name__} for layer {layer!r}; PerFactor or Uniform it is")
+        raise TypeError(
+            f"rule {rule!r} gave a {type(shift).__name__} for layer {layer!r}: neither one number for the block "
+            "nor one for each factor"
+        )
     return LayerDamping(
         layer=layer,
         rule=rule,
