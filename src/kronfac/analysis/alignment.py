@@ -97,7 +97,7 @@ def alignment(
         tolerance: Relative residual of conjugate gradients; by default 1e-8 in float64 and 1e-4 in float32. Cosines are
             much closer than that: their error is of second order.
         max_iterations: Iterations of one solve at most.
-        precondition: Whether to precondition by KFAC. The solution is the same.
+        precondition: Whether to precondition the solves with single blocks by KFAC. The solution is the same.
         sharing: Weight sharing over positions, ``"expand"`` or ``"reduce"``.
         norm: ``"unitwise"`` or ``"full"`` blocks of normalisation layers in approximations; a *layer* of the exact
             block-diagonal matrix is always a whole module.

@@ -62,7 +62,7 @@ class Solver:
         tolerance: Relative residual to reach.
         max_iterations: Iterations of one solve at most.
         layouts: Layers and their parameters.
-        inverse: A KFAC inverse as preconditioner, or None.
+        inverse: A KFAC inverse as preconditioner of single blocks, or None.
     """
 
     scene: Scene
@@ -73,7 +73,10 @@ class Solver:
     inverse: CurvatureInverse | None
 
     def full(self, gradient: NamedTensors) -> Update:
-        """Solve with the whole matrix over the gradient's parameters.
+        """Solve with the whole matrix over the gradient's parameters, not preconditioned.
+
+        KFAC, which halves the iterations for single blocks, would add to them here: 61 instead of 41 for a perceptron,
+        110 instead of 79 for an autoencoder. What couples the layers it makes harder to see.
 
         Args:
             gradient: The gradient.
@@ -81,7 +84,7 @@ class Solver:
         Returns:
             The update.
         """
-        return self._solve(dict(gradient), None if self.inverse is None else self.inverse.apply)
+        return self._solve(dict(gradient), None)
 
     def block_diagonal(self, gradient: NamedTensors) -> dict[str, Update]:
         """Solve with each layer's diagonal block, passing only through that layer and those above.
@@ -126,7 +129,7 @@ class Solver:
 
 
 def kfac_preconditioner(scene: Scene, damping: float, sharing: str, norm: str, seed: int) -> CurvatureInverse:
-    """A KFAC inverse, which takes conjugate gradients to the solution in far fewer iterations.
+    """A KFAC inverse, with which conjugate gradients need about half the iterations for a layer's block.
 
     It has no part in the solution itself: a few sampled labels are enough.
 
