@@ -128,11 +128,15 @@ def write_table(settings: TableSettings, rows: Sequence[Row], folder: Path, comm
         The files.
     """
     write_text(folder / MARKDOWN, markdown(settings, rows, command))
-    write_csv(folder / CSV, rows)
+    write_csv(folder / CSV, [{key: _rounded(value) for key, value in row.items()} for row in rows])
     for path in (folder / PARTS).glob("*.json"):
         path.unlink()
     (folder / PARTS).rmdir()
     return [folder / MARKDOWN, folder / CSV]
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def markdown(settings: TableSettings, rows: Sequence[Row], command: str) -> str:
