@@ -54,7 +54,6 @@ def test_pairs_make_the_exact_block() -> None:
 
 
 def test_errors_stay_within_their_bounds() -> None:
-    pytest.importorskip("kronfac.approximations.bounds")
     rows = error_during_training(
         classifier(),
         kf.Categorical(),

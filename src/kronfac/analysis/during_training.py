@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +12,12 @@ from kronfac.analysis.error import NETWORK, Row, approximation_error
 from kronfac.analysis.exact import gather
 from kronfac.analysis.scene import Scene, methods_of, sources_of
 from kronfac.approximations import Approximation
+from kronfac.approximations.bounds import kfac_error_bound, tkfac_error_bound
 from kronfac.likelihoods import Likelihood
 from kronfac.sources import Source
 
-#: Where the bounds live, and what they are of.
-_HOME = "kronfac.approximations.bounds"
-_BOUNDS = {"kfac": "kfac_error_bound", "tkfac": "tkfac_error_bound"}
+#: Bounds on the errors of the approximations that have one.
+_BOUNDS = {"kfac": kfac_error_bound, "tkfac": tkfac_error_bound}
 
 
 def error_during_training(
@@ -127,14 +125,11 @@ def _bounds(
     memory_limit: int,
 ) -> dict[str, dict[str, float]]:
     """``{approximation: {layer: bound}}``."""
-    if importlib.util.find_spec(_HOME) is None:
-        return {}
-    functions = importlib.import_module(_HOME)
     scene = Scene.of(model, likelihood, data, layers=layers, outputs=outputs)
     pairs = gather(scene, memory_limit, keep_pairs=True).pairs
     return {
-        method: {layer: float(getattr(functions, name)(a, u)) for layer, (a, u) in pairs.items()}
-        for method, name in _BOUNDS.items()
+        method: {layer: float(function(a, u)) for layer, (a, u) in pairs.items()}
+        for method, function in _BOUNDS.items()
     }
 
 

@@ -161,8 +161,8 @@ def markdown(settings: TableSettings, rows: Sequence[Row], command: str) -> str:
     headings = ["problem", "training", "approximation"]
     for source in settings.sources:
         drawn = f"{source} ({settings.samples})" if source == "sampled" else source
-        headings += [f"{drawn}: error", "trace", "update"]
-    lines = ["| " + " | ".join(headings) + " |", "| --- | --- | --- |" + " ---: |" * (3 * len(settings.sources))]
+        headings += [f"{drawn}: error", "trace", "update", "whole"]
+    lines = ["| " + " | ".join(headings) + " |", "| --- | --- | --- |" + " ---: |" * (4 * len(settings.sources))]
     for problem in settings.problems:
         for steps in (0, settings.train_steps):
             state = "none" if steps == 0 else f"{steps} steps"
@@ -182,19 +182,22 @@ def markdown(settings: TableSettings, rows: Sequence[Row], command: str) -> str:
 
 
 def _figures(row: Row, rivals: Sequence[Row], notes: list[str]) -> list[str]:
-    """Error, trace ratio and update cosine; bold where none but the exact block does better."""
+    """Error, trace ratio and cosines of updates; bold where none but the exact block does better."""
     if row["refused"]:
-        return [f"refused ({_note(row['refused'], notes)})", "–", "–"]
+        return [f"refused ({_note(row['refused'], notes)})", "–", "–", "–"]
     fine = [each for each in rivals if not each["refused"]]
     error = f"{row['error']:.3f}"
     if row in fine and row["error"] == min(each["error"] for each in fine):
         error = f"**{error}**"
-    update = "–" if row["update_cosine"] is None else f"{row['update_cosine']:.3f}"
-    if row in fine and row["update_cosine"] == max(each["update_cosine"] or 0.0 for each in fine):
-        update = f"**{update}**"
+    updates = []
+    for key in ("update_cosine", "full_update_cosine"):
+        update = "–" if row[key] is None else f"{row[key]:.3f}"
+        if row in fine and row[key] is not None and row[key] == max(each[key] or 0.0 for each in fine):
+            update = f"**{update}**"
+        updates.append(update)
     if row["note"]:
-        update += f" ({_note(row['note'], notes)})"
-    return [error, f"{row['trace_ratio']:.3f}", update]
+        updates[0] += f" ({_note(row['note'], notes)})"
+    return [error, f"{row['trace_ratio']:.3f}", *updates]
 
 
 def _note(text: str, notes: list[str]) -> int:
