@@ -145,8 +145,10 @@ def test_diagonals_hold_few_gradients_at_once(monkeypatch: pytest.MonkeyPatch) -
     original = adapter.per_example_gradients
     monkeypatch.setattr(adapter, "per_example_gradients", lambda x, g: (seen.append(len(x)), original(x, g))[1])
     statistic = DiagonalBlocks().start(adapter)
-    statistic.add(Sample(adapter, draw(11, 3), draw(11, 2), 1.0, 11.0, 11, True))
+    statistic.add(Sample(adapter, draw(11, 4, 3), draw(11, 4, 2), 1.0, 11.0, 11, True))
     assert seen == [3, 3, 3, 2]
+    statistic.add(Sample(adapter, draw(11, 3), draw(11, 2), 1.0, 11.0, 11, True))
+    assert len(seen) == 4  # without positions no gradient is made at all
 
 
 def test_a_dense_block_that_is_too_large_is_refused_before_it_is_made() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, zeros
 from kronfac.blocks import Block, Diagonal
 from kronfac.layers import LayerAdapter
+from kronfac.linalg.symmetric import add_product_
 from kronfac.sources import Sample, require_examples
 
 #: Entries of per-example gradients held at once.
@@ -36,6 +38,13 @@ class DiagonalStatistic(Statistic):
         if sample.cotangents is None:
             raise ValueError("approximation='diagonal' needs cotangents.")
         require_examples(self.layer, sample.inputs, sample.batch, "approximation='diagonal'")
+        alpha = sample.weight * self.squares.alpha
+        if isinstance(self.layer.module, nn.Linear) and len(self.layer.positions(sample.inputs)) == 1:
+            # One outer product for each example: its square is the product of two squares.
+            sides = self.layer.expand_cotangents(sample.cotangents), self.layer.expand(sample.inputs)
+            left, right = (rows.squeeze(1).to(self.squares.total.dtype).square() for rows in sides)
+            add_product_(self.squares.total, left, right, alpha=alpha)
+            return
         per_chunk = max(1, CHUNK // max(1, self.layer.shape.numel()))
         pairs = zip(sample.inputs.split(per_chunk), sample.cotangents.split(per_chunk), strict=True)
         if sample.inputs.shape[0] <= per_chunk or self.layer.unit_wise:
@@ -43,7 +52,7 @@ class DiagonalStatistic(Statistic):
             pairs = iter([(sample.inputs, sample.cotangents)])  # type: ignore[assignment]
         for x, g in pairs:
             gradients = self.layer.per_example_gradients(x, g)
-            self.squares.total.add_(gradients.square().sum(0), alpha=sample.weight * self.squares.alpha)
+            self.squares.total.add_(gradients.square().sum(0), alpha=alpha)
 
     def block(self) -> Block:
         """Return the diagonal block."""
