@@ -18,7 +18,7 @@ import torch
 from workloads import NAMES, Workload, make
 
 import kronfac as kf
-from kronfac.optim import KFAC
+from kronfac.optim import KFAC, TKFAC
 
 
 def timed(function: Callable[[], object]) -> float:
@@ -40,6 +40,13 @@ def parts(work: Workload) -> dict[str, Callable[[], object]]:
         with optimizer.paused():
             work.forward_backward()
 
+    other = make(work.name)
+    paired = TKFAC(other.model, other.likelihood, lr=0.0, damping=1.0, stats_every=1, burn_in=0)
+
+    def with_paired_statistics() -> None:
+        other.forward_backward()
+        paired._gatherer.reset()
+
     with_statistics()
     optimizer.step()
     gradients = {name: p.grad for name, p in work.model.named_parameters() if p.grad is not None}
@@ -56,6 +63,7 @@ def parts(work: Workload) -> dict[str, Callable[[], object]]:
     return {
         "forward+backward": without,
         "with statistics": with_statistics,
+        "with statistics of TKFAC": with_paired_statistics,
         "inverse": inverse,
         "precondition": precondition,
     }
@@ -97,8 +105,9 @@ def measure(name: str, rounds: int) -> dict[str, dict[str, float]]:
     base = times.pop("forward+backward")
     result = {"forward+backward, ms": summary([1e3 * t for t in base])}
     middle = statistics.median(base)
-    extra = times.pop("with statistics")
-    result["statistics"] = summary([(t - b) / middle for t, b in zip(extra, base, strict=True)])
+    for whose in ("", " of TKFAC"):
+        extra = times.pop(f"with statistics{whose}")
+        result[f"statistics{whose}"] = summary([(t - b) / middle for t, b in zip(extra, base, strict=True)])
     for part, values in times.items():
         result[part] = summary([t / middle for t in values])
     kinds = ("sgd", "adamw", "kfac", "kfac, default clip")

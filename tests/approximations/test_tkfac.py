@@ -47,7 +47,7 @@ def convolutional() -> nn.Module:
             nn.Conv2d(4, 6, (2, 3), stride=2, groups=2),
             nn.GroupNorm(2, 6),
             nn.Flatten(),
-            nn.Linear(12, 3),
+            nn.Linear(36, 3),
         )
     )
 
@@ -131,7 +131,7 @@ def test_the_trace_is_that_of_the_dense_blocks_for_the_same_cotangents(loss: str
             likelihood,
             approximation=approximation,
             source=source,
-            samples=3,
+            samples=3 if source == "sampled" else 1,
             generator=torch.Generator().manual_seed(4),
         )
         for step, decay in enumerate((1.0, 0.9, 0.5)):

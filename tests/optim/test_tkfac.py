@@ -53,8 +53,7 @@ def test_the_first_step_by_hand(scheme: str) -> None:
     """``θ - α (damped block)⁻¹ ∇``, with (5.17) over all layers and convolutions not expanded."""
     model = network()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = make(model, scheme=scheme, nu=0.3, source="exact", damping=0.2)
-    gradients = {}
+    optimizer = make(model, scheme=scheme, nu=5.0, source="exact", damping=0.2)
     for parameter in model.parameters():
         parameter.grad = None
     F.cross_entropy(model(images(0)), LABELS).backward()
@@ -62,11 +61,11 @@ def test_the_first_step_by_hand(scheme: str) -> None:
     optimizer.step()
     curvature = optimizer.curvature()
     deltas = [b.tensors()["delta"] for name, b in curvature.blocks.items() if name != "3"]
-    beta = expansion(deltas, 0.3)
+    beta = expansion(deltas, 5.0)
     assert beta > 1.5, "the test would not see the expansion"
     for name, block in curvature.blocks.items():
         layout = curvature.layouts[name]
-        rule = normal if scheme == "normal" else TraceRestricted(0.3, beta if name == "5" else 1.0)
+        rule = normal if scheme == "normal" else TraceRestricted(5.0, beta if name == "5" else 1.0)
         own = {key: gradients[key] for key in layout.parameter_names}
         moved = layout.unpack(block.factorise(rule(block, 0.2)).apply(layout.pack(own)))
         for key, value in moved.items():
@@ -96,16 +95,6 @@ def test_a_resumed_run_is_the_run_that_never_stopped(options: dict[str, Any]) ->
     assert train(model, optimizer, range(5, 12)) == train(other, resumed, range(5, 12))
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
-
-
-def test_a_state_of_kfac_is_another_optimisers() -> None:
-    """Statistics of equal shapes, but other sums: only the block's scale would tell."""
-    model = network()
-    optimizer = make(model)
-    train(model, optimizer, range(1))
-    again = make(network())
-    again.load_state_dict(optimizer.state_dict())
-    assert again.curvature().trace() == optimizer.curvature().trace()
 
 
 def test_restricted_steps_do_not_depend_on_the_damping_without_norms() -> None:

@@ -52,8 +52,8 @@ class TKFACStatistic(Statistic):
         if inputs.shape != outputs.shape:
             raise ValueError(
                 f"Layer {layer.name!r}: its input has rows {tuple(inputs.shape)}, its cotangent "
-                f"{tuple(outputs.shape)}; approximation='tkfac' pairs them one by one. Call the layer with its "
-                "default sizes."
+                f"{tuple(outputs.shape)}; approximation='tkfac' pairs them one by one: call the layer with its "
+                "default output size."
             )
         if sample.first:
             self.input.weight += sample.denominator
