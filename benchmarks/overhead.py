@@ -1,9 +1,12 @@
 """Cost of each part of KFAC over one forward+backward, measured side by side in one run.
 
     python benchmarks/overhead.py [--workloads autoencoder,kfc,resnet20] [--rounds 30] [--threads 2] [--json FILE]
+        [--parts] [--processor-time]
 
 Every round runs each part once, in turn, so that what else the machine does falls on all of them alike; the figures are
 medians over rounds, as ratios to forward+backward of the same model and batch, with the quartiles of the ratio.
+``--parts`` leaves whole steps out; ``--processor-time`` with one thread counts what this process was given, for a
+machine that is shared.
 """
 
 from __future__ import annotations
@@ -20,12 +23,16 @@ from workloads import NAMES, Workload, make
 import kronfac as kf
 from kronfac.optim import KFAC, TKFAC
 
+CLOCKS = {False: time.perf_counter, True: time.process_time}
+processor_time = False
+
 
 def timed(function: Callable[[], object]) -> float:
     """Seconds of one call."""
-    start = time.perf_counter()
+    clock = CLOCKS[processor_time]
+    start = clock()
     function()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def parts(work: Workload) -> dict[str, Callable[[], object]]:
@@ -93,7 +100,7 @@ def whole(work: Workload, kind: str, steps: int) -> Callable[[], float]:
     return lambda: sum(timed(one) for _ in range(steps)) / steps
 
 
-def measure(name: str, rounds: int) -> dict[str, dict[str, float]]:
+def measure(name: str, rounds: int, parts_only: bool) -> dict[str, dict[str, float]]:
     """Ratios of all parts of one workload."""
     functions = parts(make(name))
     times: dict[str, list[float]] = {part: [] for part in functions}
@@ -110,6 +117,8 @@ def measure(name: str, rounds: int) -> dict[str, dict[str, float]]:
         result[f"statistics{whose}"] = summary([(t - b) / middle for t, b in zip(extra, base, strict=True)])
     for part, values in times.items():
         result[part] = summary([t / middle for t in values])
+    if parts_only:
+        return result
     kinds = ("sgd", "adamw", "kfac", "kfac, default clip")
     steps = {kind: whole(make(name), kind, 100 if kind.startswith("kfac") else 20) for kind in kinds}
     plain = make(name)
@@ -138,9 +147,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json")
+    parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--processor-time", action="store_true")
     options = parser.parse_args()
+    global processor_time
+    processor_time = options.processor_time
     torch.set_num_threads(options.threads)
-    results = {name: measure(name, options.rounds) for name in options.workloads.split(",")}
+    results = {name: measure(name, options.rounds, options.parts) for name in options.workloads.split(",")}
     rows = list(next(iter(results.values())))
     print(f"torch {torch.__version__}, kronfac {kf.__version__}, {options.threads} threads, float32")
     print("| over forward+backward | " + " | ".join(results) + " |")

@@ -17,7 +17,9 @@ def coverage(
     problem: Problem,
     approximation: Approximation = "kfac",
     norm: Norm = "unitwise",
-    damping_rule: Annotated[str, typer.Option(help="How inverses are damped: factored or exact.")] = "factored",
+    damping_rule: Annotated[
+        str, typer.Option(help="How inverses are damped: factored, exact, normal or trace_restricted.")
+    ] = "factored",
     as_json: Json = False,
 ) -> None:
     """Show which block each parameter of a network gets, its size and memory, and whether it is exact. Needs no data.
