@@ -47,11 +47,15 @@ def test_both_forms_equal_the_rows_over_a_grid_of_shapes(case: Convolution, apar
 
 @pytest.mark.parametrize("entries", [1, 40, 1 << 21])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_moments_do_not_depend_on_the_chunks(entries: int, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer wide enough for kernel lines and for symmetric panels."""
+@pytest.mark.parametrize("channels", [2, 90])
+def test_moments_do_not_depend_on_the_chunks(
+    entries: int, stride: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer wide enough for kernel lines and for symmetric panels, and a narrow one."""
     monkeypatch.setattr("kronfac.layers.conv_lines.UNFOLDED", entries)
-    monkeypatch.setattr(module_under_test, "UNFOLDED", entries)
-    case = Convolution(90, 1, (5, 4), (3, 3), (stride, 1), (1, 1), (1, 1), "zeros", True, 3)
+    monkeypatch.setattr(module_under_test, "PATCH_ENTRIES", entries)
+    monkeypatch.setattr(module_under_test, "PATCH_ROWS", 1)
+    case = Convolution(channels, 1, (5, 4), (3, 3), (stride, 1), (1, 1), (1, 1), "zeros", True, 3)
     module, x = case.module(), case.input()
     adapter = adapt(module, "conv")
     rows = torch.cat((rows_by_forward(module, x)[0], torch.ones(len(x) * adapter.positions(x)[1] * 4, 1)), -1)

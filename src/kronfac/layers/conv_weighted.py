@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from kronfac.layers.conv_lines import (
-    UNFOLDED,
     LinePair,
     add_block_,
     examples_at_once,
@@ -28,6 +27,10 @@ from kronfac.layers.conv_lines import (
 from kronfac.layers.geometry import Geometry
 from kronfac.linalg.symmetric import add_product_
 
+#: Entries of whole patches, and least number of patches, held at once: what the second-level cache of a core holds.
+PATCH_ENTRIES, PATCH_ROWS = 1 << 18, 1 << 11
+#: The same for an accelerator: 128 MB in float32.
+PATCH_ENTRIES_ACCELERATOR = 1 << 25
 #: Narrower rows are formed whole: products of their single kernel lines would run at a low rate.
 NARROW = 64
 #: Height of the panels of a symmetric product of lines, the best of 32, 40, 80 and 160 for a width of 160.
@@ -68,8 +71,9 @@ def add_weighted_conv_gram_(
 def _add_patches_(total: Tensor, x: Tensor, geometry: Geometry, weights: Tensor, alpha: float) -> Tensor:
     """Add the moment by whole patches; return the weighted sum of rows ``[groups, d]``."""
     sums = total.new_zeros(total.shape[:2])
-    per_example = total.shape[0] * total.shape[-1] * weights.shape[1]
-    at_once = max(1, UNFOLDED // max(1, per_example))
+    entries = PATCH_ENTRIES if x.device.type == "cpu" else PATCH_ENTRIES_ACCELERATOR
+    rows = max(PATCH_ROWS, entries // (total.shape[0] * total.shape[-1]))
+    at_once = max(1, rows // max(1, weights.shape[1]))
     for part, weight in zip(x.split(at_once), weights.split(at_once), strict=True):
         columns = _patch_columns(part, geometry)
         left = columns * weight.flatten(0, 1).T.unsqueeze(1)
