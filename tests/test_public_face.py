@@ -38,6 +38,7 @@ CONTRACT = [
     "load",
     "optim.EKFAC",
     "optim.KFAC",
+    "optim.TKFAC",
     "reference.empirical_fisher",
     "reference.fisher",
     "reference.ggn",
