@@ -59,7 +59,7 @@ def error_curves(
         axes.set_yscale("log")
         plain_logarithms(axes)
     if axes.lines:
-        axes.legend(frameon=False, fontsize="small")
+        _legend_beside(axes)
     return dress(axes, title, "steps", y_label)
 
 
@@ -100,5 +100,10 @@ def layer_errors(
     )
     axes.set_ylim(bottom=0)
     if axes.collections:
-        axes.legend(frameon=False, fontsize="small")
+        _legend_beside(axes)
     return dress(axes, title, "", y_label)
+
+
+def _legend_beside(axes: Axes) -> None:
+    """There are too many names for a place inside the picture that no line crosses."""
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
