@@ -297,6 +297,8 @@ def test_batches_of_one_class_count_with_its_weight(source: str) -> None:
     likelihood = kf.Categorical(torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64))
     x, y = draw(7, 3), torch.tensor([0, 0, 1, 1, 1, 1, 2])
     whole = kf.estimate(model, likelihood, (x, y), source=source)
-    parts = kf.estimate(model, likelihood, list(zip(x.split([2, 4, 1]), y.split([2, 4, 1]), strict=True)), source=source)
+    parts = kf.estimate(
+        model, likelihood, list(zip(x.split([2, 4, 1]), y.split([2, 4, 1]), strict=True)), source=source
+    )
     for name, block in whole.blocks.items():
         torch.testing.assert_close(parts.blocks[name].tensors()["input"], block.tensors()["input"])

@@ -146,5 +146,17 @@ def test_without_a_folder_the_hub_is_asked_and_its_failure_told(
 
 
 def test_an_unknown_dataset_is_refused() -> None:
-    with pytest.raises(ExperimentError, match="unknown dataset 'mnits'; known: digits, mnist"):
+    with pytest.raises(ExperimentError, match="unknown dataset 'mnits'; known: digits, curves, mnist"):
         datasets.load("mnits")
+
+
+def test_curves_are_drawn_alike_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kronfac.experiments.datasets.curves.TRAIN", 3_000)
+    monkeypatch.setattr("kronfac.experiments.datasets.curves.TEST", 1_000)
+    first, again = datasets.load("curves"), datasets.load("curves")
+    assert first.train.images.shape == (3_000, 1, 28, 28)
+    assert first.test.images.shape == (1_000, 1, 28, 28)
+    assert torch.equal(first.train.images, again.train.images)
+    ink = first.pixels(first.train).sum((1, 2, 3))
+    assert 5 < float(ink.min()) < float(ink.max()) < 200  # each is a stroke
+    assert len(first.train.images.flatten(1).unique(dim=0)) == 3_000

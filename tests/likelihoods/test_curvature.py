@@ -134,7 +134,8 @@ def test_random_cotangents_have_the_hessian_as_second_moment(
     fourth = (drawn**2).T @ drawn**2 / copies
     error = (fourth - moment**2).clamp(min=0).div(copies).sqrt()
     # Cross terms between examples and positions vanish too, which is why all pairs are looked at.
-    assert ((moment - expected).abs() <= 5 * error + 1e-12).all()
+    # Where a draw does not vary at all, the sum over forty thousand copies still rounds.
+    assert ((moment - expected).abs() <= 5 * error + 1e-10).all()
 
 
 @pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Gaussian()], ids=repr)
