@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"blocks", "tape"},
     {"layers", "likelihoods", "plots"},
     {"linalg"},
-    {"_typing"},
+    {"_typing", "forwards"},
 ]
 HEIGHTS = {name: len(FLOORS) - i for i, names in enumerate(FLOORS) for name in names}
 #: Neighbours on one floor that may nevertheless import each other in this one direction.

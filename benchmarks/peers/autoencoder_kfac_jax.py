@@ -4,7 +4,7 @@
     python benchmarks/peers/autoencoder_kfac_jax.py FOLDER
 
 Adaptive learning rate, momentum and damping; damping starts at 150, inverses every 5 steps, 5 burn-in passes,
-statistics with decay 0.95. Writes FOLDER/kfac_jax.jsonl, in the form of autoencoder_kronfac.py.
+statistics with decay 0.95. Writes FOLDER/kfac_jax.jsonl by default, in the form of autoencoder_kronfac.py.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--inverse-every", type=int, default=5)
     parser.add_argument("--burn-in", type=int, default=5)
+    parser.add_argument("--damping", type=float, default=150.0, help="initial damping")
+    parser.add_argument("--out", default="kfac_jax.jsonl")
     options = parser.parse_args()
     start = np.load(options.folder / "start.npz")
     images = start["images"].astype(np.float32) / 255
@@ -57,7 +59,7 @@ def main() -> None:
         use_adaptive_learning_rate=True,
         use_adaptive_momentum=True,
         use_adaptive_damping=True,
-        initial_damping=150.0,
+        initial_damping=options.damping,
         damping_adaptation_interval=5,
         damping_adaptation_decay=0.95,
         min_damping=1e-5,
@@ -76,7 +78,7 @@ def main() -> None:
     batches = [images[start["order"][a:b]] for a, b in pairwise(edges)]
     key = jax.random.PRNGKey(0)
     state = optimizer.init(params, key, batches[0])
-    with open(options.folder / "kfac_jax.jsonl", "w") as file:
+    with open(options.folder / options.out, "w") as file:
         for step, batch in enumerate(batches):
             batch = jnp.asarray(batch)
             key, sub = jax.random.split(key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ from kronfac.approximations import Approximation, JointApproximation, JointStati
 from kronfac.approximations.joint import whole_pulls
 from kronfac.curvature import BlockDiagonal
 from kronfac.curvature_coupled import CoupledCurvature, coupled_curvature
+from kronfac.forwards import batches_of, call_model, pick_outputs, with_progress
 from kronfac.layers import Adaptation, adapt_model
 from kronfac.likelihoods import Likelihood
 from kronfac.sources import Sample, Source, get_source
@@ -325,7 +325,7 @@ def _read(estimator: Estimator, loader: Any, outputs: Callable[[Any], Tensor] | 
     """Take in all of a loader once, and return its number of batches."""
     count = 0
     with frozen_buffers(estimator.model):
-        for inputs, targets in _progress(batches_of(loader), loader, progress):
+        for inputs, targets in with_progress(batches_of(loader), loader, progress):
             with torch.enable_grad(), record(estimator.adaptation.adapters) as tape:
                 out = pick_outputs(call_model(estimator.model, inputs), outputs)
             estimator.update(tape, out, targets)
@@ -343,82 +343,6 @@ def _readable(approximation: Approximation, fault: str) -> str:
 def _seed_of_pass(seed: int, index: int) -> int:
     # Far from the seeds that a caller who counts upwards would use.
     return seed if index == 0 else (seed + index * 0x9E3779B97F4A7C15) % 2**63
-
-
-def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model with a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
-
-    Args:
-        model: The model.
-        inputs: Its input.
-
-    Returns:
-        What the model returns.
-    """
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
-
-
-def pick_outputs(value: Any, pick: Callable[[Any], Tensor] | None) -> Tensor:
-    """Return the output tensor.
-
-    Args:
-        value: What the model returned.
-        pick: The user's ``outputs=``.
-
-    Returns:
-        The tensor.
-
-    Raises:
-        TypeError: It is none.
-    """
-    out = value if pick is None else pick(value)
-    if not isinstance(out, Tensor):
-        raise TypeError(
-            f"The model's outputs are of type {type(out).__name__}, not a tensor; say which tensor is meant, e.g. "
-            "outputs=lambda out: out.logits."
-        )
-    return out
-
-
-def batches_of(loader: Iterable[Any] | tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
-    """Iterate over ``(inputs, targets)``; a single pair counts as one batch.
-
-    Args:
-        loader: Iterable of pairs, or a pair whose first entry is a tensor or a mapping.
-
-    Yields:
-        Pairs.
-
-    Raises:
-        TypeError: It is not iterable, or an entry is no pair.
-    """
-    if not isinstance(loader, Iterable):
-        raise TypeError(f"loader must be an iterable of pairs (inputs, targets), not {type(loader).__name__}.")
-    single = isinstance(loader, (tuple, list)) and len(loader) == 2 and isinstance(loader[0], (Tensor, Mapping))
-    for batch in [loader] if single else loader:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise TypeError(f"loader must give pairs (inputs, targets), not {type(batch).__name__}.")
-        yield batch[0], batch[1]
-
-
-def _progress(pairs: Iterator[tuple[Any, Any]], loader: Any, show: bool) -> Iterator[tuple[Any, Any]]:
-    if not show:
-        yield from pairs
-        return
-    total = len(loader) if hasattr(loader, "__len__") and not isinstance(loader, tuple) else None
-    try:
-        from rich.progress import track
-    except ImportError:
-        for count, pair in enumerate(pairs, 1):
-            print(f"\rcurvature: batch {count}{'' if total is None else f' of {total}'}", end="", file=sys.stderr)
-            yield pair
-        print(file=sys.stderr)
-        return
-    yield from track(pairs, description="curvature", total=total, transient=True)
 
 
 def _reasons(uncovered: Mapping[str, str]) -> str:

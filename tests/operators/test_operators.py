@@ -305,7 +305,7 @@ def test_refusals() -> None:
         HessianOperator(model, likelihood, (X, Y), parameters=[])
     with pytest.raises(ValueError, match=r"loader is empty"):
         GaussNewtonOperator(model, likelihood, []).quadratic_form(vector)
-    with pytest.raises(TypeError, match=r"pairs.*got Tensor"):
+    with pytest.raises(TypeError, match=r"pairs.*not Tensor"):
         GaussNewtonOperator(model, likelihood, [X]).matmul(vector)
     operator = GaussNewtonOperator(model, likelihood, (X, Y))
     with pytest.raises(ValueError, match=r"missing \['2.bias'\], unknown \['3.bias'\]"):

@@ -131,6 +131,16 @@ def test_the_report_says_what_happened() -> None:
     assert optimizer.report.to_dict()["step"] == 1
 
 
+def test_pi_is_that_of_the_factors() -> None:
+    model, x, y = problem()
+    optimizer = kf.optim.AdaptiveKFAC(model, kf.Categorical())
+    train(optimizer, model, 3, x, y)
+    for name, block in optimizer.curvature().blocks.items():
+        a, g = block.tensors()["input"], block.tensors()["output"]
+        wanted = (a.trace() / len(a) / (g.trace() / len(g))).sqrt()
+        assert optimizer.pi()[name] == pytest.approx(float(wanted), rel=1e-12)
+
+
 def test_a_step_that_raises_the_loss_is_taken_back() -> None:
     model, x, y = problem()
     optimizer = kf.optim.AdaptiveKFAC(model, kf.Categorical(), damping=1e-9)

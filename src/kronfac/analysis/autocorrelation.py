@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronfac.estimation import batches_of, call_model
+from kronfac.forwards import batches_of, call_model
 from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.layers.base import require_float
 from kronfac.layers.conv import ConvAdapter

@@ -23,7 +23,8 @@ from kronfac.approximations import Approximation
 from kronfac.blocks import Block, Shift, Uniform
 from kronfac.curvature import BlockDiagonal
 from kronfac.damping import Rule, check_damping, get_rule
-from kronfac.estimation import CoverageWarning, batches_of, estimate
+from kronfac.estimation import CoverageWarning, estimate
+from kronfac.forwards import batches_of
 from kronfac.likelihoods import Likelihood
 from kronfac.operators.passes import same_random_state
 from kronfac.sources import Source

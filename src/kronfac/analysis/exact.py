@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kronfac.analysis.scene import Scene, measure
-from kronfac.estimation import call_model, pick_outputs
+from kronfac.forwards import call_model, pick_outputs
 from kronfac.inspect.text import size
 from kronfac.sources import Exact, Sample
 from kronfac.tape import frozen_buffers, record

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronfac.estimation import batches_of, call_model
+from kronfac.forwards import batches_of, call_model
 from kronfac.layers import adapt_model
 from kronfac.layers.conv import ConvAdapter
 from kronfac.likelihoods import Likelihood

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kronfac.estimation import batches_of
+from kronfac.forwards import batches_of
 from kronfac.likelihoods import Likelihood
 from kronfac.operators.passes import Pick, leaves, run
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfac.approximations import APPROXIMATIONS, Approximation, get_approximation
-from kronfac.estimation import batches_of, call_model, pick_outputs
+from kronfac.forwards import batches_of, call_model, pick_outputs
 from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.likelihoods import Likelihood
 from kronfac.sources import SOURCES, Empirical, ForwardOnly, Source, get_source

@@ -25,9 +25,9 @@ from kronfac.cli.options import (
     assignments,
 )
 from kronfac.cli.outcome import print_outcome
+from kronfac.experiments.diagnostics import draw_diagnostics, write_tensorboard
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers import OPTIMIZERS, get_optimizer
-from kronfac.experiments.pictures import write_diagnostics
 
 EPILOG = f"{lists.problems()}\n\n{lists.optimizers()}"
 
@@ -87,5 +87,6 @@ def train(
         )
     print_outcome(results, as_text=not as_json)
     if diagnose:
-        for path in write_diagnostics(results):
-            typer.echo(f"diagnostics: {path}", err=True)
+        for path in (*draw_diagnostics(results), write_tensorboard(results)):
+            if path is not None:
+                typer.echo(f"diagnostics: {path}", err=True)

@@ -7,9 +7,7 @@ from pathlib import Path
 from kronfac.experiments.errors import need
 from kronfac.experiments.files import replace_atomically
 from kronfac.experiments.optimizers import get_optimizer
-from kronfac.experiments.records import read_records
-from kronfac.experiments.results import Results, run_folder
-from kronfac.experiments.runner import METRICS
+from kronfac.experiments.results import Results
 from kronfac.experiments.tables import curves, grid_table
 
 #: Horizontal axes, by the word in the pictures' file names.
@@ -35,7 +33,7 @@ def write_pictures(results: Results) -> list[Path]:
     for metric in (plan.metric, counterpart):
         for word, column in AXES.items():
             axes = plots.training_curves(table, column, metric, names=names, focus=0.03, title=plan.problem)
-            written.append(_save(axes, results.folder / f"{metric.replace('_', '-')}-{word}.png"))
+            written.append(save_figure(axes, results.folder / f"{metric.replace('_', '-')}-{word}.png"))
     for optimizer, axes_of_grid in plan.grid.items():
         if not results.grids.get(optimizer):
             continue
@@ -44,34 +42,20 @@ def write_pictures(results: Results) -> list[Path]:
             axes = plots.grid_profile(
                 points, name, plan.metric, title=f"{plan.problem}: {get_optimizer(optimizer).title}"
             )
-            written.append(_save(axes, results.folder / f"grid-{optimizer}-{name}.png"))
+            written.append(save_figure(axes, results.folder / f"grid-{optimizer}-{name}.png"))
     return written
 
 
-def write_diagnostics(results: Results) -> list[Path]:
-    """Draw what self-tuning optimisers reported, one picture for each of their runs.
+def save_figure(axes: object, path: Path) -> Path:
+    """Write the figure of some axes as PNG; the file appears whole or not at all.
 
     Args:
-        results: The comparison.
+        axes: The axes.
+        path: The file.
 
     Returns:
-        The files written: ``diagnostics-<optimizer>-<seed>.png``.
+        The file.
     """
-    need("matplotlib", "experiments")
-    from kronfac.plots.diagnostics import step_reports
-
-    written = []
-    for run in results.runs:
-        settings = run.settings
-        if not get_optimizer(settings.optimizer).closure:
-            continue
-        records = read_records(run_folder(results.folder, settings) / METRICS)
-        panels = step_reports([r for r in records if "step_lam" in r], prefix="step_")
-        written.append(_save(panels[0], results.folder / f"diagnostics-{settings.optimizer}-{settings.seed}.png"))
-    return written
-
-
-def _save(axes: object, path: Path) -> Path:
     with replace_atomically(path) as stream:
         axes.figure.savefig(stream, format="png")  # type: ignore[attr-defined]
     return path

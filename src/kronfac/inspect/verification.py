@@ -16,7 +16,8 @@ from kronfac.approximations import KFAC, Approximation, get_approximation
 from kronfac.approximations.joint import require_per_layer
 from kronfac.blocks import Block, DiagonalKronecker, Kronecker, ScaledKronecker
 from kronfac.curvature import BlockDiagonal
-from kronfac.estimation import CoverageWarning, call_model, estimate, pick_outputs
+from kronfac.estimation import CoverageWarning, estimate
+from kronfac.forwards import call_model, pick_outputs
 from kronfac.inspect import seeds
 from kronfac.inspect.budget import Budget
 from kronfac.inspect.comparison import Comparison, compare, ratio

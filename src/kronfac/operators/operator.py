@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfac._typing import NamedTensors
+from kronfac.forwards import batches_of
 from kronfac.likelihoods import Likelihood
 from kronfac.operators.passes import Pick, random_state
 
@@ -199,14 +200,10 @@ class ParameterOperator(ABC):
             }
 
     def _batches(self) -> Iterator[tuple[Any, Any]]:
-        loader = self._loader
-        single = isinstance(loader, tuple | list) and len(loader) == 2 and isinstance(loader[0], Tensor | Mapping)
         empty = True
-        for batch in [loader] if single else loader:
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise TypeError(f"loader must give pairs (inputs, targets), got {type(batch).__name__}")
+        for batch in batches_of(self._loader):
             empty = False
-            yield batch[0], batch[1]
+            yield batch
         if empty:
             raise ValueError("loader is empty: there is no batch to take the curvature of")
 

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kronfac._typing import NamedTensors
+from kronfac.forwards import pick_outputs
 from kronfac.tape import apart_from_training, couples_examples
 
 Pick = Callable[[Any], Tensor] | None
@@ -36,9 +37,6 @@ def run(model: nn.Module, parameters: NamedTensors, inputs: Any, pick: Pick) -> 
 
     Returns:
         The outputs.
-
-    Raises:
-        TypeError: If they are no tensor.
     """
     arguments: tuple[Any, ...] = (inputs,)
     keywords: dict[str, Any] = {}
@@ -53,13 +51,7 @@ def run(model: nn.Module, parameters: NamedTensors, inputs: Any, pick: Pick) -> 
     replaced = dict(parameters) | {name: buffer.clone() for name, buffer in model.named_buffers()}
     with apart_from_training():
         found = functional_call(model, replaced, arguments, keywords)
-    found = found if pick is None else pick(found)
-    if not isinstance(found, Tensor):
-        raise TypeError(
-            f"the model's outputs are of type {type(found).__name__}, not a tensor: say which tensor is meant, e.g. "
-            "outputs=lambda out: out.logits"
-        )
-    return found
+    return pick_outputs(found, pick)
 
 
 def leaves(model: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -382,6 +382,15 @@ class AdaptiveKFAC(KFAC):
         self._lam.value = min(found)[1] if found else CALIBRATION[0] * mean
         self._gamma, self._inverses, self._calibrates = self._lam.value + self._decay, {}, False
 
+    def pi(self) -> dict[str, float]:
+        """How the damping is split over each layer's factors now: ``π`` of equation (10), a mean over groups.
+
+        Returns:
+            ``π`` by layer; layers without factors are left out.
+        """
+        means = {name: block.factor_means() for name, block in self.curvature().blocks.items()}
+        return {n: float((m[0] / m[1]).sqrt().mean()) for n, m in means.items() if m is not None}
+
     # ---------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to continue bit for bit, ``λ`` and ``γ`` included.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kronfac.estimation import mean_over_processes, pick_outputs
+from kronfac.estimation import mean_over_processes
+from kronfac.forwards import pick_outputs
 from kronfac.likelihoods import Likelihood
 from kronfac.operators import ggn_quadratic_form
 from kronfac.optim.gathering import Gatherer
@@ -108,3 +109,51 @@ def exact_product(
     local = float(value) * whole
     # All processes of a distributed run must clip alike.
     return mean_over_processes(local, value.device)
+
+
+def clip_scale(
+    clip: KLClip,
+    gatherer: Gatherer,
+    members: Sequence[tuple[str, Tensor, Mapping[str, Any]]],
+    gradients: Mapping[str, Tensor],
+    directions: Mapping[str, Tensor],
+    due: bool,
+    pick: Callable[[Any], Tensor] | None,
+) -> float:
+    """Factor for the update ``v = -lr · direction`` of all parameters together.
+
+    Args:
+        clip: Remembers the last measured ratio.
+        gatherer: Watches the model.
+        members: Name, parameter and group of each parameter that moves.
+        gradients: Gradients by name, an L2 term included.
+        directions: Preconditioned gradients by name.
+        due: Whether the exact product is to be formed.
+        pick: Picks the output tensor.
+
+    Returns:
+        The factor, at most 1.
+    """
+    given = [group["kl_clip"] for _, _, group in members if group["kl_clip"] is not None]
+    if all(isinstance(bound, str) for bound in given) and due and gatherer.last is None:
+        given = []  # "auto" does not insist where the outputs were captured by hand
+    if not given:
+        return 1.0
+    estimator = gatherer.estimator
+    terms = estimator.terms
+    if any(isinstance(bound, str) for bound in given):
+        terms = mean_over_processes(terms, members[0][1].device)  # all processes must clip alike
+    rates = {name: float(group["lr"]) for name, _, group in members}
+    products = [rates[n] ** 2 * torch.dot(gradients[n].flatten(), directions[n].flatten()).double() for n in rates]
+
+    def exact() -> float:
+        vector = {n: directions[n] * -rates[n] for n in rates}
+        decay = sum(
+            group["weight_decay"] * float(vector[n].square().sum())
+            for n, _, group in members
+            if not group["decoupled_weight_decay"] and group["weight_decay"]
+        )
+        return decay + exact_product(gatherer, estimator.likelihood, vector, pick)
+
+    bound = min(bound_of(bound, terms) for bound in given)
+    return clip(bound, float(torch.stack(products).sum()), exact if due else None)

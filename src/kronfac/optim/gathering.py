@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kronfac.estimation import Estimator, pick_outputs
+from kronfac.estimation import Estimator
+from kronfac.forwards import pick_outputs
 from kronfac.operators.passes import random_state
 from kronfac.tape import Tape, TapeError, frozen_buffers, is_apart_from_training, record
 

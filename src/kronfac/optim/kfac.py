@@ -15,13 +15,14 @@ from kronfac.approximations.joint import require_per_layer
 from kronfac.blocks import Inverse
 from kronfac.curvature import BlockDiagonal
 from kronfac.damping import Rule, get_rule
-from kronfac.estimation import Estimator, batches_of, call_model, mean_over_processes, pick_outputs
+from kronfac.estimation import Estimator
+from kronfac.forwards import batches_of, call_model, pick_outputs
 from kronfac.likelihoods import Likelihood
 from kronfac.optim.averaging import swapped_in, update_average
-from kronfac.optim.clipping import KLClip, bound_of, exact_product
+from kronfac.optim.clipping import KLClip, clip_scale
 from kronfac.optim.gathering import Gatherer, eager_root
 from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator
-from kronfac.optim.preconditioning import direction, refresh, renew_values
+from kronfac.optim.preconditioning import directions, refresh, renew_values
 from kronfac.optim.state import gather_generators, load_curvature_state, save_curvature_state
 from kronfac.sources import Source
 from kronfac.tape import frozen_buffers, record
@@ -308,14 +309,17 @@ class KFAC(Optimizer):
         for name, parameter, group in members:
             if group["weight_decay"] and not group["decoupled_weight_decay"]:
                 gradients[name] = gradients[name].add(parameter, alpha=group["weight_decay"])
-        directions = self._directions(gradients)
-        check_finite(gradients, directions)
-        scale = self._clip_scale(gradients, directions, members)
+        moved = self._directions(gradients)
+        check_finite(gradients, moved)
+        scale = 1.0
+        if self._clips:
+            due, pick = self._exact_clip_due, self._options["outputs"]
+            scale = clip_scale(self._clip, self._gatherer, members, gradients, moved, due, pick)
         for group in self._own_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            moves = [directions[self._names[id(p)]] for p in params]
+            moves = [moved[self._names[id(p)]] for p in params]
             rate = -group["lr"] * scale
             if group["weight_decay"] and group["decoupled_weight_decay"]:
                 torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
@@ -336,24 +340,7 @@ class KFAC(Optimizer):
         return found
 
     def _directions(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        out = dict(gradients)  # parameters without curvature keep the plain gradient
-        for layer, inverse in self._inverses.items():
-            adapter = self._estimator.adaptation.adapters[layer]
-            present = [name for name in adapter.parameter_names if name in gradients]
-            if not present:
-                continue
-            given = {
-                name: gradients[name] if name in gradients else torch.zeros_like(parameter)
-                for name, parameter in adapter.parameters.items()
-            }
-            out |= {name: moved for name, moved in direction(adapter, inverse, given).items() if name in gradients}
-        for layer, adapter in self._estimator.adaptation.adapters.items():
-            if layer not in self._inverses and any(name in gradients for name in adapter.parameter_names):
-                raise RuntimeError(
-                    f"Layer {layer!r} has a gradient but no inverse: no forward that gathered statistics called it. "
-                    "Freeze it, or call it in every forward."
-                )
-        return out
+        return directions(self._estimator.adaptation.adapters, self._inverses, gradients)
 
     # ---------------------------------------------------------------- KL clip
     @property
@@ -367,33 +354,6 @@ class KFAC(Optimizer):
     @property
     def _exact_clip_due(self) -> bool:
         return self._clip.ratio is None or self._steps % self._periods[0] == 0 or self._steps < self._options["burn_in"]
-
-    def _clip_scale(
-        self, gradients: dict[str, Tensor], directions: dict[str, Tensor], members: list[tuple[str, nn.Parameter, Any]]
-    ) -> float:
-        given = [group["kl_clip"] for group in self._own_groups if group["kl_clip"] is not None]
-        if all(isinstance(bound, str) for bound in given) and self._exact_clip_due and self._gatherer.last is None:
-            given = []  # "auto" does not insist where the outputs were captured by hand
-        if not given or not members:
-            return 1.0
-        terms = self._estimator.terms
-        if any(isinstance(bound, str) for bound in given):
-            terms = mean_over_processes(terms, members[0][1].device)  # all processes must clip alike
-        bounds = [bound_of(bound, terms) for bound in given]
-        rates = {name: float(group["lr"]) for name, _, group in members}
-        products = [rates[n] ** 2 * torch.dot(gradients[n].flatten(), directions[n].flatten()).double() for n in rates]
-        approximate = float(torch.stack(products).sum())
-
-        def exact() -> float:
-            vector = {n: directions[n] * -rates[n] for n in rates}
-            decay = sum(
-                group["weight_decay"] * float(vector[n].square().sum())
-                for n, _, group in members
-                if not group["decoupled_weight_decay"] and group["weight_decay"]
-            )
-            return decay + exact_product(self._gatherer, self._estimator.likelihood, vector, self._options["outputs"])
-
-        return self._clip(min(bounds), approximate, exact if self._exact_clip_due else None)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Swap the averaged parameters in.

@@ -91,6 +91,40 @@ def _refresh_equal(
     return out
 
 
+def directions(
+    layers: Mapping[str, LayerAdapter], inverses: Mapping[str, Inverse], gradients: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Multiply the gradients of all layers by their inverses.
+
+    Args:
+        layers: Adapters by layer.
+        inverses: Inverses by layer.
+        gradients: Gradients by parameter name.
+
+    Returns:
+        New tensors by parameter name; parameters without curvature keep the plain gradient.
+
+    Raises:
+        RuntimeError: A layer has a gradient but no inverse.
+    """
+    out = dict(gradients)
+    for name, adapter in layers.items():
+        if not any(key in gradients for key in adapter.parameter_names):
+            continue
+        if name not in inverses:
+            raise RuntimeError(
+                f"Layer {name!r} has a gradient but no inverse: no forward that gathered statistics called it. "
+                "Freeze it, or call it in every forward."
+            )
+        given = {
+            key: gradients[key] if key in gradients else torch.zeros_like(parameter)
+            for key, parameter in adapter.parameters.items()
+        }
+        moved = direction(adapter, inverses[name], given)
+        out |= {key: moved[key] for key in moved if key in gradients}
+    return out
+
+
 def direction(layer: LayerAdapter, inverse: Inverse, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Multiply one layer's gradients by its inverse block.
 
