@@ -54,8 +54,8 @@ def main() -> None:
     for colour, (name, reports) in zip(COLOURS, runs.items(), strict=False):
         left.plot([r.loss for r in reports], color=colour, label=name, linewidth=1.4)
         right.plot([r.lam for r in reports], color=colour, label=name, linewidth=1.4)
-        print(
-            f"{name}: λ starts at {reports[0].lam:.3g}; loss {reports[0].loss:.2f}, after {STEPS} steps {reports[-1].loss:.3f}"
+        first, last = reports[0], reports[-1]
+        print(f"{name}: λ from {first.lam:.3g}; loss {first.loss:.2f}, after {STEPS} steps {last.loss:.3f}")
         )
     for axes in (left, right):
         axes.set_yscale("log")
