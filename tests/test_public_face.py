@@ -38,6 +38,7 @@ CONTRACT = [
     "load",
     "optim.EKFAC",
     "optim.KFAC",
+    "optim.KLDWRM",
     "optim.TKFAC",
     "reference.empirical_fisher",
     "reference.fisher",

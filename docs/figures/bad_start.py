@@ -56,7 +56,6 @@ def main() -> None:
         right.plot([r.lam for r in reports], color=colour, label=name, linewidth=1.4)
         first, last = reports[0], reports[-1]
         print(f"{name}: λ from {first.lam:.3g}; loss {first.loss:.2f}, after {STEPS} steps {last.loss:.3f}")
-        )
     for axes in (left, right):
         axes.set_yscale("log")
     plain_logarithms(left)

@@ -8,7 +8,19 @@ from kronfac.optim.gauss_newton import KFLR, KFRA
 from kronfac.optim.growing_batches import GrowingBatches
 from kronfac.optim.hessian_free import HessianFree
 from kronfac.optim.kfac import KFAC
+from kronfac.optim.kldwrm import KLDWRM
 from kronfac.optim.report import StepReport
 from kronfac.optim.tkfac import TKFAC
 
-__all__ = ["EKFAC", "KFAC", "KFLR", "KFRA", "TKFAC", "AdaptiveKFAC", "GrowingBatches", "HessianFree", "StepReport"]
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "KFLR",
+    "KFRA",
+    "KLDWRM",
+    "TKFAC",
+    "AdaptiveKFAC",
+    "GrowingBatches",
+    "HessianFree",
+    "StepReport",
+]

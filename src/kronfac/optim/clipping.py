@@ -117,10 +117,11 @@ def clip_scale(
     members: Sequence[tuple[str, Tensor, Mapping[str, Any]]],
     gradients: Mapping[str, Tensor],
     directions: Mapping[str, Tensor],
+    rates: Mapping[str, float],
     due: bool,
     pick: Callable[[Any], Tensor] | None,
 ) -> float:
-    """Factor for the update ``v = -lr · direction`` of all parameters together.
+    """Factor for the update ``v = -rate · direction`` of all parameters together.
 
     Args:
         clip: Remembers the last measured ratio.
@@ -128,6 +129,7 @@ def clip_scale(
         members: Name, parameter and group of each parameter that moves.
         gradients: Gradients by name, an L2 term included.
         directions: Preconditioned gradients by name.
+        rates: What each direction is multiplied by, without its sign.
         due: Whether the exact product is to be formed.
         pick: Picks the output tensor.
 
@@ -143,7 +145,6 @@ def clip_scale(
     terms = estimator.terms
     if any(isinstance(bound, str) for bound in given):
         terms = mean_over_processes(terms, members[0][1].device)  # all processes must clip alike
-    rates = {name: float(group["lr"]) for name, _, group in members}
     products = [rates[n] ** 2 * torch.dot(gradients[n].flatten(), directions[n].flatten()).double() for n in rates]
 
     def exact() -> float:

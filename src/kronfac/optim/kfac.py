@@ -255,6 +255,9 @@ class KFAC(Optimizer):
         A gradient that is NaN or Inf stops it with a ``FloatingPointError``, and statistics that were due but never
         gathered with a ``RuntimeError``; no parameter is changed then.
         """
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -264,10 +267,7 @@ class KFAC(Optimizer):
         if self._fallback is not None:
             check_finite({self._names[id(p)]: p.grad for p in everything if p.grad is not None})
         self._check_statistics()
-        renew = refresh if self._inverses_due else renew_values if self._gatherer.gathered else None
-        if renew is not None:
-            ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
-            renew(self._inverses, ready, self._damping, self._rules())
+        self._renew_inverses()
         self._move({self._names[id(p)]: p.grad for p, _ in self._members() if p.grad is not None})
         if self._fallback is not None:
             self._fallback.step()
@@ -294,6 +294,13 @@ class KFAC(Optimizer):
         """How damping is added: one rule for all layers, or one for each by name."""
         return self._rule
 
+    def _renew_inverses(self) -> None:
+        """Bring the inverses up to date with the statistics, where that is due."""
+        renew = refresh if self._inverses_due else renew_values if self._gatherer.gathered else None
+        if renew is not None:
+            ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
+            renew(self._inverses, ready, self._damping, self._rules())
+
     def _check_statistics(self) -> None:
         if self._stats_due and self._gatherer.gathered == 0:
             seen = "in eval mode or inside paused()" if self._gatherer.forwards == 0 else "without gathering"
@@ -313,8 +320,8 @@ class KFAC(Optimizer):
         check_finite(gradients, moved)
         scale = 1.0
         if self._clips:
-            due, pick = self._exact_clip_due, self._options["outputs"]
-            scale = clip_scale(self._clip, self._gatherer, members, gradients, moved, due, pick)
+            due, pick, rates = self._exact_clip_due, self._options["outputs"], self._rates(members)
+            scale = clip_scale(self._clip, self._gatherer, members, gradients, moved, rates, due, pick)
         for group in self._own_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -354,6 +361,10 @@ class KFAC(Optimizer):
     @property
     def _exact_clip_due(self) -> bool:
         return self._clip.ratio is None or self._steps % self._periods[0] == 0 or self._steps < self._options["burn_in"]
+
+    def _rates(self, members: list[tuple[str, nn.Parameter, Any]]) -> dict[str, float]:
+        """What each direction is multiplied by, by parameter name, before the clip."""
+        return {name: float(group["lr"]) for name, _, group in members}
 
     def averaged(self) -> AbstractContextManager[None]:
         """Swap the averaged parameters in.

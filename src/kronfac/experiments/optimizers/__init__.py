@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kronfac.experiments.errors import UnknownNameError
-from kronfac.experiments.optimizers import adaptive, ekfac, first_order, kfac, tkfac
+from kronfac.experiments.optimizers import adaptive, ekfac, first_order, kfac, kldwrm, tkfac
 from kronfac.experiments.optimizers.base import OptimizerSpec
 
 #: Every optimiser, by name.
@@ -15,6 +15,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         adaptive.FAMILY,
         ekfac.FAMILY,
         tkfac.FAMILY,
+        kldwrm.FAMILY,
     )
     for spec in family
 }

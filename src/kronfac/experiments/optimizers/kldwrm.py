@@ -1,0 +1,86 @@
+"""KLD-WRM, from `kronfac.optim`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kronfac.experiments.errors import ExperimentError
+from kronfac.experiments.optimizers.base import Builder, OptimizerSpec
+from kronfac.experiments.optimizers.kfac import FAMILY as KFAC_FAMILY
+from kronfac.experiments.optimizers.options import COMMON, Option, choice, integer, number, optional
+from kronfac.experiments.problems.base import Problem
+
+#: KFAC's that mean the same here; the others are below.
+_KEPT = {"damping", "weight_decay", "source", "stats_every", "burn_in", "kl_clip"}
+_SHARED = (
+    Option("lr", 0.01, number(0.0, open_low=True), "1/λ, the strength of the wake inverted"),
+    Option("rho", 0.5, number(0.0, 1.0, open_high=True), "decay of the wake and of the running factors"),
+    *(option for option in KFAC_FAMILY[0].options if option.name in _KEPT),
+    Option("rms_clip", None, optional(number(0.0, open_low=True)), "bound on a layer's step by root mean square"),
+)
+_MOMENTUM = Option("momentum", 0.0, number(0.0, 1.0, open_high=True), "momentum of the steps")
+_RULE = next(option for option in KFAC_FAMILY[0].options if option.name == "damping_rule")
+_APPROXIMATION = Option(
+    "approximation",
+    "kfac",
+    choice("kfac", "diagonal", "dense", "tkfac", "sua", "prong"),
+    "what of the curvature is kept",
+)
+_MODEL = (
+    replace(_APPROXIMATION, parse=choice("kfac", "diagonal", "dense")),
+    Option("solve", "stein", choice("stein", "reweighted"), "how the sum of two Kronecker products is inverted"),
+)
+_EXACT = (
+    Option("omega", 0.07, number(0.0, open_low=True), "learning rate within a step, times λ"),
+    Option("n_inner", 10, integer(0), "iterations within a step"),
+    Option("n_cap", None, optional(integer(1)), "networks that a step looks at; none: the least with ρ^n < 0.1"),
+    Option("zeta", 1 / 330, number(0.0, open_low=True), "factor of the exact divergences"),
+)
+
+
+def _builder(variant: str) -> Builder:
+    def build(
+        model: nn.Module, problem: Problem, values: Mapping[str, object], generator: torch.Generator
+    ) -> torch.optim.Optimizer:
+        from kronfac.optim import KLDWRM
+
+        shared = {option.name for option in COMMON}  # the runner averages and schedules for every optimiser alike
+        own: dict[str, Any] = {name: value for name, value in values.items() if name not in shared}
+        lam = 1.0 / own.pop("lr")
+        try:
+            return KLDWRM(model, problem.likelihood(), lam, variant=variant, generator=generator, **own)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise ExperimentError(f"kldwrm_{variant} on {problem.name}: {error}") from error
+
+    return build
+
+
+FAMILY = (
+    OptimizerSpec(
+        name="kldwrm_so",
+        title="SO-KLD-WRM",
+        description="natural gradient with a first-order wake of divergences (Puiu 2022)",
+        options=(*_SHARED, _MOMENTUM, _RULE, _APPROXIMATION),
+        build=_builder("so"),
+    ),
+    OptimizerSpec(
+        name="kldwrm_q",
+        title="Q-KLD-WRM",
+        description="quadratic model with a wake of quadratic divergences (Puiu 2022)",
+        options=(*_SHARED, _MOMENTUM, *_MODEL),
+        build=_builder("q"),
+    ),
+    OptimizerSpec(
+        name="kldwrm_qe",
+        title="QE-KLD-WRM",
+        description="quadratic model with a wake of exact divergences (Puiu 2022)",
+        options=(*_SHARED, *_MODEL, *_EXACT),
+        build=_builder("qe"),
+        closure=True,
+    ),
+)

@@ -1,0 +1,167 @@
+"""The subproblem of QE-KLD-WRM: exact divergences from the networks before, by gradient descent within the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronfac.estimation import pick_outputs
+from kronfac.likelihoods import Likelihood
+from kronfac.operators.passes import run, same_random_state
+from kronfac.optim.gathering import Gatherer
+
+#: A network by its parameters, with the weight of its divergence.
+Weighted = tuple[float, Mapping[str, Tensor]]
+
+
+def check_likelihood(likelihood: Likelihood, momentum: float, options: Mapping[str, Any], stats_every: int) -> None:
+    """Refuse what QE-KLD-WRM has no place for.
+
+    Args:
+        likelihood: The loss.
+        momentum: The optimiser's.
+        options: The optimiser's further options.
+        stats_every: Period of the statistics.
+
+    Raises:
+        ValueError: The likelihood gives no exact divergence, or an argument does not fit.
+    """
+    if isinstance(likelihood, Likelihood) and type(likelihood).symmetric_kl is Likelihood.symmetric_kl:
+        raise ValueError(
+            f"variant='qe' needs the exact symmetric KL divergence, which {type(likelihood).__name__} does not give: "
+            "implement its symmetric_kl, or use variant='q'."
+        )
+    unfit = {"momentum": momentum, **{name: options.get(name) for name in ("decoupled_weight_decay", "fallback")}}
+    if names := [name for name, value in unfit.items() if value]:
+        raise ValueError(f"variant='qe' minimises one objective in all parameters and takes no {', '.join(names)}.")
+    if isinstance(likelihood, Likelihood) and likelihood.needs_targets and stats_every != 1:
+        raise ValueError(f"{likelihood!r} needs the targets at each step, captured by hand: set stats_every=1.")
+
+
+class Networks:
+    """The iterates before, as copies of their parameters, newest last.
+
+    Args:
+        rho: ``ρ``.
+        cap: How many networks a step looks at, the present one included; older ones are dropped.
+    """
+
+    def __init__(self, rho: float, cap: int) -> None:
+        self._rho, self._cap = rho, cap
+        self.kept: list[tuple[float, dict[str, Tensor]]] = []
+
+    def kappa(self, first: bool) -> float:
+        """``κ``: 1 for the first iterate, else ``1 − ρ``."""
+        return 1.0 if first else 1.0 - self._rho
+
+    def push(self, parameters: Mapping[str, Tensor], *, first: bool) -> None:
+        """Keep a copy of a network.
+
+        Args:
+            parameters: Its parameters by name.
+            first: Whether it is the first iterate.
+        """
+        if self._cap > 1:
+            copies = {name: tensor.detach().clone() for name, tensor in parameters.items()}
+            self.kept = [*self.kept, (self.kappa(first), copies)][1 - self._cap :]
+
+    def weighted(self, present: Mapping[str, Tensor], *, first: bool, zeta: float) -> list[Weighted]:
+        """The wake: networks with their weights ``ζ(i) ρ^{k−i}``.
+
+        Args:
+            present: Parameters of the present network.
+            first: Whether it is the first iterate.
+            zeta: Factor of all weights, ``ζ(i) = zeta · κ(i)``.
+
+        Returns:
+            Weights and parameters, the present network first.
+        """
+        networks: list[Weighted] = [(self.kappa(first), present), *reversed(self.kept)]
+        return [(zeta * kappa * self._rho**age, network) for age, (kappa, network) in enumerate(networks)]
+
+
+class ExactWake:
+    """Objective (31) over ``λ`` in the step: ``(gᵀs + ½ sᵀBs)/λ + Σ_i ζ(i) ρ^{k−i} D(θ_i, θ_k + s)``.
+
+    ``D`` is the likelihood's exact symmetric divergence on the mini-batch of the last forward, divided as the loss is.
+    All networks see the same random numbers (dropout masks) as that forward; buffers are left alone.
+
+    Args:
+        gatherer: Holds the forward's arguments.
+        likelihood: The loss.
+        pick: Picks the output tensor.
+        parameters: ``θ_k`` by name.
+        networks: The ``θ_i`` with their weights.
+        gradients: ``g`` by name.
+        product: Multiplies by ``B``.
+        rate: ``1/λ``.
+    """
+
+    def __init__(
+        self,
+        gatherer: Gatherer,
+        likelihood: Likelihood,
+        pick: Callable[[Any], Tensor] | None,
+        parameters: Mapping[str, Tensor],
+        networks: list[Weighted],
+        gradients: Mapping[str, Tensor],
+        product: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        rate: float,
+    ) -> None:
+        self._gatherer, self._likelihood, self._pick = gatherer, likelihood, pick
+        self._parameters, self._gradients, self._product, self._rate = parameters, gradients, product, rate
+        with torch.no_grad():
+            self._references = [(weight, self._outputs(network)) for weight, network in networks if weight]
+
+    def _outputs(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        root = self._gatherer.root
+        with same_random_state(root, self._gatherer.last_random):
+            return run(root, parameters, self._gatherer.last, lambda out: pick_outputs(out, self._pick))
+
+    def at(self, steps: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Value and gradient.
+
+        Args:
+            steps: ``s`` by name.
+
+        Returns:
+            The objective, 0-dimensional, and its gradient by name.
+        """
+        with torch.enable_grad():
+            moved = {name: (p.detach() + steps[name]).requires_grad_() for name, p in self._parameters.items()}
+            outputs = self._outputs(moved)
+            wake = outputs.new_zeros((), dtype=torch.promote_types(outputs.dtype, torch.float32))
+            for weight, reference in self._references:
+                kl = self._likelihood.symmetric_kl(reference, outputs, self._gatherer.last_targets)
+                wake = wake + weight * kl
+            slopes = torch.autograd.grad(wake, list(moved.values()), materialize_grads=True)
+        curved = self._product(dict(steps))
+        value, gradient = wake.detach(), {}
+        for (name, step), slope in zip(steps.items(), slopes, strict=True):
+            linear = self._gradients[name]
+            value = value + self._rate * (step * (linear + 0.5 * curved[name])).sum()
+            gradient[name] = slope + self._rate * (linear + curved[name])
+        return value, gradient
+
+    def descend(
+        self, start: Mapping[str, Tensor], omega: float, iterations: int
+    ) -> tuple[dict[str, Tensor], list[float]]:
+        """Gradient descent with the learning rate ``ω/λ`` on the objective, that is ``ω`` on what `at` gives.
+
+        Args:
+            start: Where to start: the Q step.
+            omega: ``ω``.
+            iterations: ``N_IS``.
+
+        Returns:
+            The last iterate, and the value at each one before it.
+        """
+        steps, values = dict(start), []
+        for _ in range(iterations):
+            value, gradient = self.at(steps)
+            values.append(value)
+            steps = {name: step - omega * gradient[name] for name, step in steps.items()}
+        return steps, torch.stack(values).tolist() if values else []

@@ -1,0 +1,445 @@
+"""``KLDWRM``: steps regularised by the Kullback-Leibler divergences from all distributions before (Puiu 2022)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronfac.curvature import BlockDiagonal
+from kronfac.damping import get_rule
+from kronfac.layers import LayerAdapter
+from kronfac.likelihoods import Likelihood
+from kronfac.optim.closure import Closure
+from kronfac.optim.exact_wake import ExactWake, Networks, check_likelihood
+from kronfac.optim.kfac import KFAC
+from kronfac.optim.kldwrm_state import load_wake, save_wake
+from kronfac.optim.options import at_least, check_finite
+from kronfac.optim.preconditioning import refresh
+from kronfac.optim.wake import Damped, WakeAverage, reweighted_inverse, sum_inverse
+
+VARIANTS = ("so", "q", "qe")
+SOLVES = ("stein", "reweighted")
+PRODUCTS = ("exact", "approximate")
+
+
+class KLDWRM(KFAC):
+    """KL-divergence wake-regularised models: SO-, Q- and QE-KLD-WRM (Puiu 2022).
+
+    Step ``k`` minimises a model of the loss plus ``λ Σ_i κ(i) ρ^{k−i} D(θ_i, θ_k + s)``: it stays near the
+    distributions of *all* iterates before, not of the last alone. With ``D ≈ ½ dᵀF_i d`` the solution is
+
+    ``s_k = −(1/λ) [F̄_k + B_k/λ]⁻¹ ĝ_k``,  ``ĝ_k = g_k + λ_k ρ u_{k−1}``,  ``u_k = ρ u_{k−1} + F̄_k s_k``
+
+    with the average ``F̄_k = ρ F̄_{k−1} + (1 − ρ) F_k``, ``F̄_0 = F_0``. This is Proposition 4.1 for ``B = 0``
+    (``"so"``: ``ĝ_k = g_k − ρ g_{k−1}`` while steps are neither clipped nor carry momentum) and 4.2 for ``B_k = F_k``
+    (``"q"``), for any ``λ_k``, and stays right for whatever step ``s_k`` was taken. ``"qe"`` starts there and goes on
+    with the exact symmetric divergences of the last ``n_cap`` networks (31), by gradient descent within the step.
+
+    ``F`` is the damped curvature everywhere. Statistics are averaged and inverted together, every ``stats_every`` steps;
+    in between ``F_k`` and ``B_k`` are ``F̄`` (20).  The learning rate of the groups **is** ``1/λ``: any scheduler
+    drives ``λ``.
+
+    ``"so"`` and ``"q"`` take the place of any optimiser in a loop. ``"qe"`` takes a closure that evaluates the model
+    once and returns the loss **without** calling backward: ``optimizer.step(lambda: loss_function(model(x), y))``.
+
+    Args:
+        model: The module that the training loop calls.
+        likelihood: The loss, e.g. ``kronfac.Categorical()``.
+        lam: ``λ``, strength of the wake; the groups' ``lr`` is ``1/λ``.
+        variant: ``"so"``, ``"q"`` or ``"qe"``.
+        rho: ``ρ`` in ``[0, 1)``: decay of the wake and of the average.
+        solve: For ``"q"`` and ``"qe"``: ``"stein"`` solves with ``F̄ + B/λ`` exactly, ``"reweighted"`` takes the
+            Kronecker product of re-weighted factors (82, 83, corrected).
+        omega: ``ω``; the learning rate within a QE step is ``ω/λ``.
+        n_inner: ``N_IS``, iterations within a QE step.
+        n_cap: ``N_CAP``, networks that a QE step looks at, the present one included; by default the least number with
+            ``ρ^n_cap < 0.1``.
+        zeta: Factor of the exact divergences in a QE step; the paper's 1/330 by default.
+        stats_every: Period in steps of statistics and inverses.
+        momentum: In ``[0, 1)``; of the steps, not of the gradients.
+        kl_clip: Bound on ``vᵀFv`` as for :class:`kronfac.optim.KFAC`, or None.
+        kl_product: ``"exact"`` curvature products for that bound, or the ``"approximate"`` ``vᵀĝ`` (7.1, first rule).
+        rms_clip: ``τ``: a layer's step whose root mean square is larger is scaled down to it (7.1, second rule).
+        **options: ``damping``, ``weight_decay``, ``approximation``, ``source``, ``damping_rule``, ``average``,
+            ``fallback``, ``generator`` and :class:`kronfac.optim.options.KFACOptions`, as for
+            :class:`kronfac.optim.KFAC`.
+
+    Attributes:
+        inner_objectives: Of the last QE step: the objective (31) over ``λ`` at each iterate within it, start included.
+
+    Raises:
+        TypeError: An argument is of the wrong type or fixed by the method.
+        ValueError: An argument is out of range, or the algebra has no place for it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        lam: float = 100.0,
+        *,
+        variant: str = "so",
+        rho: float = 0.5,
+        solve: str = "stein",
+        omega: float = 0.07,
+        n_inner: int = 10,
+        n_cap: int | None = None,
+        zeta: float = 1 / 330,
+        stats_every: int = 10,
+        momentum: float = 0.0,
+        kl_clip: float | str | None = "auto",
+        kl_product: str = "exact",
+        rms_clip: float | None = None,
+        **options: Any,
+    ) -> None:
+        if fixed := sorted({"lr", "ema", "invert_every"} & options.keys()):
+            raise TypeError(
+                f"KLDWRM takes no {' and '.join(fixed)}: lr is 1/lam, ema is rho, inverses follow stats_every."
+            )
+        for name, value, known in (
+            ("variant", variant, VARIANTS),
+            ("solve", solve, SOLVES),
+            ("kl_product", kl_product, PRODUCTS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {known}.")
+        at_least("lam", lam, 0.0, open_=True)
+        at_least("rho", rho, 0.0)
+        if rho >= 1:
+            raise ValueError(f"rho={rho!r} must be a number in [0, 1).")
+        for name, number in (("omega", omega), ("zeta", zeta), ("rms_clip", 1.0 if rms_clip is None else rms_clip)):
+            at_least(name, number, 0.0, open_=True)
+        at_least("n_inner", n_inner, 0, integer=True)
+        if n_cap is None:
+            n_cap = 1 if rho == 0 else math.floor(math.log(0.1) / math.log(rho)) + 1
+        at_least("n_cap", n_cap, 1, integer=True)
+        if variant == "qe":
+            check_likelihood(likelihood, momentum, options, stats_every)
+            if rho**n_cap >= 0.1:
+                warnings.warn(
+                    f"rho**n_cap = {rho**n_cap:.2g} of the wake is dropped; raise n_cap or lower rho.", stacklevel=2
+                )
+        self._variant, self._rho, self._solve = variant, float(rho), solve
+        self._inner, self._zeta = (float(omega), n_inner), float(zeta)
+        self._kl_product, self._rms_clip = kl_product, rms_clip
+        super().__init__(
+            model,
+            likelihood,
+            1.0 / lam,
+            momentum=momentum,
+            stats_every=stats_every,
+            invert_every=stats_every,
+            ema=rho,
+            kl_clip=kl_clip,
+            **options,
+        )
+        self._check_blocks()
+        self._wake = WakeAverage(self._estimator.statistics, self._rho)
+        self._networks = Networks(self._rho, n_cap)
+        self._dampings: dict[str, float] = {}
+        self._averages: dict[str, Damped] = {}
+        self._model: dict[str, Damped] = {}
+        self._sums = False  # whether the inverses are those of F̄ + B/λ, not of F̄
+        self.inner_objectives: list[float] = []
+
+    def _check_blocks(self) -> None:
+        """Refuse, at construction, blocks that the algebra cannot do with."""
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise ValueError("KLDWRM does not run on several processes; kronfac.optim.KFAC does.")
+        approximation, adapters = self._estimator.approximation.name, self._estimator.adaptation.adapters
+        if any(statistic.keeps_basis for statistic in self._estimator.statistics.values()):
+            raise ValueError(
+                f"KLDWRM does not support approximation={approximation!r}: its values live in an eigenbasis that is not "
+                "averaged; use 'kfac'."
+            )
+        if self._variant == "so":
+            return
+        if self._rule is get_rule("exact") and approximation not in ("dense", "diagonal"):
+            raise ValueError(
+                f"variant={self._variant!r} adds two curvatures, which damping_rule='exact' leaves without a solve for "
+                f"approximation={approximation!r}; use damping_rule='factored'."
+            )
+        embedding = next((name for name, adapter in adapters.items() if adapter.diagonal_input), None)
+        if embedding is not None and self._solve == "stein" and approximation not in ("dense", "diagonal"):
+            raise ValueError(
+                f"solve='stein' has no solve for the embedding {embedding!r}, whose input factor is diagonal; use "
+                "solve='reweighted'."
+            )
+
+    # ---------------------------------------------------------------- statistics
+    def _forget(self) -> None:
+        self._wake.begin()
+
+    def curvature(self) -> BlockDiagonal:
+        """Return the average ``F̄`` as an operator, without its damping.
+
+        Returns:
+            The curvature.
+        """
+        with self._wake.in_place():
+            return super().curvature()
+
+    def _damped(self, layer: str) -> Damped:
+        block = self._estimator.statistics[layer].block()
+        return Damped.of(block, self._rule(block, self._dampings[layer]))
+
+    def _average_of(self, layer: str) -> Damped:
+        if layer not in self._averages:
+            self._averages[layer] = self._damped(layer)
+        return self._averages[layer]
+
+    def _rate(self, adapter: LayerAdapter) -> float:
+        """``1/λ`` of a layer."""
+        own = {id(p) for p in adapter.parameters.values()}
+        rates = {float(group["lr"]) for p, group in self._members() if id(p) in own}
+        if len(rates) > 1:
+            raise ValueError(
+                f"variant={self._variant!r} needs one lr = 1/λ for all of layer {adapter.name!r}: {rates}."
+            )
+        return rates.pop() if rates else float(self.defaults["lr"])
+
+    def _renew_inverses(self) -> None:
+        gathered, adapters = self._gatherer.gathered > 0, self._estimator.adaptation.adapters
+        if gathered or not self._inverses:
+            self._dampings = {name: self._damping(name) for name in adapters}
+            seen = [name for name, s in self._estimator.statistics.items() if gathered and not s.empty]
+            self._model = {} if self._variant == "so" else {name: self._damped(name) for name in seen}
+            self._wake.merge()
+            self._averages = {}
+        elif not self._sums:
+            return
+        else:
+            self._model = {}  # B_k = F̄ between two gatherings (20)
+        ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
+        self._sums = bool(self._model)
+        if not self._sums:
+            refresh(self._inverses, ready, lambda name: self._dampings[name], self._rule)
+            return
+        solve = sum_inverse if self._solve == "stein" else reweighted_inverse
+        for name in ready:
+            self._inverses.pop(name, None)
+            average = self._average_of(name)
+            model = self._model.setdefault(name, average)
+            self._inverses[name] = solve(average, model, self._rate(adapters[name]), name)
+
+    # ---------------------------------------------------------------- step
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: With ``variant="qe"`` it must evaluate the model once and return the loss without calling backward;
+                otherwise it is optional and calls backward.
+
+        Returns:
+            The closure's loss, or None.
+
+        What is not finite stops it with a ``FloatingPointError``, statistics that are missing with a ``RuntimeError``;
+        no parameter is changed then.
+        """
+        try:
+            return self._step_exactly(closure) if self._variant == "qe" else self._step(closure)
+        except Exception:
+            self._gatherer.reset()  # what was gathered is used up or wrong
+            raise
+
+    def _step_exactly(self, closure: Callable[[], Any] | None) -> float:
+        self._gatherer.check_layers()
+        params: list[Tensor] = [p for p, _ in self._members()]
+        call = Closure(closure, self._gatherer.root, params)
+        self._gatherer.reset()
+        loss, found = call.gradient()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"The loss is {loss}; no parameter was changed. Look at the inputs and targets.")
+        for parameter, gradient in zip(params, found, strict=True):
+            parameter.grad = gradient
+        try:
+            self._step(None)
+            return loss
+        finally:
+            for parameter in params:
+                parameter.grad = None
+
+    def _rates(self, members: list[tuple[str, nn.Parameter, Any]]) -> dict[str, float]:
+        return {name: 1.0 for name, _, _ in members}  # 1/λ is in the gradients already
+
+    @property
+    def _exact_clip_due(self) -> bool:
+        return self._kl_product == "exact" and super()._exact_clip_due
+
+    @property
+    def _keeps_arguments(self) -> bool:
+        return self._variant == "qe" or super()._keeps_arguments
+
+    def _move(self, gradients: dict[str, Tensor]) -> None:
+        members = [(self._names[id(p)], p, group) for p, group in self._members() if p.grad is not None]
+        scaled = {}  # ĝ/λ = g/λ + ρ u
+        for name, parameter, group in members:
+            if group["weight_decay"] and not group["decoupled_weight_decay"]:
+                gradients[name] = gradients[name].add(parameter, alpha=group["weight_decay"])
+            scaled[name] = gradients[name] * group["lr"]
+            if "wake" in self.state[parameter]:
+                scaled[name].add_(self.state[parameter]["wake"], alpha=self._rho)
+        directions = self._solved(scaled, members)
+        check_finite(gradients, directions)
+        clip = self._clip_scale(scaled, directions, members)
+        scales = self._layer_scales(directions, clip)
+        moves = {name: -scales[name] * found for name, found in directions.items()}
+        carried = {name: part for name, p, group in members if (part := self._carried(p, group)) is not None}
+        products = self._wake_products(scaled, scales, moves, carried)
+        if self._variant == "qe":
+            moves = self._refined(gradients, moves, members)
+            products = self._wake_products(scaled, None, moves, {})
+            self._networks.push({name: p for name, p, _ in members}, first=self._steps == 0)
+        for name, parameter, group in members:
+            if group["momentum"]:
+                self._buffer(parameter, "momentum_buffer").mul_(group["momentum"]).add_(moves[name])
+            parameter.add_(moves[name])
+            if name in carried:
+                parameter.add_(carried[name])
+            if self._rho:
+                self._buffer(parameter, "wake").mul_(self._rho).add_(products[name])
+
+    def _solved(self, scaled: dict[str, Tensor], members: list[tuple[str, nn.Parameter, Any]]) -> dict[str, Tensor]:
+        """``[F̄ + B/λ]⁻¹ ĝ/λ``; parameters without curvature have the identity for ``F``."""
+        directions = self._directions(scaled)
+        if self._variant != "so":
+            adapters = self._estimator.adaptation.adapters
+            summed = {n for layer in self._inverses for n in adapters[layer].parameter_names} if self._sums else set()
+            for layer in self._inverses:
+                self._rate(adapters[layer])
+            for name, _, group in members:
+                if name not in summed:
+                    directions[name] = directions[name] / (1.0 + group["lr"])
+        return directions
+
+    def _carried(self, parameter: Tensor, group: dict[str, Any]) -> Tensor | None:
+        """The part of a step that is no solution of this step's problem: momentum and decoupled weight decay."""
+        parts = []
+        if group["momentum"] and "momentum_buffer" in self.state[parameter]:
+            parts.append(self.state[parameter]["momentum_buffer"] * group["momentum"])
+        if group["weight_decay"] and group["decoupled_weight_decay"]:
+            parts.append(parameter * (-group["lr"] * group["weight_decay"]))
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def _layer_scales(self, directions: dict[str, Tensor], clip: float) -> dict[str, float]:
+        """Factor of each direction: the KL clip's, and that of the clip of each layer's root mean square."""
+        if self._rms_clip is None:
+            return dict.fromkeys(directions, clip)
+        layers = [
+            [n for n in a.parameter_names if n in directions] for a in self._estimator.adaptation.adapters.values()
+        ]
+        covered = {name for names in layers for name in names}
+        layers += [[name] for name in directions if name not in covered]
+        scales = {}
+        for names in filter(None, layers):
+            squares = torch.stack([directions[name].double().square().sum() for name in names]).sum()
+            rms = clip * math.sqrt(float(squares) / sum(directions[name].numel() for name in names))
+            scales |= dict.fromkeys(names, clip * min(1.0, self._rms_clip / rms) if rms > 0 else clip)
+        return scales
+
+    def _wake_products(
+        self,
+        scaled: dict[str, Tensor],
+        scales: dict[str, float] | None,
+        moves: dict[str, Tensor],
+        carried: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """``F̄ s`` of the step taken, ``moves`` and ``carried`` together."""
+        if not self._rho:
+            return {}
+        steps = {name: move + carried[name] if name in carried else move for name, move in moves.items()}
+        out = dict(steps)  # F̄ = I without curvature
+        for layer in self._inverses:
+            adapter = self._estimator.adaptation.adapters[layer]
+            names = [name for name in adapter.parameter_names if name in moves]
+            if not names:
+                continue
+            if scales is not None and self._variant == "so" and len(names) == len(adapter.parameter_names):
+                # F̄ F̄⁻¹ ĝ needs no product.
+                out |= {name: -scales[name] * scaled[name] for name in names}
+                vector = {name: carried[name] for name in names if name in carried}
+                if vector:
+                    out |= {
+                        n: out[n] + extra for n, extra in self._product(layer, self._average_of(layer), vector).items()
+                    }
+            else:
+                out |= self._product(layer, self._average_of(layer), {name: steps[name] for name in names})
+        return {name: out[name] for name in moves}
+
+    def _product(self, layer: str, matrix: Damped, vector: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A layer's block times a vector, of which what is left out is zero."""
+        adapter = self._estimator.adaptation.adapters[layer]
+        given = {n: (vector[n] if n in vector else torch.zeros_like(p)) for n, p in adapter.parameters.items()}
+        packed = adapter.pack({n: tensor.to(matrix.block.dtype) for n, tensor in given.items()})
+        product = adapter.unpack(matrix.matmul(packed.contiguous()))
+        return {n: product[n].to(given[n].dtype) for n in given}
+
+    # ---------------------------------------------------------------- exact divergences
+    def _refined(
+        self, gradients: dict[str, Tensor], start: dict[str, Tensor], members: list[tuple[str, nn.Parameter, Any]]
+    ) -> dict[str, Tensor]:
+        """Gradient descent on (31) from the Q step."""
+        rates = {float(group["lr"]) for _, _, group in members}
+        if len(rates) > 1:
+            raise ValueError(f"variant='qe' minimises one objective: all groups need the same lr = 1/λ, not {rates}.")
+        if any(group["momentum"] or group["decoupled_weight_decay"] for _, _, group in members):
+            raise ValueError("variant='qe' takes no momentum and no decoupled weight decay.")
+        if self._gatherer.forwards > 1 or self._gatherer.gathered > 1 or self._gatherer.last is None:
+            raise RuntimeError(
+                "variant='qe' needs one forward of the whole mini-batch in train mode, of whose outputs the loss is a "
+                f"function; the closure called the model {self._gatherer.forwards} times."
+            )
+        parameters = {name: p.detach() for name, p, _ in members}
+
+        def product(vector: dict[str, Tensor]) -> dict[str, Tensor]:
+            out = dict(vector)
+            for layer in self._inverses:
+                matrix = self._model[layer] if layer in self._model else self._average_of(layer)
+                own = {n: vector[n] for n in self._estimator.adaptation.adapters[layer].parameter_names if n in vector}
+                out |= self._product(layer, matrix, own) if own else {}
+            return {name: out[name] for name in vector}
+
+        problem = ExactWake(
+            self._gatherer,
+            self._estimator.likelihood,
+            self._options["outputs"],
+            parameters,
+            self._networks.weighted(parameters, first=self._steps == 0, zeta=self._zeta),
+            gradients,
+            product,
+            rates.pop(),
+        )
+        omega, iterations = self._inner
+        with self._gatherer.paused():
+            steps, self.inner_objectives = problem.descend(start, omega, iterations)
+        check_finite(gradients, steps)
+        scales = self._layer_scales(steps, 1.0)
+        return {name: scales[name] * step for name, step in steps.items()}
+
+    # ---------------------------------------------------------------- state
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to continue bit for bit, the wake and the old networks included.
+
+        Returns:
+            Tensors, numbers and strings only, as ``torch.load(weights_only=True)`` reads them.
+        """
+        with self._wake.in_place():
+            return {**super().state_dict(), "kldwrm": save_wake(self)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`.
+
+        Args:
+            state_dict: From an optimiser of the same model and settings; if it does not fit, a ``ValueError`` says why
+                and nothing is changed.
+        """
+        apply = load_wake(self, state_dict)
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "kldwrm"})
+        apply()
