@@ -51,7 +51,7 @@ def variable(step: int) -> float:
 def wake_step(
     fishers: list[Tensor], model: Tensor | float, linear: Tensor, steps: list[Tensor], lam: float, rho: float
 ) -> Tensor:
-    """Minimise ``linearᵀs + ½ sᵀ model s + λ/2 Σ_i κ(i) ρ^(k−i) ‖s + Σ_{j=i}^{k−1} s_j‖²_{F_i}`` densely, as defined."""
+    """Minimise ``linearᵀs + ½ sᵀ model s + λ/2 Σ_i κ(i) ρ^(k−i) ‖s + Σ_{j=i}^{k−1} s_j‖²_{F_i}`` densely."""
     k = len(steps)
     quadratic = torch.zeros_like(fishers[0]) + model
     for i, fisher in enumerate(fishers):
@@ -129,7 +129,7 @@ def test_the_wake_is_of_the_steps_with_momentum(variant: str) -> None:
 def test_each_layers_root_mean_square_is_clipped(variant: str) -> None:
     """The second rule of 7.1: layers are scaled one by one, and the wake knows."""
     model, rho = network(), 0.5
-    bound = 0.04
+    bound = 0.1
     optimizer = make(model, variant=variant, rho=rho, rms_clip=bound)
     fishers, steps, clipped = [], [], 0
     sizes = [16, 25, 18]
@@ -340,11 +340,11 @@ def test_qe_becomes_q_for_large_lambda() -> None:
 def test_the_inner_loop_descends(likelihood: kf.Likelihood) -> None:
     model = network()
     optimizer = kf.optim.KLDWRM(
-        model, likelihood, 2.0, variant="qe", omega=0.01, zeta=1.0, rho=0.5, stats_every=2, burn_in=0, kl_clip=None
+        model, likelihood, 20.0, variant="qe", omega=0.003, zeta=1.0, rho=0.5, stats_every=2, burn_in=0, kl_clip=None
     )
     losses = []
     for k in range(6):
-        x, y = batch(k % 2, 24)
+        x, y = batch(0, 24)
         targets = y if isinstance(likelihood, kf.Categorical) else F.one_hot(y, 3).double()
         losses.append(optimizer.step(lambda x=x, t=targets: likelihood.loss(model(x), t)))
         assert len(optimizer.inner_objectives) == 10
@@ -378,7 +378,7 @@ def test_the_exact_objective_by_hand() -> None:
         plain.load_state_dict(model.state_dict())
         other = make(plain, lam, variant="qe", rho=rho, n_inner=0, approximation="kfac", n_cap=3, weight_decay=0.1)
         if k:
-            other.load_state_dict(optimizer.state_dict())
+            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         before = vector(model)
         other.step(lambda x=x, y=y: F.cross_entropy(plain(x), y))
         start = vector(plain) - before
@@ -501,7 +501,7 @@ def test_a_scheduler_drives_lambda_down_to_a_rate_of_zero() -> None:
 
 @pytest.mark.parametrize("variant", ["so", "q"])
 def test_without_a_wake_it_is_kfac_or_adds_the_model(variant: str) -> None:
-    """ρ = 0: plain natural gradient on the newest batch, for Q with ``(1 + 1/λ) F``; uncovered parameters have F = I."""
+    """ρ = 0: plain natural gradient on the newest batch, for Q with ``(1 + 1/λ) F``; F = I where uncovered."""
     model, other = Mixed(), Mixed()
     with pytest.warns(kf.CoverageWarning):
         optimizer = make(model, 4.0, variant=variant, rho=0.0, approximation="kfac")
@@ -628,5 +628,5 @@ def test_foreign_states_are_refused() -> None:
     loop(model, qe, range(2), "qe")
     state = qe.state_dict()
     state["kldwrm"]["networks"][0]["parameters"]["0.weight"] = torch.zeros(2, 2)
-    with pytest.raises(ValueError, match="a parameter '0.weight' of shape"):
+    with pytest.raises(ValueError, match=r"a parameter '0\.weight' of shape"):
         qe.load_state_dict(state)

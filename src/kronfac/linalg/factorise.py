@@ -97,7 +97,7 @@ def invert(
         all_good = bool(good.all())
         for position, i in enumerate(group):
             single = len(group) == 1
-            result = Inverted(work if single else work[position], logdets if single else logdets[position])
+            result = Inverted(work if single else _own(work[position]), logdets if single else logdets[position])
             if not all_good:
                 _repair(result, good if single else good[position], matrices[i], shifts[i], labels[i])
             results[i] = result
@@ -144,7 +144,7 @@ def eighs(matrices: Sequence[Tensor], names: Sequence[str] | None = None) -> lis
             continue
         values, vectors = _eigh(torch.stack([matrices[i] for i in group]), ", ".join(labels[i] for i in group))
         for position, i in enumerate(group):
-            results[i] = Eigendecomposition(values[position], vectors[position])
+            results[i] = Eigendecomposition(_own(values[position]), _own(vectors[position]))
     return [result for result in results if result is not None]
 
 
@@ -181,6 +181,11 @@ def _groups(matrices: Sequence[Tensor]) -> list[list[int]]:
         key: object = i if alone else (matrix.shape, matrix.dtype, matrix.device)
         groups.setdefault(key, []).append(i)
     return list(groups.values())
+
+
+def _own(part: Tensor) -> Tensor:
+    """A copy on the CPU: its products may round differently at odd addresses, and a loaded inverse not be the same."""
+    return part.clone() if part.device.type == "cpu" else part
 
 
 def _shift(work: Tensor, shift: Tensor | float, name: str) -> None:

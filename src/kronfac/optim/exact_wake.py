@@ -17,30 +17,6 @@ from kronfac.optim.gathering import Gatherer
 Weighted = tuple[float, Mapping[str, Tensor]]
 
 
-def check_likelihood(likelihood: Likelihood, momentum: float, options: Mapping[str, Any], stats_every: int) -> None:
-    """Refuse what QE-KLD-WRM has no place for.
-
-    Args:
-        likelihood: The loss.
-        momentum: The optimiser's.
-        options: The optimiser's further options.
-        stats_every: Period of the statistics.
-
-    Raises:
-        ValueError: The likelihood gives no exact divergence, or an argument does not fit.
-    """
-    if isinstance(likelihood, Likelihood) and type(likelihood).symmetric_kl is Likelihood.symmetric_kl:
-        raise ValueError(
-            f"variant='qe' needs the exact symmetric KL divergence, which {type(likelihood).__name__} does not give: "
-            "implement its symmetric_kl, or use variant='q'."
-        )
-    unfit = {"momentum": momentum, **{name: options.get(name) for name in ("decoupled_weight_decay", "fallback")}}
-    if names := [name for name, value in unfit.items() if value]:
-        raise ValueError(f"variant='qe' minimises one objective in all parameters and takes no {', '.join(names)}.")
-    if isinstance(likelihood, Likelihood) and likelihood.needs_targets and stats_every != 1:
-        raise ValueError(f"{likelihood!r} needs the targets at each step, captured by hand: set stats_every=1.")
-
-
 class Networks:
     """The iterates before, as copies of their parameters, newest last.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,20 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from kronfac.curvature import BlockDiagonal
-from kronfac.damping import get_rule
 from kronfac.layers import LayerAdapter
 from kronfac.likelihoods import Likelihood
 from kronfac.optim.closure import Closure
-from kronfac.optim.exact_wake import ExactWake, Networks, check_likelihood
+from kronfac.optim.exact_wake import ExactWake, Networks
 from kronfac.optim.kfac import KFAC
+from kronfac.optim.kldwrm_checks import check_blocks, check_cap, check_choices, check_likelihood, check_numbers
 from kronfac.optim.kldwrm_state import load_wake, save_wake
-from kronfac.optim.options import at_least, check_finite
+from kronfac.optim.options import check_finite
 from kronfac.optim.preconditioning import refresh
-from kronfac.optim.wake import Damped, WakeAverage, reweighted_inverse, sum_inverse
-
-VARIANTS = ("so", "q", "qe")
-SOLVES = ("stein", "reweighted")
-PRODUCTS = ("exact", "approximate")
+from kronfac.optim.wake import Damped, WakeAverage, layer_product, layer_scales, reweighted_inverse, sum_inverse
 
 
 class KLDWRM(KFAC):
@@ -40,8 +35,8 @@ class KLDWRM(KFAC):
     (``"q"``), for any ``λ_k``, and stays right for whatever step ``s_k`` was taken. ``"qe"`` starts there and goes on
     with the exact symmetric divergences of the last ``n_cap`` networks (31), by gradient descent within the step.
 
-    ``F`` is the damped curvature everywhere. Statistics are averaged and inverted together, every ``stats_every`` steps;
-    in between ``F_k`` and ``B_k`` are ``F̄`` (20).  The learning rate of the groups **is** ``1/λ``: any scheduler
+    ``F`` is the damped curvature everywhere. Statistics are averaged and inverted together, every ``stats_every``
+    steps; in between ``F_k`` and ``B_k`` are ``F̄`` (20).  The learning rate of the groups **is** ``1/λ``: any scheduler
     drives ``λ``.
 
     ``"so"`` and ``"q"`` take the place of any optimiser in a loop. ``"qe"`` takes a closure that evaluates the model
@@ -98,32 +93,12 @@ class KLDWRM(KFAC):
         **options: Any,
     ) -> None:
         if fixed := sorted({"lr", "ema", "invert_every"} & options.keys()):
-            raise TypeError(
-                f"KLDWRM takes no {' and '.join(fixed)}: lr is 1/lam, ema is rho, inverses follow stats_every."
-            )
-        for name, value, known in (
-            ("variant", variant, VARIANTS),
-            ("solve", solve, SOLVES),
-            ("kl_product", kl_product, PRODUCTS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is unknown; choose one of {known}.")
-        at_least("lam", lam, 0.0, open_=True)
-        at_least("rho", rho, 0.0)
-        if rho >= 1:
-            raise ValueError(f"rho={rho!r} must be a number in [0, 1).")
-        for name, number in (("omega", omega), ("zeta", zeta), ("rms_clip", 1.0 if rms_clip is None else rms_clip)):
-            at_least(name, number, 0.0, open_=True)
-        at_least("n_inner", n_inner, 0, integer=True)
-        if n_cap is None:
-            n_cap = 1 if rho == 0 else math.floor(math.log(0.1) / math.log(rho)) + 1
-        at_least("n_cap", n_cap, 1, integer=True)
+            raise TypeError(f"KLDWRM takes no {' and '.join(fixed)}: lr is 1/lam, ema rho, invert_every stats_every.")
+        check_choices(variant=variant, solve=solve, kl_product=kl_product)
+        check_numbers(lam, rho, omega, n_inner, zeta, rms_clip)
+        n_cap = check_cap(n_cap, rho, warn=variant == "qe")
         if variant == "qe":
             check_likelihood(likelihood, momentum, options, stats_every)
-            if rho**n_cap >= 0.1:
-                warnings.warn(
-                    f"rho**n_cap = {rho**n_cap:.2g} of the wake is dropped; raise n_cap or lower rho.", stacklevel=2
-                )
         self._variant, self._rho, self._solve = variant, float(rho), solve
         self._inner, self._zeta = (float(omega), n_inner), float(zeta)
         self._kl_product, self._rms_clip = kl_product, rms_clip
@@ -138,7 +113,7 @@ class KLDWRM(KFAC):
             kl_clip=kl_clip,
             **options,
         )
-        self._check_blocks()
+        check_blocks(self._estimator, variant, solve, self._rule)
         self._wake = WakeAverage(self._estimator.statistics, self._rho)
         self._networks = Networks(self._rho, n_cap)
         self._dampings: dict[str, float] = {}
@@ -146,31 +121,6 @@ class KLDWRM(KFAC):
         self._model: dict[str, Damped] = {}
         self._sums = False  # whether the inverses are those of F̄ + B/λ, not of F̄
         self.inner_objectives: list[float] = []
-
-    def _check_blocks(self) -> None:
-        """Refuse, at construction, blocks that the algebra cannot do with."""
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            raise ValueError("KLDWRM does not run on several processes; kronfac.optim.KFAC does.")
-        approximation, adapters = self._estimator.approximation.name, self._estimator.adaptation.adapters
-        if any(statistic.keeps_basis for statistic in self._estimator.statistics.values()):
-            raise ValueError(
-                f"KLDWRM does not support approximation={approximation!r}: its values live in an eigenbasis that is not "
-                "averaged; use 'kfac'."
-            )
-        if self._variant == "so":
-            return
-        if self._rule is get_rule("exact") and approximation not in ("dense", "diagonal"):
-            raise ValueError(
-                f"variant={self._variant!r} adds two curvatures, which damping_rule='exact' leaves without a solve for "
-                f"approximation={approximation!r}; use damping_rule='factored'."
-            )
-        embedding = next((name for name, adapter in adapters.items() if adapter.diagonal_input), None)
-        if embedding is not None and self._solve == "stein" and approximation not in ("dense", "diagonal"):
-            raise ValueError(
-                f"solve='stein' has no solve for the embedding {embedding!r}, whose input factor is diagonal; use "
-                "solve='reweighted'."
-            )
 
     # ---------------------------------------------------------------- statistics
     def _forget(self) -> None:
@@ -206,6 +156,8 @@ class KLDWRM(KFAC):
 
     def _renew_inverses(self) -> None:
         gathered, adapters = self._gatherer.gathered > 0, self._estimator.adaptation.adapters
+        if gathered:  # a batch that the step would refuse must not enter the averages
+            check_finite({self._names[id(p)]: p.grad for p, _ in self._members() if p.grad is not None})
         if gathered or not self._inverses:
             self._dampings = {name: self._damping(name) for name in adapters}
             seen = [name for name, s in self._estimator.statistics.items() if gathered and not s.empty]
@@ -289,14 +241,13 @@ class KLDWRM(KFAC):
         directions = self._solved(scaled, members)
         check_finite(gradients, directions)
         clip = self._clip_scale(scaled, directions, members)
-        scales = self._layer_scales(directions, clip)
+        scales = layer_scales(self._estimator.adaptation.adapters.values(), directions, clip, self._rms_clip)
         moves = {name: -scales[name] * found for name, found in directions.items()}
         carried = {name: part for name, p, group in members if (part := self._carried(p, group)) is not None}
-        products = self._wake_products(scaled, scales, moves, carried)
         if self._variant == "qe":
             moves = self._refined(gradients, moves, members)
-            products = self._wake_products(scaled, None, moves, {})
             self._networks.push({name: p for name, p, _ in members}, first=self._steps == 0)
+        products = self._wake_products(scaled, scales, moves, carried)
         for name, parameter, group in members:
             if group["momentum"]:
                 self._buffer(parameter, "momentum_buffer").mul_(group["momentum"]).add_(moves[name])
@@ -328,26 +279,10 @@ class KLDWRM(KFAC):
             parts.append(parameter * (-group["lr"] * group["weight_decay"]))
         return sum(parts[1:], parts[0]) if parts else None
 
-    def _layer_scales(self, directions: dict[str, Tensor], clip: float) -> dict[str, float]:
-        """Factor of each direction: the KL clip's, and that of the clip of each layer's root mean square."""
-        if self._rms_clip is None:
-            return dict.fromkeys(directions, clip)
-        layers = [
-            [n for n in a.parameter_names if n in directions] for a in self._estimator.adaptation.adapters.values()
-        ]
-        covered = {name for names in layers for name in names}
-        layers += [[name] for name in directions if name not in covered]
-        scales = {}
-        for names in filter(None, layers):
-            squares = torch.stack([directions[name].double().square().sum() for name in names]).sum()
-            rms = clip * math.sqrt(float(squares) / sum(directions[name].numel() for name in names))
-            scales |= dict.fromkeys(names, clip * min(1.0, self._rms_clip / rms) if rms > 0 else clip)
-        return scales
-
     def _wake_products(
         self,
         scaled: dict[str, Tensor],
-        scales: dict[str, float] | None,
+        scales: dict[str, float],
         moves: dict[str, Tensor],
         carried: dict[str, Tensor],
     ) -> dict[str, Tensor]:
@@ -361,25 +296,16 @@ class KLDWRM(KFAC):
             names = [name for name in adapter.parameter_names if name in moves]
             if not names:
                 continue
-            if scales is not None and self._variant == "so" and len(names) == len(adapter.parameter_names):
+            if self._variant == "so" and len(names) == len(adapter.parameter_names):
                 # F̄ F̄⁻¹ ĝ needs no product.
                 out |= {name: -scales[name] * scaled[name] for name in names}
                 vector = {name: carried[name] for name in names if name in carried}
                 if vector:
-                    out |= {
-                        n: out[n] + extra for n, extra in self._product(layer, self._average_of(layer), vector).items()
-                    }
+                    extra = layer_product(adapter, self._average_of(layer), vector)
+                    out |= {name: out[name] + extra[name] for name in names}
             else:
-                out |= self._product(layer, self._average_of(layer), {name: steps[name] for name in names})
+                out |= layer_product(adapter, self._average_of(layer), {name: steps[name] for name in names})
         return {name: out[name] for name in moves}
-
-    def _product(self, layer: str, matrix: Damped, vector: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A layer's block times a vector, of which what is left out is zero."""
-        adapter = self._estimator.adaptation.adapters[layer]
-        given = {n: (vector[n] if n in vector else torch.zeros_like(p)) for n, p in adapter.parameters.items()}
-        packed = adapter.pack({n: tensor.to(matrix.block.dtype) for n, tensor in given.items()})
-        product = adapter.unpack(matrix.matmul(packed.contiguous()))
-        return {n: product[n].to(given[n].dtype) for n in given}
 
     # ---------------------------------------------------------------- exact divergences
     def _refined(
@@ -402,8 +328,9 @@ class KLDWRM(KFAC):
             out = dict(vector)
             for layer in self._inverses:
                 matrix = self._model[layer] if layer in self._model else self._average_of(layer)
-                own = {n: vector[n] for n in self._estimator.adaptation.adapters[layer].parameter_names if n in vector}
-                out |= self._product(layer, matrix, own) if own else {}
+                adapter = self._estimator.adaptation.adapters[layer]
+                own = {n: vector[n] for n in adapter.parameter_names if n in vector}
+                out |= layer_product(adapter, matrix, own) if own else {}
             return {name: out[name] for name in vector}
 
         problem = ExactWake(
@@ -420,7 +347,7 @@ class KLDWRM(KFAC):
         with self._gatherer.paused():
             steps, self.inner_objectives = problem.descend(start, omega, iterations)
         check_finite(gradients, steps)
-        scales = self._layer_scales(steps, 1.0)
+        scales = layer_scales(self._estimator.adaptation.adapters.values(), steps, 1.0, self._rms_clip)
         return {name: scales[name] * step for name, step in steps.items()}
 
     # ---------------------------------------------------------------- state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ from kronfac.blocks import (
     TwoTermInverse,
     Uniform,
 )
+from kronfac.layers import LayerAdapter
 
 
 class WakeAverage:
@@ -150,10 +151,7 @@ def sum_inverse(first: Damped, second: Damped, weight: float, name: str) -> Inve
         name: The layer, for errors.
 
     Returns:
-        The inverse.
-
-    Raises:
-        TypeError: The sum of the two has no solve.
+        The inverse; where the sum of the two has no solve, a ``TypeError`` says so.
     """
     mine, theirs = first.block, second.block
     if isinstance(mine, Kronecker) and isinstance(theirs, Kronecker) and not (first.added or second.added):
@@ -202,6 +200,51 @@ def _linear_inverse(first: Damped, second: Damped, weight: float, name: str, sol
         f"layer {name!r}: KLDWRM with solve={solve!r} has no inverse of a sum of two {type(mine).__name__} blocks"
         f"{damping}; use variant='so'{other}{', or damping_rule=' + repr('factored') if damping else ''}"
     )
+
+
+def layer_product(adapter: LayerAdapter, matrix: Damped, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Multiply a layer's matrix by a vector.
+
+    Args:
+        adapter: The layer.
+        matrix: Its matrix.
+        vector: By parameter name; what is left out is zero.
+
+    Returns:
+        The product, for all parameters of the layer, in their dtypes.
+    """
+    given = {n: (vector[n] if n in vector else torch.zeros_like(p)) for n, p in adapter.parameters.items()}
+    packed = adapter.pack({n: tensor.to(matrix.block.dtype) for n, tensor in given.items()})
+    product = adapter.unpack(matrix.matmul(packed.contiguous()))
+    return {n: product[n].to(given[n].dtype) for n in given}
+
+
+def layer_scales(
+    adapters: Iterable[LayerAdapter], directions: Mapping[str, Tensor], clip: float, bound: float | None
+) -> dict[str, float]:
+    """Factor of each direction: one for all, times the clip of each layer's root mean square (Puiu 2022, 7.1).
+
+    Args:
+        adapters: The layers; a parameter that is in none is clipped by itself.
+        directions: By parameter name.
+        clip: The factor for all.
+        bound: Largest root mean square of a layer's scaled direction, or None.
+
+    Returns:
+        Factors by parameter name.
+    """
+    if bound is None:
+        return dict.fromkeys(directions, clip)
+    layers = [[name for name in adapter.parameter_names if name in directions] for adapter in adapters]
+    covered = {name for names in layers for name in names}
+    layers += [[name] for name in directions if name not in covered]
+    layers = [names for names in layers if names]
+    squares = [torch.stack([directions[n].double().square().sum() for n in names]).sum() for names in layers]
+    scales: dict[str, float] = {}
+    for names, square in zip(layers, torch.stack(squares).tolist() if squares else [], strict=True):
+        rms = clip * math.sqrt(square / sum(directions[name].numel() for name in names))
+        scales |= dict.fromkeys(names, clip * bound / rms if rms > bound else clip)
+    return scales
 
 
 def _plus(matrix: Tensor, shift: Tensor | float) -> Tensor:

@@ -1,0 +1,137 @@
+"""What KLD-WRM refuses, at construction and by name."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kronfac.damping import Rule, exact
+from kronfac.estimation import Estimator
+from kronfac.likelihoods import Likelihood
+from kronfac.optim.options import at_least
+
+_CHOICES = {
+    "variant": ("so", "q", "qe"),
+    "solve": ("stein", "reweighted"),
+    "kl_product": ("exact", "approximate"),
+}
+
+
+def check_choices(**given: str) -> None:
+    """Refuse unknown words.
+
+    Args:
+        **given: Values of ``variant``, ``solve`` and ``kl_product``.
+
+    Raises:
+        ValueError: One is unknown.
+    """
+    for name, value in given.items():
+        if value not in _CHOICES[name]:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {_CHOICES[name]}.")
+
+
+def check_numbers(lam: float, rho: float, omega: float, n_inner: int, zeta: float, rms_clip: float | None) -> None:
+    """Refuse numbers out of range.
+
+    Args:
+        lam: ``λ``.
+        rho: ``ρ``.
+        omega: ``ω``.
+        n_inner: ``N_IS``.
+        zeta: Factor of the exact divergences.
+        rms_clip: ``τ``, or None.
+
+    Raises:
+        ValueError: One is out of range.
+    """
+    at_least("lam", lam, 0.0, open_=True)
+    at_least("rho", rho, 0.0)
+    if rho >= 1:
+        raise ValueError(f"rho={rho!r} must be a number in [0, 1).")
+    for name, number in (("omega", omega), ("zeta", zeta), ("rms_clip", 1.0 if rms_clip is None else rms_clip)):
+        at_least(name, number, 0.0, open_=True)
+    at_least("n_inner", n_inner, 0, integer=True)
+
+
+def check_cap(n_cap: int | None, rho: float, *, warn: bool) -> int:
+    """Choose or check ``N_CAP``.
+
+    Args:
+        n_cap: The user's; None for the least with ``ρ^n_cap < 0.1``.
+        rho: ``ρ``.
+        warn: Whether to warn of a smaller one.
+
+    Returns:
+        ``N_CAP``.
+    """
+    if n_cap is None:
+        return 1 if rho == 0 else math.floor(math.log(0.1) / math.log(rho)) + 1
+    at_least("n_cap", n_cap, 1, integer=True)
+    if warn and rho**n_cap >= 0.1:
+        warnings.warn(f"rho**n_cap = {rho**n_cap:.2g} of the wake is dropped; raise n_cap or lower rho.", stacklevel=3)
+    return n_cap
+
+
+def check_blocks(estimator: Estimator, variant: str, solve: str, rule: Rule) -> None:
+    """Refuse blocks that the algebra cannot do with.
+
+    Args:
+        estimator: Holds the layers' statistics.
+        variant: The variant.
+        solve: How sums are inverted.
+        rule: The damping rule.
+
+    Raises:
+        ValueError: There is such a block, or several processes.
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ValueError("KLDWRM does not run on several processes; kronfac.optim.KFAC does.")
+    approximation = estimator.approximation.name
+    if any(statistic.keeps_basis for statistic in estimator.statistics.values()):
+        raise ValueError(
+            f"KLDWRM does not support approximation={approximation!r}: its values live in an eigenbasis that is not "
+            "averaged; use 'kfac'."
+        )
+    if variant == "so" or approximation in ("dense", "diagonal"):
+        return
+    if rule is exact:
+        raise ValueError(
+            f"variant={variant!r} adds two curvatures, which damping_rule='exact' leaves without a solve for "
+            f"approximation={approximation!r}; use damping_rule='factored'."
+        )
+    embedding = next((name for name, adapter in estimator.adaptation.adapters.items() if adapter.diagonal_input), None)
+    if embedding is not None and solve == "stein":
+        raise ValueError(
+            f"solve='stein' has no solve for the embedding {embedding!r}, whose input factor is diagonal; use "
+            "solve='reweighted'."
+        )
+
+
+def check_likelihood(likelihood: Likelihood, momentum: float, options: Mapping[str, Any], stats_every: int) -> None:
+    """Refuse what QE-KLD-WRM has no place for.
+
+    Args:
+        likelihood: The loss.
+        momentum: The optimiser's.
+        options: The optimiser's further options.
+        stats_every: Period of the statistics.
+
+    Raises:
+        ValueError: The likelihood gives no exact divergence, or an argument does not fit.
+    """
+    if isinstance(likelihood, Likelihood) and type(likelihood).symmetric_kl is Likelihood.symmetric_kl:
+        raise ValueError(
+            f"variant='qe' needs the exact symmetric KL divergence, which {type(likelihood).__name__} does not give: "
+            "implement its symmetric_kl, or use variant='q'."
+        )
+    unfit = {"momentum": momentum, **{name: options.get(name) for name in ("decoupled_weight_decay", "fallback")}}
+    if names := [name for name, value in unfit.items() if value]:
+        raise ValueError(f"variant='qe' minimises one objective in all parameters and takes no {', '.join(names)}.")
+    if isinstance(likelihood, Likelihood) and likelihood.needs_targets and stats_every != 1:
+        raise ValueError(f"{likelihood!r} needs the targets at each step, captured by hand: set stats_every=1.")
