@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"curvature", "curvature_coupled", "operators"},
     {"vectors"},
     {"approximations", "damping", "sources"},
-    {"blocks", "tape"},
+    {"blocks", "coupling", "tape"},
     {"layers", "likelihoods", "plots"},
     {"linalg"},
     {"_typing", "forwards"},

@@ -14,6 +14,7 @@ from kronfac.approximations.sua import SUA
 from kronfac.approximations.tekfac import TEKFAC
 from kronfac.approximations.tkfac import TKFAC
 from kronfac.approximations.tridiagonal import KFACTridiagonal
+from kronfac.approximations.xkfac import XKFAC
 
 APPROXIMATIONS: dict[str, type[Approximation]] = {
     kind.name: kind
@@ -26,6 +27,7 @@ APPROXIMATIONS: dict[str, type[Approximation]] = {
         NearestKronecker,
         SUA,
         PRONG,
+        XKFAC,
         DiagonalBlocks,
         DenseBlocks,
     )
@@ -63,6 +65,7 @@ __all__ = [
     "SUA",
     "TEKFAC",
     "TKFAC",
+    "XKFAC",
     "Approximation",
     "DenseBlocks",
     "DiagonalBlocks",

@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kronfac.blocks import Block
 from kronfac.layers import LayerAdapter
 from kronfac.linalg.symmetric import all_finite
 from kronfac.sources import Sample, Source, not_finite
+from kronfac.tape import Tape
 
 
 class Mean:
@@ -140,6 +141,7 @@ class Approximation(ABC):
         needs_cotangents: Whether it cannot do without cotangents.
         passes: How often :func:`kronfac.estimate` reads the data; :meth:`Statistic.next_pass` is called in between.
         keeps_trace: Whether every block has the trace of the exact one, or K-FAC's own factors: what `verify` checks.
+        couples_examples: Whether its blocks know of the examples that batch norm in train mode couples.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Approximation(ABC):
     needs_cotangents: bool = True
     passes: int = 1
     keeps_trace: bool = True
+    couples_examples: bool = False
 
     @abstractmethod
     def start(self, layer: LayerAdapter) -> Statistic:
@@ -154,6 +157,18 @@ class Approximation(ABC):
 
         Args:
             layer: The layer's adapter.
+        """
+
+    def begin(  # noqa: B027  (most look at layers alone)
+        self, model: nn.Module, tape: Tape, outputs: Tensor, statistics: Mapping[str, Statistic]
+    ) -> None:
+        """Look at a recorded forward pass before its samples come, and refuse it where it does not fit.
+
+        Args:
+            model: The model.
+            tape: The recorded layers.
+            outputs: The model's outputs, attached to the graph.
+            statistics: Those of the model's layers.
         """
 
     def check(self, source: Source) -> None:

@@ -14,6 +14,7 @@ from kronfac.blocks.eigen_kronecker import EigenKronecker
 from kronfac.blocks.eigenbasis import Eigenbasis
 from kronfac.blocks.inverses import DenseInverse, DiagonalKroneckerInverse, EigenInverse, KroneckerInverse
 from kronfac.blocks.kronecker import Kronecker
+from kronfac.blocks.kronecker_sum import KroneckerSum
 from kronfac.blocks.scaled_kronecker import ScaledKronecker
 from kronfac.blocks.shifts import PerFactor, Rescaled, Shift, Uniform
 from kronfac.blocks.tridiagonal import Link, Tridiagonal, TridiagonalInverse
@@ -21,7 +22,8 @@ from kronfac.blocks.two_term import TwoTermInverse
 
 #: Block classes by the name they are saved under.
 KINDS: dict[str, type[Block]] = {
-    block.kind: block for block in (Kronecker, DiagonalKronecker, ScaledKronecker, EigenKronecker, Diagonal, Dense)
+    block.kind: block
+    for block in (Kronecker, DiagonalKronecker, ScaledKronecker, KroneckerSum, EigenKronecker, Diagonal, Dense)
 }
 
 #: Inverse classes by the name they are saved under.
@@ -47,6 +49,7 @@ __all__ = [
     "Inverse",
     "Kronecker",
     "KroneckerInverse",
+    "KroneckerSum",
     "Link",
     "PerFactor",
     "Rescaled",

@@ -30,9 +30,9 @@ class ParameterCoverage:
         layer_type: Type of that module.
         shape: Its shape.
         entries: Its number of entries.
-        block: Kind of block: ``"kronecker"``, ``"kronecker, diagonal input"``, ``"eigen-kronecker"`` (likewise),
-            ``"dense"``, ``"dense per unit"``, ``"dense per group"``, ``"diagonal"``, ``"frozen"`` or ``"none"``.
-            Parameters of one layer share it.
+        block: Kind of block: ``"kronecker"``, ``"kronecker sum"``, ``"kronecker, diagonal input"``,
+            ``"eigen-kronecker"`` (likewise), ``"dense"``, ``"dense per unit"``, ``"dense per group"``, ``"diagonal"``,
+            ``"frozen"`` or ``"none"``. Parameters of one layer share it.
         factors: Sizes of the layer's factors: input factor ``(x)`` output factor, with the number of groups or units.
         factor_bytes: Memory of the layer's statistics; counted at the layer's first parameter with curvature and 0 at
             the others, so that sums over rows are right.
@@ -210,7 +210,7 @@ def coverage(
     method = get_approximation(approximation)
     require_per_layer(method, "coverage")
     adaptation = adapt_model(model, sharing=sharing, norm=norm)
-    coupled = couples_examples(model)
+    coupled = couples_examples(model) and not method.couples_examples
     rows: dict[str, ParameterCoverage] = {}
     largest: list[tuple[int, str]] = []
     for name, adapter in adaptation.adapters.items():

@@ -20,6 +20,7 @@ from kronfac.approximations.nearest import NearestKroneckerStatistic
 from kronfac.approximations.prong import PRONGStatistic
 from kronfac.approximations.sua import SUAStatistic
 from kronfac.approximations.tkfac import TKFACStatistic
+from kronfac.approximations.xkfac import XKFACStatistic
 from kronfac.layers import LayerAdapter
 
 
@@ -150,6 +151,24 @@ def _(statistic: TKFACStatistic) -> Description:
         inverse=stack * (input + d_out * d_out),
         exact_inverse=stack * (basis + 2 * d_in * d_out),
         holds="one factor has a single row: nothing is approximated",
+        assumes=tuple(assumed),
+    )
+
+
+@describe.register
+def _(statistic: XKFACStatistic) -> Description:
+    layer = statistic.layer
+    d_in, d_out, stack = layer.d_in, layer.d_out, math.prod(layer.stack)
+    squares = d_in * d_in + d_out * d_out
+    assumed = [*_factored_assumptions(layer), "one product where no batch norm lies behind, or it alone, directly"]
+    return Description(
+        kind="kronecker sum",
+        factors=_repeated(layer, f"2 x {_times(d_in, d_in)} (x) {_times(d_out, d_out)}"),
+        widths=(d_in, d_out),
+        entries=stack * 2 * squares,
+        inverse=stack * (squares + d_in * d_out),
+        exact_inverse=stack * (d_in * d_out) ** 2,
+        holds="",
         assumes=tuple(assumed),
     )
 

@@ -132,7 +132,7 @@ def verify(
         settings |= {"samples": drawn.count, "seed": seed}  # type: ignore[dict-item]
     settings |= {"examples": len(values), "roots": values.numel()}  # type: ignore[dict-item]
     other = [name for name, call in tape.calls.items() if len(call.input) != len(values)]
-    notes = _notes(model, other, adaptation.uncovered)
+    notes = _notes(model, method, other, adaptation.uncovered)
     if _averages(drawn, values):
         notes += (_AVERAGED,)
     return VerificationReport(tuple(rows), settings, seeds_checked, adaptation.uncovered, notes)
@@ -302,12 +302,12 @@ def _row(layer: str, block: Block, found: Comparison, checks: Mapping[str, float
     )
 
 
-def _notes(model: nn.Module, other: list[str], uncovered: Mapping[str, str]) -> tuple[str, ...]:
+def _notes(model: nn.Module, method: Approximation, other: list[str], uncovered: Mapping[str, str]) -> tuple[str, ...]:
     notes = []
     if couples_examples(model):
         notes.append(
-            "batch norm in train mode couples the examples: F differentiates through the whole batch, while the blocks "
-            "treat examples as independent"
+            "batch norm in train mode couples the examples: F differentiates through the whole batch, "
+            + ("and so do the blocks" if method.couples_examples else "while the blocks treat examples as independent")
         )
     if other:
         notes.append(

@@ -1,0 +1,175 @@
+"""Blocks of XK-FAC and K-FAC against the exact Gauss-Newton matrix through batch norm in train mode.
+
+Prints relative Frobenius errors (and, in brackets, ratios of traces) of every block with a weight, means over weights
+as PyTorch draws them and data: for the multilayer perceptron 6-8(BN)-7-6(BN)-4, and for three convolutions with two
+batch norms. ``exact`` pulls every example's loss alone, so that no sampling error is left; a number is that of sampled
+labels per example.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+import kronfac as kf
+from kronfac.layers import adapt_model
+from kronfac.sources import Sampled, Seed, Source
+
+SEEDS, EXAMPLES = 10, 32
+
+
+class OneByOne(Source):
+    """Every column of the loss Hessian's root, for every example alone."""
+
+    name = "one by one"
+
+    def seeds(
+        self, likelihood: kf.Likelihood, outputs: Tensor, targets: object, generator: torch.Generator | None
+    ) -> Iterator[Seed]:
+        """Yield them.
+
+        Args:
+            likelihood: The loss.
+            outputs: Detached outputs.
+            targets: Unused.
+            generator: Unused.
+
+        Yields:
+            Seeds of weight one.
+        """
+        for column in likelihood.root_columns(outputs, None):
+            for index in range(len(outputs)):
+                alone = torch.zeros_like(column)
+                alone[index] = column[index]
+                yield Seed(alone, 1.0)
+
+
+def perceptron() -> nn.Module:
+    """6-8(BN)-7-6(BN)-4."""
+    first, second = (nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh()), (nn.Linear(8, 7), nn.Tanh())
+    return nn.Sequential(*first, *second, nn.Linear(7, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 4))
+
+
+def convolutions() -> nn.Module:
+    """Two channels of 5 x 5, three convolutions of which two feed batch norm, a mean over positions."""
+    first, second = (nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh()), (nn.Conv2d(4, 4, 3), nn.Tanh())
+    third = (nn.Conv2d(4, 5, 2), nn.BatchNorm2d(5), nn.Tanh())
+    return nn.Sequential(*first, *second, *third, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4))
+
+
+def frozen(model: nn.Module, x: Tensor) -> nn.Module:
+    """Copy with the batch's own statistics as constants.
+
+    Args:
+        model: The model.
+        x: The batch.
+
+    Returns:
+        A model in eval mode whose outputs on the batch are the same.
+    """
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+
+            def keep(norm: nn.modules.batchnorm._BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+                axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
+                norm.running_mean = inputs[0].detach().mean(axes)
+                norm.running_var = inputs[0].detach().var(axes, correction=0)
+
+            module.register_forward_pre_hook(keep)
+    with torch.no_grad():
+        twin(x)
+    for module in twin.modules():
+        module._forward_pre_hooks.clear()
+    return twin.eval()
+
+
+def blocks(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Exact diagonal blocks of the layers with Kronecker factors.
+
+    Args:
+        model: The model.
+        x: The batch.
+
+    Returns:
+        Dense blocks by layer name.
+    """
+    exact, start, places = kf.reference.ggn(model, kf.Categorical(), x), 0, {}
+    for name, parameter in model.named_parameters():
+        places[name] = torch.arange(start, start + parameter.numel()).view(parameter.shape)
+        start += parameter.numel()
+    found = {}
+    for name, adapter in adapt_model(model).adapters.items():
+        if not adapter.unit_wise:
+            own = adapter.pack({key: places[key] for key in adapter.parameter_names}).flatten()
+            found[name] = exact[own][:, own]
+    return found
+
+
+def errors(model: nn.Module, x: Tensor, exact: dict[str, Tensor], name: str, source: Source, sharing: str) -> Tensor:
+    """Relative error and ratio of traces of every block.
+
+    Args:
+        model: The model.
+        x: The batch.
+        exact: The exact blocks.
+        name: The approximation.
+        source: Whence the cotangents come.
+        sharing: How positions are shared.
+
+    Returns:
+        ``[layers, 2]``.
+    """
+    found = kf.estimate(model, kf.Categorical(), (x, None), approximation=name, source=source, sharing=sharing).blocks
+    rows = []
+    for layer, wanted in exact.items():
+        mine = found[layer].to_dense()
+        rows.append(torch.stack(((mine - wanted).norm() / wanted.norm(), mine.trace() / wanted.trace())))
+    return torch.stack(rows)
+
+
+def table(title: str, make: type | object, shape: tuple[int, ...], rows: list[tuple[str, str, str]]) -> None:
+    """Print one model's table.
+
+    Args:
+        title: Its heading.
+        make: Makes the model.
+        shape: Of one example's input.
+        rows: Approximation, source and sharing of each row.
+    """
+    totals = torch.zeros(len(rows), 4, 2, dtype=torch.float64)
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        model, x = make().double(), torch.randn(EXAMPLES, *shape, dtype=torch.float64)  # type: ignore[operator]
+        exact = blocks(model, x)
+        for index, (name, source, sharing) in enumerate(rows):
+            subject = frozen(model, x) if name == "kfac, frozen" else model
+            origin = OneByOne() if source == "exact" else Sampled(int(source))
+            totals[index] += errors(subject, x, exact, name.split(",")[0], origin, sharing) / SEEDS
+    print(
+        f"{title}\n{'approximation':<14}{'source':<8}{'sharing':<9}"
+        + "".join(f"{f'layer {i}':>14}" for i in range(1, 5))
+    )
+    for (name, source, sharing), values in zip(rows, totals, strict=True):
+        cells = "".join(f"{f'{error:.2f} ({trace:.2f})':>14}" for error, trace in values.tolist())
+        print(f"{name:<14}{source:<8}{sharing:<9}{cells}")
+
+
+def main() -> None:
+    """Print both tables."""
+    names = [("xkfac", "exact"), ("xkfac", "16"), ("xkfac", "1"), ("kfac", "exact"), ("kfac, frozen", "exact")]
+    table(f"6-8(BN)-7-6(BN)-4, N = {EXAMPLES}", perceptron, (6,), [(*pair, "expand") for pair in names])
+    pairs = [(name, sharing) for sharing in ("expand", "reduce") for name in ("xkfac", "kfac")]
+    table(
+        f"\nconvolutions, N = {EXAMPLES}",
+        convolutions,
+        (2, 5, 5),
+        [(name, "exact", sharing) for name, sharing in pairs],
+    )
+
+
+if __name__ == "__main__":
+    main()
