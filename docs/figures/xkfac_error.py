@@ -1,15 +1,15 @@
 """Blocks of XK-FAC and K-FAC against the exact Gauss-Newton matrix through batch norm in train mode.
 
-Prints relative Frobenius errors (and, in brackets, ratios of traces) of every block with a weight, means over weights
-as PyTorch draws them and data: for the multilayer perceptron 6-8(BN)-7-6(BN)-4, and for three convolutions with two
-batch norms. ``exact`` pulls every example's loss alone, so that no sampling error is left; a number is that of sampled
-labels per example.
+Prints relative Frobenius errors (and, in brackets, ratios of traces) of every block with a weight, means over draws of
+weights of variance one over the fan-in and of Gaussian inputs of mean one: for the multilayer perceptron
+6-8(BN)-7-6(BN)-4, and for three convolutions with two batch norms. ``exact`` pulls every example's loss alone, so that
+no sampling error is left; a number is that of sampled labels per example.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,23 @@ def convolutions() -> nn.Module:
     first, second = (nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh()), (nn.Conv2d(4, 4, 3), nn.Tanh())
     third = (nn.Conv2d(4, 5, 2), nn.BatchNorm2d(5), nn.Tanh())
     return nn.Sequential(*first, *second, *third, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4))
+
+
+def draw_weights(model: nn.Module) -> nn.Module:
+    """Draw weights of variance one over the fan-in, and biases of a tenth.
+
+    Args:
+        model: The model, changed in place.
+
+    Returns:
+        The model in float64.
+    """
+    with torch.no_grad():
+        for module in model.double().modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.weight.normal_(0, module.weight[0].numel() ** -0.5)
+                module.bias.normal_(0, 0.1)  # type: ignore[union-attr]
+    return model
 
 
 def frozen(model: nn.Module, x: Tensor) -> nn.Module:
@@ -131,7 +148,9 @@ def errors(model: nn.Module, x: Tensor, exact: dict[str, Tensor], name: str, sou
     return torch.stack(rows)
 
 
-def table(title: str, make: type | object, shape: tuple[int, ...], rows: list[tuple[str, str, str]]) -> None:
+def table(
+    title: str, make: Callable[[], nn.Module], shape: tuple[int, ...], rows: list[tuple[str, str, str]], mean: float = 1
+) -> None:
     """Print one model's table.
 
     Args:
@@ -139,11 +158,12 @@ def table(title: str, make: type | object, shape: tuple[int, ...], rows: list[tu
         make: Makes the model.
         shape: Of one example's input.
         rows: Approximation, source and sharing of each row.
+        mean: Of the inputs.
     """
     totals = torch.zeros(len(rows), 4, 2, dtype=torch.float64)
     for seed in range(SEEDS):
         torch.manual_seed(seed)
-        model, x = make().double(), torch.randn(EXAMPLES, *shape, dtype=torch.float64)  # type: ignore[operator]
+        model, x = draw_weights(make()), torch.randn(EXAMPLES, *shape, dtype=torch.float64) + mean
         exact = blocks(model, x)
         for index, (name, source, sharing) in enumerate(rows):
             subject = frozen(model, x) if name == "kfac, frozen" else model
@@ -162,6 +182,8 @@ def main() -> None:
     """Print both tables."""
     names = [("xkfac", "exact"), ("xkfac", "16"), ("xkfac", "1"), ("kfac", "exact"), ("kfac, frozen", "exact")]
     table(f"6-8(BN)-7-6(BN)-4, N = {EXAMPLES}", perceptron, (6,), [(*pair, "expand") for pair in names])
+    exact = [("xkfac", "exact", "expand"), ("kfac", "exact", "expand")]
+    table("\nthe same with inputs of mean zero", perceptron, (6,), exact, mean=0)
     pairs = [(name, sharing) for sharing in ("expand", "reduce") for name in ("xkfac", "kfac")]
     table(
         f"\nconvolutions, N = {EXAMPLES}",

