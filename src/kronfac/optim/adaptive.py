@@ -28,6 +28,12 @@ from kronfac.sources import Source
 TRIALS = 20
 #: Steps that are checked one by one at the start and after a rejection.
 PROBATION = 5
+#: Part of the curvature along the step below which ``λ`` is not lowered: it has no say there.
+NEGLIGIBLE = 1e-4
+#: A loss that grows by this factor over a step that was not checked is looked at again without that step.
+SUSPICIOUS = 1.5
+#: What its own part of a state holds.
+STATE = {"lam", "streak", "gamma", "probation", "calibrates", "unchecked"}
 #: Values of ``γ`` that one choice looks at, at most.
 CANDIDATES = 7
 #: ``λ`` of a calibration, in multiples of the mean eigenvalue of the approximate curvature.
@@ -142,6 +148,7 @@ class AdaptiveKFAC(KFAC):
         self._lam = LevenbergMarquardt(start, (19 / 20) ** adapt_every)
         self._calibrates, self._probation = damping == "auto", PROBATION
         self._gamma = start + self._decay
+        self._unchecked: float | None = None  # loss before the last step, if that was not checked
         self.report: StepReport | None = None
 
     @property
@@ -184,14 +191,21 @@ class AdaptiveKFAC(KFAC):
         return loss
 
     def _gradient(self, call: Closure, params: list[Tensor]) -> tuple[float, list[Tensor]]:
-        """Evaluate loss and gradient; take the step before back if they are not finite."""
+        """Evaluate loss and gradient; take the step before back if they are not finite, or if it blew the loss up."""
+        previous = [self.state[p].get("previous") for p in params]
+        known = self._steps > 0 and all(v is not None for v in previous)
         try:
-            return self._finite_gradient(call, params)
+            found = self._finite_gradient(call, params)
+            if not known or self._unchecked is None or found[0] <= SUSPICIOUS * abs(self._unchecked):
+                return found
         except FloatingPointError:
-            previous = [self.state[p].get("previous") for p in params]
-            if self._steps == 0 or any(v is None for v in previous):
+            if not known:
                 raise
+            found = math.inf, []
         torch._foreach_sub_(params, previous)
+        if found[1] and call.value() >= found[0]:
+            torch._foreach_add_(params, previous)  # a hard mini-batch, not a bad step
+            return found
         try:
             found = self._finite_gradient(call, params)
         except FloatingPointError:
@@ -320,7 +334,7 @@ class AdaptiveKFAC(KFAC):
             rho = actual / predicted if predicted < 0 and math.isfinite(actual) else -math.inf
             if actual <= noise:
                 if rejected == 0 and -predicted > noise:
-                    self._lam.update(rho)
+                    self._lam.update(rho, NEGLIGIBLE * proposal.along)
                 break
             torch._foreach_copy_(params, saved)
             rejected += 1
@@ -331,10 +345,10 @@ class AdaptiveKFAC(KFAC):
                     "loss the same at each call?"
                 )
             # Below the curvature along the step another λ changes nothing.
-            along = float(proposal.model.curvature[0, 0] / proposal.model.squares[0, 0].clamp_min(1e-300))
-            self._lam.scale(max(4.0, 0.25 * along / lam))
+            self._lam.scale(max(4.0, 0.25 * proposal.along / lam))
             self._lam.streak = 0
         self._probation = PROBATION if rejected else max(self._probation - 1, 0)
+        self._unchecked = None if checked else loss
         for parameter, change in zip(params, delta, strict=True):
             self.state[parameter]["previous"] = change
         self.report = StepReport(
@@ -404,6 +418,7 @@ class AdaptiveKFAC(KFAC):
             "gamma": self._gamma,
             "probation": self._probation,
             "calibrates": self._calibrates,
+            "unchecked": self._unchecked,
         }
         return {**super().state_dict(), "adaptive": own}
 
@@ -418,9 +433,10 @@ class AdaptiveKFAC(KFAC):
             ValueError: It is of another optimiser.
         """
         own = state_dict.get("adaptive")
-        if not isinstance(own, dict) or own.keys() != {"lam", "streak", "gamma", "probation", "calibrates"}:
+        if not isinstance(own, dict) or own.keys() != STATE:
             raise ValueError(f"This is no state of {type(self).__name__}: it has no damping of its own.")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "adaptive"})
         self._lam.value, self._lam.streak = float(own["lam"]), int(own["streak"])
         self._gamma, self._probation = float(own["gamma"]), int(own["probation"])
         self._calibrates = bool(own["calibrates"])
+        self._unchecked = None if own["unchecked"] is None else float(own["unchecked"])

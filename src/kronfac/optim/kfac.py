@@ -318,10 +318,7 @@ class KFAC(Optimizer):
                 gradients[name] = gradients[name].add(parameter, alpha=group["weight_decay"])
         moved = self._directions(gradients)
         check_finite(gradients, moved)
-        scale = 1.0
-        if self._clips:
-            due, pick, rates = self._exact_clip_due, self._options["outputs"], self._rates(members)
-            scale = clip_scale(self._clip, self._gatherer, members, gradients, moved, rates, due, pick)
+        scale = self._clip_scale(gradients, moved, members)
         for group in self._own_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -365,6 +362,14 @@ class KFAC(Optimizer):
     def _rates(self, members: list[tuple[str, nn.Parameter, Any]]) -> dict[str, float]:
         """What each direction is multiplied by, by parameter name, before the clip."""
         return {name: float(group["lr"]) for name, _, group in members}
+
+    def _clip_scale(
+        self, gradients: dict[str, Tensor], moved: dict[str, Tensor], members: list[tuple[str, nn.Parameter, Any]]
+    ) -> float:
+        if not self._clips:
+            return 1.0
+        due, pick, rates = self._exact_clip_due, self._options["outputs"], self._rates(members)
+        return clip_scale(self._clip, self._gatherer, members, gradients, moved, rates, due, pick)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Swap the averaged parameters in.

@@ -27,11 +27,12 @@ class LevenbergMarquardt:
     factor: float
     streak: int = 0
 
-    def update(self, rho: float) -> None:
+    def update(self, rho: float, lowest: float = 0.0) -> None:
         """Take in a reduction ratio.
 
         Args:
             rho: ``ρ``; ``-inf`` for a loss that is not finite.
+            lowest: ``λ`` does not fall below this; far below the curvature along the step it says nothing.
         """
         if rho > 0.75:
             self.streak = min(self.streak, 0) - 1
@@ -42,7 +43,7 @@ class LevenbergMarquardt:
             return
         exponent = min(2 ** max(abs(self.streak) - 2, 0), 8)
         factor = max(self.factor**exponent, STEEPEST)
-        self.scale(factor if self.streak < 0 else 1 / factor)
+        self.scale(max(factor, min(lowest / self.value, 1.0)) if self.streak < 0 else 1 / factor)
 
     def scale(self, factor: float) -> None:
         """Multiply ``λ``, within bounds.

@@ -34,6 +34,11 @@ class Proposal:
     directions: list[list[Tensor]]
     model: QuadraticModel
 
+    @property
+    def along(self) -> float:
+        """Exact curvature along ``Δ``, ``ΔᵀFΔ / ΔᵀΔ``."""
+        return float(self.model.curvature[0, 0] / self.model.squares[0, 0].clamp_min(1e-300))
+
     def step(self, coefficients: Tensor) -> list[Tensor]:
         """``Σ cᵢ vᵢ``.
 
