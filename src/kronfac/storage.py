@@ -47,16 +47,49 @@ def save(curvature: BlockDiagonal, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(curvature, BlockDiagonal):
         raise TypeError(f"only a block-diagonal curvature can be saved, got {type(curvature).__name__}")
-    safetensors = _safetensors()
-    path = Path(path)
+    tensors, content = take_apart(curvature)
+    write_file(path, tensors, content, _FORMAT)
+
+
+def take_apart(curvature: BlockDiagonal) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Give a curvature as tensors and a description of them; `put_together` is the inverse.
+
+    Args:
+        curvature: The curvature.
+
+    Returns:
+        Tensors by name, and what JSON can hold.
+    """
     tensors = {
-        # Cloned, because factors may share memory, which the format refuses.
-        f"{i}.{name}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        f"{i}.{name}": tensor
         for i, block in enumerate(curvature.blocks.values())
         for name, tensor in block.tensors().items()
     }
-    content = {"options": curvature.options, "layers": [_described(curvature, layer) for layer in curvature.blocks]}
-    metadata = {"format": _FORMAT, "version": str(_VERSION), "content": json.dumps(content)}
+    return tensors, {
+        "options": curvature.options,
+        "layers": [_described(curvature, layer) for layer in curvature.blocks],
+    }
+
+
+def write_file(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], content: Mapping[str, Any], kind: str
+) -> None:
+    """Write tensors and their description, whole or not at all.
+
+    Args:
+        path: Where to; what was there before is replaced.
+        tensors: Tensors by name.
+        content: What JSON can hold.
+        kind: What kind of file it is; `read_file` refuses any other.
+    """
+    safetensors = _safetensors()
+    path = Path(path)
+    # Cloned, because factors may share memory, which the format refuses.
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    metadata = {"format": kind, "version": str(_VERSION), "content": json.dumps(content)}
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     try:
@@ -81,8 +114,28 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> BlockDiagonal:
 
     Raises:
         StorageError: If the file is no saved curvature, is damaged or of another version, or does not fit the model.
+    """  # noqa: DOC502
+    tensors, content = read_file(Path(path), _FORMAT, "curvature")
+    return put_together(path, tensors, content, model)
+
+
+def put_together(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], content: Mapping[str, Any], model: nn.Module
+) -> BlockDiagonal:
+    """Rebuild a curvature from what `take_apart` gave, after checking it against a model.
+
+    Args:
+        path: The file it comes from, for messages.
+        tensors: Tensors by name.
+        content: Their description.
+        model: The model.
+
+    Returns:
+        The curvature.
+
+    Raises:
+        StorageError: If the description is damaged or does not fit the model.
     """
-    tensors, content = _read(Path(path))
     from kronfac.layers import adapt_model  # imported here: files are read without it, and it imports every adapter
 
     parameters = dict(model.named_parameters())
@@ -141,8 +194,21 @@ def _publish(temporary: Path, path: Path) -> None:
     temporary.replace(path)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors and the description of a file, its format and version checked."""
+def read_file(path: Path, kind: str, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the description of a file, its format and version checked.
+
+    Args:
+        path: The file.
+        kind: What kind of file it must be.
+        what: What it holds, in words.
+
+    Returns:
+        Tensors by name, and their description.
+
+    Raises:
+        StorageError: If it is damaged, of another kind or of another version.
+        FileNotFoundError: If there is none.
+    """
     _safetensors()
     from safetensors import SafetensorError, safe_open
 
@@ -151,20 +217,20 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise StorageError(f"{path} is no curvature saved by kronfac")
+            if metadata.get("format") != kind:
+                raise StorageError(f"{path} is no {what} saved by kronfac")
             if metadata.get("version") != str(_VERSION):
                 raise StorageError(
                     f"{path} has version {metadata.get('version')!r} of the format, this kronfac reads version "
-                    f"{_VERSION}: use the kronfac that wrote it, or estimate the curvature again"
+                    f"{_VERSION}: use the kronfac that wrote it, or make the {what} again"
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise StorageError(f"{path} is damaged, or no curvature saved by kronfac ({error})") from error
+        raise StorageError(f"{path} is damaged, or no {what} saved by kronfac ({error})") from error
     try:
         content = json.loads(metadata["content"])
     except (KeyError, json.JSONDecodeError) as error:
-        raise StorageError(f"{path}: the description of the curvature is damaged ({error!r})") from error
+        raise StorageError(f"{path}: the description of the {what} is damaged ({error!r})") from error
     return tensors, content
 
 

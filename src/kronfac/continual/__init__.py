@@ -1,0 +1,24 @@
+"""Continual learning: quadratic penalties around earlier optima, and what goes with them."""
+
+from __future__ import annotations
+
+from kronfac.continual.balance import Balanced, balance
+from kronfac.continual.base import Penalty, PenaltySum
+from kronfac.continual.batchnorm import MergedBatchNorm, merge_batchnorm
+from kronfac.continual.decay import RecentredDecay, recentred_decay
+from kronfac.continual.files import load, save
+from kronfac.continual.quadratic import QuadraticPenalty
+
+__all__ = [
+    "Balanced",
+    "MergedBatchNorm",
+    "Penalty",
+    "PenaltySum",
+    "QuadraticPenalty",
+    "RecentredDecay",
+    "balance",
+    "load",
+    "merge_batchnorm",
+    "recentred_decay",
+    "save",
+]

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kronfac.continual import balance
+
+
+def test_both_losses_get_one_magnitude_and_no_gradient_flows_through_the_factors() -> None:
+    task, old = torch.tensor(2.0, requires_grad=True), torch.tensor(0.05, requires_grad=True)
+    result = balance(task, old, 3)
+    assert (result.lambda_task, result.lambda_penalty) == (0.25, 0.75)
+    torch.testing.assert_close(result.alpha_penalty * old.detach(), result.alpha_task * task.detach())
+    assert result.alpha_task.item() == 1.0
+    torch.testing.assert_close(result.loss.item(), 0.25 * 2.0 + 0.75 * 2.0)
+    result.loss.backward()
+    assert task.grad.item() == 0.25
+    torch.testing.assert_close(old.grad.item(), 40.0 * 0.75)
+
+
+def test_the_larger_one_may_be_the_penalty() -> None:
+    result = balance(torch.tensor(0.1), torch.tensor(4.0), 1)
+    torch.testing.assert_close(result.alpha_task.item(), 40.0)
+    assert result.alpha_penalty.item() == 1.0
+
+
+def test_a_penalty_of_zero_is_limited() -> None:
+    result = balance(torch.tensor(2.0), torch.tensor(0.0, requires_grad=True), 1, limit=10.0)
+    assert result.alpha_penalty.item() == 10.0
+    assert torch.isfinite(result.loss)
+    plain = balance(torch.tensor(2.0), torch.tensor(0.5), 1, adaptive=False)
+    assert plain.loss.item() == 1.25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((1.0, torch.tensor(1.0), 1), TypeError, "task_loss must be a tensor"),
+        ((torch.tensor(1.0), torch.ones(2), 1), ValueError, "penalty must be a scalar"),
+        ((torch.tensor(1.0), torch.tensor(1.0), 0), ValueError, "tasks must be at least 1"),
+        ((torch.tensor(1.0), torch.tensor(1.0), 1.5), TypeError, "tasks must be an integer"),
+    ],
+)
+def test_bad_input(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        balance(*arguments)
+
+
+def test_bad_limit() -> None:
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        balance(torch.tensor(1.0), torch.tensor(1.0), 1, limit=0.5)

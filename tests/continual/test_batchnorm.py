@@ -1,0 +1,199 @@
+"""Merging keeps the function, and penalties act on merged weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kronfac as kf
+from kronfac.continual import QuadraticPenalty, merge_batchnorm
+
+
+def unsettled(model: nn.Module) -> nn.Module:
+    """Double precision, and statistics, scales and shifts that are not those of a new batch norm."""
+    torch.manual_seed(3)
+    for module in model.double().modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.3, 3.0)
+            if module.affine:
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
+    return model.eval()
+
+
+class Residual(nn.Module):
+    """Its batch norms are found in the graph alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.bn1(self.conv1(x)))
+        return self.head((h + self.bn2(self.conv2(h))).mean((2, 3)))
+
+
+class Branching(nn.Sequential):
+    """Cannot be traced, so that the order of the sequence decides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+CASES = {
+    "linear": (lambda: nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)), (7, 5)),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(16, 3)), (7, 2, 6)),
+    "conv3d": (lambda: nn.Sequential(nn.Conv3d(1, 4, 2), nn.BatchNorm3d(4), nn.Flatten()), (7, 1, 3, 3, 3)),
+    "residual": (Residual, (7, 2, 5, 5)),
+    "untraceable": (lambda: Branching(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)), (7, 5)),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
+    make, shape = CASES[request.param]
+    torch.manual_seed(0)
+    return unsettled(make()), torch.randn(shape, dtype=torch.float64)
+
+
+def test_the_folded_model_is_the_same_function(case: tuple[nn.Module, Tensor]) -> None:
+    model, x = case
+    merged = merge_batchnorm(model)
+    folded = merged.folded()
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules())
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+    merged.check(x, 1e-12)
+    live = merged.parameters()
+    assert list(live) == [name for name, _ in folded.named_parameters()]
+    for name, parameter in folded.named_parameters():
+        assert torch.equal(live[name].detach(), parameter)
+
+
+def test_new_statistics_do_not_change_the_function(case: tuple[nn.Module, Tensor]) -> None:
+    model, x = case
+    merged = merge_batchnorm(model)
+    before, weights = model(x), {n: t.detach().clone() for n, t in merged.parameters().items()}
+    new = {
+        name: (torch.randn_like(mean), torch.rand_like(variance) + 0.1)
+        for name, (mean, variance) in merged.statistics().items()
+    }
+    merged.reparameterise(new)
+    for name, (mean, variance) in merged.statistics().items():
+        assert torch.equal(mean, new[name][0])
+        assert torch.equal(variance, new[name][1])
+    torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
+    for name, tensor in merged.parameters().items():
+        torch.testing.assert_close(tensor.detach(), weights[name], rtol=1e-12, atol=1e-12)
+
+
+def test_statistics_of_new_data_are_taken_without_changing_the_function(case: tuple[nn.Module, Tensor]) -> None:
+    model, x = case
+    merged = merge_batchnorm(model)
+    first = next(iter(merged.pairs.values()))
+    momentum, before = first.norm.momentum, model(x)
+    batches = [x * 2, x + 1]
+    with torch.no_grad():
+        outputs = [first.layer(batch).transpose(0, 1).flatten(1) for batch in batches]
+    merged.restandardise(batches)
+    assert not model.training
+    assert first.norm.momentum == momentum
+    torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
+    if not isinstance(model, Branching):
+        mean, variance = merged.statistics()[first.norm_name]
+        torch.testing.assert_close(mean, sum(o.mean(1) for o in outputs) / 2)
+        torch.testing.assert_close(variance, sum(o.var(1) for o in outputs) / 2)
+    with pytest.raises(ValueError, match="inputs is empty"):
+        merged.restandardise([])
+
+
+def test_a_penalty_on_merged_weights() -> None:
+    model = unsettled(Residual())
+    merged = merge_batchnorm(model)
+    pair = (torch.randn(6, 2, 5, 5, dtype=torch.float64), torch.randint(3, (6,)))
+    curvature = kf.estimate(merged.folded(), kf.Categorical(), pair, source="exact")
+    penalty = QuadraticPenalty(curvature)
+    assert penalty(merged.parameters()).item() == 0
+    anchor = {name: t.detach().clone() for name, t in merged.parameters().items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    live = merged.parameters()
+    delta = torch.cat([(live[n] - anchor[n]).flatten() for n in curvature.parameter_names])
+    value = penalty(live)
+    torch.testing.assert_close(value, 0.5 * delta @ curvature.to_dense() @ delta, rtol=1e-10, atol=0)
+    value.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    # new statistics alone cost nothing
+    merged.reparameterise({n: (m + 1, v * 2) for n, (m, v) in merged.statistics().items()})
+    torch.testing.assert_close(penalty(merged.parameters()), value, rtol=1e-10, atol=0)
+
+
+def test_explicit_pairs() -> None:
+    model = unsettled(Residual())
+    merged = merge_batchnorm(model, {"conv1": "bn1", "conv2": "bn2"})
+    merged.check(torch.randn(3, 2, 5, 5, dtype=torch.float64), 1e-12)
+    swapped = merge_batchnorm(model, {"conv1": "bn2", "conv2": "bn1"})
+    with pytest.raises(ValueError, match="differs from the model in eval mode"):
+        swapped.check(torch.randn(3, 2, 5, 5, dtype=torch.float64))
+
+
+class Reused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        return h + self.bn(h)
+
+
+@pytest.mark.parametrize(
+    ("make", "pairs", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(3, 3)), None, "no batch norm to merge"),
+        (lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3)), None, r"batch norms \['0'\]"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.BatchNorm1d(3)), None, r"batch norms \['2'\]"),
+        (Reused, None, r"batch norms \['bn'\]"),
+        (Residual, {"conv1": "bn1"}, r"batch norms \['bn2'\]"),
+        (Residual, {"conv1": "bn1", "conv2": "bn3"}, r"\['bn3'\], which the model does not have"),
+        (Residual, {"conv1": "bn1", "conv2": "bn2", "head": "bn2"}, "batch norm to two layers"),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)),
+            None,
+            "'1' keeps no running statistics",
+        ),
+        (
+            lambda: nn.Sequential(nn.ConvTranspose1d(3, 3, 1), nn.BatchNorm1d(3)),
+            {"0": "1"},
+            "ConvTranspose1d and BatchNorm1d",
+        ),
+        (lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(3)), None, "4 outputs and 3 features"),
+    ],
+)
+def test_what_cannot_be_merged_is_named(make, pairs, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        merge_batchnorm(make(), pairs)
+
+
+def test_bad_statistics_change_nothing() -> None:
+    model = unsettled(Residual())
+    merged = merge_batchnorm(model)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    good = torch.ones(4, dtype=torch.float64)
+    for statistics, message in [
+        ({"bn1": (good, good), "bn9": (good, good)}, "no merged batch norm 'bn9'"),
+        ({"bn1": (good, good), "bn2": (good, -good)}, "variance not negative"),
+        ({"bn1": (good, good), "bn2": (good[:2], good)}, r"must have shape \(4,\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            merged.reparameterise(statistics)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    plain = unsettled(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False)))
+    view = merge_batchnorm(plain)
+    view.check(torch.randn(5, 3, dtype=torch.float64), 1e-12)
+    with pytest.raises(ValueError, match="affine=False"):
+        view.reparameterise({"1": (good, good)})
