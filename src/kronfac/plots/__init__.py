@@ -5,6 +5,7 @@ They take pandas frames, or anything with named columns, and know nothing of how
 
 from __future__ import annotations
 
+from kronfac.plots.accuracy import accuracy_matrices
 from kronfac.plots.alignment import alignment_curves, alignment_panels
 from kronfac.plots.autocorrelation import ImageRow, correlation_images
 from kronfac.plots.bars import bars
@@ -21,6 +22,7 @@ from kronfac.plots.style import COLOURS, colour_of, new_axes
 __all__ = [
     "COLOURS",
     "ImageRow",
+    "accuracy_matrices",
     "alignment_curves",
     "alignment_panels",
     "bars",

@@ -1,0 +1,242 @@
+"""Learn one task after the other, going on after the last task that was finished.
+
+A run's folder holds ``settings.json``, ``metrics.jsonl`` (a line for each task), ``checkpoint.pt`` and the penalty
+while it is unfinished, and ``result.json`` once it is done. Whatever is random is a function of the seed and the task,
+so that a run that was stopped gives the numbers of one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kronfac.experiments.checkpoint import load_checkpoint, save_checkpoint
+from kronfac.experiments.continual.strategies import Memory, get_strategy
+from kronfac.experiments.continual.streams import Task, get_stream
+from kronfac.experiments.errors import CheckpointError, ExperimentError
+from kronfac.experiments.files import make_folder, read_json, remove_leftovers, write_json, write_text
+
+_METRICS, _RESULT, _SETTINGS, _CHECKPOINT = "metrics.jsonl", "result.json", "settings.json", "checkpoint.pt"
+_STRIDE = 1_000_003
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides one run.
+
+    Attributes:
+        stream: Name of the stream.
+        strategy: Name of the strategy.
+        strength: The strategy's strength, 0 where it has none.
+        tasks: Number of tasks.
+        epochs: Passes through a task's data.
+        lr: Learning rate of Adam, which starts afresh with each task.
+        batch_size: Examples of a batch.
+        seed: Decides tasks, weights, batches and sampled labels.
+    """
+
+    stream: str
+    strategy: str
+    strength: float
+    tasks: int
+    epochs: int
+    lr: float
+    batch_size: int
+    seed: int
+
+    @property
+    def folder_name(self) -> str:
+        """A name that no other plan has."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        return f"{self.strategy}-{self.seed}-{digest}"
+
+
+class Listener:
+    """Hears how runs go; this one says nothing."""
+
+    def plan(self, runs: int, tasks: int) -> None:
+        """Hear what there is to do.
+
+        Args:
+            runs: Number of runs.
+            tasks: Tasks of each.
+        """
+
+    def started(self, plan: Plan, done: int) -> None:
+        """Hear that a run begins or goes on.
+
+        Args:
+            plan: The run.
+            done: Tasks that are learned already.
+        """
+
+    def stepped(self, fraction: float) -> None:
+        """Hear how far a task is.
+
+        Args:
+            fraction: From 0 to 1.
+        """
+
+    def learned(self, plan: Plan, task: str, accuracies: Sequence[float]) -> None:
+        """Hear that a task was learned.
+
+        Args:
+            plan: The run.
+            task: The task's name.
+            accuracies: On each task, in order.
+        """
+
+
+def run(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[str, object]:
+    """Learn all tasks.
+
+    Args:
+        plan: The run, checked.
+        folder: The run's own folder; created if need be.
+        listener: Hears how it goes.
+
+    Returns:
+        The contents of ``result.json``: ``initial`` (accuracies before any training) and ``matrix`` (row i: accuracies
+        after task i), ``tasks`` (their names) and ``seconds``.
+    """
+    listener = listener or Listener()
+    make_folder(folder)
+    remove_leftovers(folder)
+    if (folder / _RESULT).exists():
+        listener.started(plan, plan.tasks)
+        return read_json(folder / _RESULT)
+    write_json(folder / _SETTINGS, asdict(plan))
+    stream = get_stream(plan.stream)
+    tasks, model = stream.tasks(plan.tasks, plan.seed), stream.model(plan.seed)
+    memory = get_strategy(plan.strategy).make(plan.strength)
+    rows: list[dict[str, object]] = []
+    initial = [accuracy(model, task) for task in tasks]
+    rows = _resume(plan, folder, model, memory)
+    listener.started(plan, len(rows))
+    for index in range(len(rows), plan.tasks):
+        started = time.perf_counter()
+        loss, value = _learn(plan, model, memory, tasks[: index + 1], listener)
+        if index + 1 < plan.tasks:
+            memory.remember(model, tasks[index], plan.seed * _STRIDE + index)
+        seconds = time.perf_counter() - started
+        accuracies = [accuracy(model, task) for task in tasks]
+        rows.append(
+            {
+                "task": index,
+                "name": tasks[index].name,
+                "accuracies": accuracies,
+                "loss": loss,
+                "penalty": value,
+                "seconds": seconds,
+            }
+        )
+        _keep(plan, folder, model, memory, rows)
+        listener.learned(plan, tasks[index].name, accuracies)
+    result: dict[str, object] = {
+        "settings": asdict(plan),
+        "tasks": [task.name for task in tasks],
+        "initial": initial,
+        "matrix": [row["accuracies"] for row in rows],
+        "seconds": sum(float(str(row["seconds"])) for row in rows),
+    }
+    write_json(folder / _RESULT, result)
+    for path in (folder / _CHECKPOINT, *folder.glob("penalty-*.safetensors")):
+        path.unlink(missing_ok=True)
+    return result
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, task: Task) -> float:
+    """Share of a task's test set that is classified correctly, in eval mode.
+
+    Args:
+        model: The network.
+        task: The task.
+
+    Returns:
+        From 0 to 1.
+    """
+    training = model.training
+    model.eval()
+    right = 0
+    for inputs, targets in zip(task.test_inputs.split(1000), task.test_targets.split(1000), strict=True):
+        right += int((task.outputs(model(inputs)).argmax(1) == targets).sum())
+    model.train(training)
+    return right / len(task.test_targets)
+
+
+def _learn(
+    plan: Plan, model: nn.Module, memory: Memory, tasks: Sequence[Task], listener: Listener
+) -> tuple[float, float]:
+    """Train on the newest task, or on all of them where the strategy replays; give the last losses."""
+    model.train()
+    generator = torch.Generator().manual_seed(plan.seed * _STRIDE + len(tasks))
+    optimizer = torch.optim.Adam(model.parameters(), lr=plan.lr)
+    now = tasks if memory.replays else tasks[-1:]
+    steps = plan.epochs * max(1, len(tasks[-1].train_inputs) // plan.batch_size)
+    loss = value = 0.0
+    orders = [_rows(task, generator, steps * plan.batch_size) for task in now]
+    for step in range(steps):
+        part = slice(step * plan.batch_size, (step + 1) * plan.batch_size)
+        optimizer.zero_grad()
+        # Replay sees a batch of every task, so that the newest is seen as often as by the others.
+        losses = [
+            F.cross_entropy(task.outputs(model(task.train_inputs[order[part]])), task.train_targets[order[part]])
+            for task, order in zip(now, orders, strict=True)
+        ]
+        total = task_loss = torch.stack(losses).mean()
+        penalty = memory.penalty(model)
+        if penalty is not None:
+            total = task_loss + penalty
+        total.backward()
+        optimizer.step()
+        if step % 20 == 0 or step + 1 == steps:
+            listener.stepped((step + 1) / steps)
+            loss, value = float(task_loss.detach()), 0.0 if penalty is None else float(penalty.detach())
+            if not math.isfinite(loss + value):
+                raise ExperimentError(
+                    f"{plan.strategy} on {plan.stream}, seed {plan.seed}, diverged at step {step} of task "
+                    f"{len(tasks)}; try a smaller strength or learning rate"
+                )
+    return loss, value
+
+
+def _rows(task: Task, generator: torch.Generator, count: int) -> torch.Tensor:
+    """Rows of a task's training set, a permutation after the other."""
+    size = len(task.train_inputs)
+    return torch.cat([torch.randperm(size, generator=generator) for _ in range(-(-count // size))])[:count]
+
+
+def _keep(plan: Plan, folder: Path, model: nn.Module, memory: Memory, rows: list[dict[str, object]]) -> None:
+    """Write what is needed to go on. The checkpoint comes last, and names the penalty that goes with it."""
+    name = f"penalty-{len(rows)}.safetensors"
+    memory.save(folder / name)
+    save_checkpoint(folder / _CHECKPOINT, plan.folder_name, {"model": model.state_dict(), "rows": rows})
+    write_text(folder / _METRICS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    for path in folder.glob("penalty-*.safetensors"):
+        if path.name != name:
+            path.unlink()
+
+
+def _resume(plan: Plan, folder: Path, model: nn.Module, memory: Memory) -> list[dict[str, object]]:
+    path = folder / _CHECKPOINT
+    state = load_checkpoint(path, plan.folder_name)
+    if state is None:
+        return []
+    try:
+        model.load_state_dict(state["model"])  # type: ignore[arg-type]
+        rows = [dict(row) for row in state["rows"]]  # type: ignore[attr-defined]
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path} does not fit this run; delete it to start the run anew") from error
+    if rows and len(rows) != plan.tasks:
+        memory.load(folder / f"penalty-{len(rows)}.safetensors", model)
+    return rows

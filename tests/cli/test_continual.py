@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kronfac.cli.main import app
+
+pytest.importorskip("sklearn")
+
+
+def call(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["continual", *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_penalty_beats_fine_tuning_on_permuted_digits(tmp_path: Path) -> None:
+    arguments = ["permuted-digits", "--strategies", "finetune,kfac", "--tasks", "3", "--epochs", "10"]
+    code, stdout, stderr = call(*arguments, "--out", str(tmp_path))
+    assert code == 0
+    assert stdout.startswith("permuted-digits, 3 tasks\n")
+    assert "kfac seed 0: learned permutation 3; accuracy [%] on each task:" in stderr
+    assert len(stderr.splitlines()) == 6  # piped: a plain line for each task
+    code, stdout, stderr = call(*arguments, "--out", str(tmp_path), "--json")
+    assert code == 0
+    assert stderr == ""  # nothing is left to do
+    finetune, kfac = json.loads(stdout)
+    assert kfac["average_accuracy"] > finetune["average_accuracy"] + 0.02
+    assert kfac["forgetting"] < finetune["forgetting"]
+    assert {path.name for path in tmp_path.iterdir()} >= {"accuracy-matrices.png", "results.jsonl", "runs"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nope"], "unknown stream 'nope'; known: permuted-digits"),
+        (["permuted-digits", "--strategies", "nope"], "unknown strategy 'nope'; known: finetune"),
+        (["permuted-digits", "--strategies", "ewc,ewc"], "must be different names"),
+        (["permuted-digits", "--tasks", "0"], "tasks must be at least 1"),
+        (["split-digits", "--tasks", "3"], "tasks must be one of [1, 2, 5, 10], got 3"),
+        (["permuted-digits", "--seeds", "0,0"], "seeds must be different"),
+        (["permuted-digits", "--seeds", "x"], "--seeds must be whole numbers"),
+        (["permuted-digits", "--epochs", "0"], "epochs must be at least 1"),
+        (["permuted-digits", "--lr", "-1"], "lr must be a number above 0"),
+        (["permuted-digits", "--threads", "0"], "threads must be at least 1"),
+        (["permuted-digits", "--set", "ewc.strength=-1"], "ewc.strength must be a number above 0, got '-1'"),
+        (["permuted-digits", "--set", "finetune.strength=1"], "finetune has no strength"),
+        (["permuted-digits", "--set", "ewc.lr=1"], "ewc has no setting 'lr'; known: strength"),
+        (["permuted-digits", "--set", "ekfac.strength=1"], "not among the strategies"),
+        ([], "Missing argument"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
+    code, stdout, stderr = call(*arguments, *(["--out", str(tmp_path / "out")] if arguments else []))
+    assert code == 2
+    assert stdout == ""
+    assert stderr.startswith("kronfac: error: ")
+    assert stderr.count("\n") == 1
+    assert message in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_data_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KRONFAC_DATA", str(tmp_path))
+    code, _, stderr = call("permuted-mnist", "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert "ylecun/mnist" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_lists_streams_and_strategies() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "kronfac.cli.main", "continual", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0
+    for name in ("split-cifar10", "rotated-mnist", "online-ewc"):
+        assert name in result.stdout

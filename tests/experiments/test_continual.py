@@ -1,0 +1,163 @@
+"""Streams of tasks, and strategies that learn them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from kronfac.experiments import continual
+from kronfac.experiments.continual import runner
+from kronfac.experiments.continual.streams import rotate
+from kronfac.experiments.errors import CheckpointError, ExperimentError
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+SMALL = {"tasks": 3, "epochs": 2, "threads": 1}
+
+
+@pytest.mark.parametrize("name", ["permuted-digits", "rotated-digits", "split-digits", "split-digits-cnn"])
+def test_streams_are_a_function_of_their_seed(name: str) -> None:
+    stream = continual.get_stream(name)
+    one, two, other = stream.tasks(5, 0), stream.tasks(5, 0), stream.tasks(5, 1)
+    for left, right in zip(one, two, strict=True):
+        assert left.name == right.name
+        assert torch.equal(left.train_inputs, right.train_inputs)
+        assert torch.equal(left.test_targets, right.test_targets)
+    same = all(
+        a.train_inputs.shape == b.train_inputs.shape and torch.equal(a.train_inputs, b.train_inputs)
+        for a, b in zip(one, other, strict=True)
+    )
+    assert same == (name == "rotated-digits")
+    model = stream.model(0)
+    for task in one:
+        logits = task.outputs(model(task.train_inputs[:4]))
+        assert logits.shape == (4, 2 if name.startswith("split") else 10)
+        assert int(task.train_targets.max()) == logits.shape[1] - 1
+
+
+def test_permutations_keep_the_pixels() -> None:
+    tasks = continual.get_stream("permuted-digits").tasks(3, 0)
+    for task in tasks[1:]:
+        assert not torch.equal(task.train_inputs, tasks[0].train_inputs)
+        assert torch.equal(task.train_inputs.sort(1).values, tasks[0].train_inputs.sort(1).values)
+
+
+def test_splits_share_the_classes_out() -> None:
+    tasks = continual.get_stream("split-digits").tasks(5, 0)
+    assert sorted(c for task in tasks for c in task.classes) == list(range(10))
+    assert sum(len(task.train_inputs) for task in tasks) == 1500
+    with pytest.raises(ExperimentError, match="tasks must be one of \\[1, 2, 5, 10\\], got 3"):
+        continual.get_stream("split-digits").tasks(3, 0)
+
+
+def test_rotation_by_quarters_moves_pixels_exactly() -> None:
+    images = torch.arange(18.0).view(1, 2, 3, 3)
+    torch.testing.assert_close(rotate(images, 90), torch.rot90(images, 1, (2, 3)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(rotate(images, 180), torch.rot90(images, 2, (2, 3)), atol=1e-4, rtol=0)
+    assert rotate(images, 0) is images
+
+
+def test_metrics_of_a_known_matrix() -> None:
+    matrix = [[0.9, 0.2, 0.1], [0.7, 0.8, 0.3], [0.5, 0.7, 0.9]]
+    found = continual.metrics_of([0.1, 0.1, 0.1], matrix)
+    assert found.average_accuracy == pytest.approx(0.7)
+    assert found.backward_transfer == pytest.approx((0.5 - 0.9 + 0.7 - 0.8) / 2)
+    assert found.forward_transfer == pytest.approx((0.2 - 0.1 + 0.3 - 0.1) / 2)
+    assert found.forgetting == pytest.approx((0.9 - 0.5 + 0.8 - 0.7) / 2)
+    alone = continual.metrics_of([0.1], [[0.9]])
+    assert alone.average_accuracy == 0.9
+    assert math.isnan(alone.forgetting)
+
+
+def test_penalties_forget_less_than_fine_tuning(tmp_path: Path) -> None:
+    strategies = ["finetune", "joint", "l2", "ewc", "online-ewc", "kfac", "online-kfac"]
+    results = continual.compare("permuted-digits", strategies, out=tmp_path, tasks=3, epochs=10, threads=1)
+    average = {name: results.metrics(name)[0].average_accuracy for name in strategies}
+    for name in ("ewc", "online-ewc", "kfac", "online-kfac"):
+        assert average[name] > average["finetune"] + 0.02, average
+    assert average["joint"] > 0.85
+    assert (tmp_path / "accuracy-matrices.png").stat().st_size > 10_000
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["settings"]["strategy"] for line in lines] == strategies
+    assert lines[0]["average_accuracy"] == average["finetune"]
+
+
+def rows_of(folder: Path) -> dict[str, list[dict[str, object]]]:
+    found = {}
+    for path in sorted(folder.glob("runs/*/metrics.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        found[path.parent.name] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return found
+
+
+class Stops(continual.Listener):
+    """Ctrl-C within a task."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def learned(self, plan, task, accuracies) -> None:
+        self.left -= 1
+
+    def stepped(self, fraction: float) -> None:
+        if self.left == 0 and fraction > 0.3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("strategy", ["finetune", "joint", "l2", "online-ewc", "kfac", "ekfac"])
+def test_a_resumed_run_equals_an_uninterrupted_one(strategy: str, tmp_path: Path) -> None:
+    for after in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            continual.compare(
+                "permuted-digits",
+                [strategy],
+                out=tmp_path / "stopped",
+                listener=Stops(after if after == 1 else 1),
+                **SMALL,
+            )
+        assert [len(rows) for rows in rows_of(tmp_path / "stopped").values()] == [after]
+    continual.compare("permuted-digits", [strategy], out=tmp_path / "stopped", **SMALL)
+    continual.compare("permuted-digits", [strategy], out=tmp_path / "whole", **SMALL)
+    assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")
+    folder = next((tmp_path / "whole" / "runs").iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "result.json", "settings.json"]
+
+
+def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = continual.compare("permuted-digits", ["finetune"], out=tmp_path, **SMALL)
+    again = continual.compare("permuted-digits", ["finetune", "l2"], out=tmp_path, **SMALL)
+    assert again.runs["finetune"] == first.runs["finetune"]
+    learned = []
+    original = runner._learn
+    monkeypatch.setattr(runner, "_learn", lambda *a: learned.append(1) or original(*a))
+    continual.compare("permuted-digits", ["finetune", "l2"], out=tmp_path, **SMALL)
+    assert not learned
+    continual.compare("permuted-digits", ["l2"], out=tmp_path, fresh=True, **SMALL)
+    assert len(learned) == 3
+
+
+def test_a_damaged_penalty_is_named(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        continual.compare("permuted-digits", ["ewc"], out=tmp_path, listener=Stops(1), **SMALL)
+    next(tmp_path.glob("runs/*/penalty-1.safetensors")).write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match="delete the run's folder"):
+        continual.compare("permuted-digits", ["ewc"], out=tmp_path, **SMALL)
+
+
+def test_seeds_and_tasks_with_outputs_of_their_own(tmp_path: Path) -> None:
+    results = continual.compare("split-digits-cnn", ["kfac"], out=tmp_path, tasks=2, epochs=1, seeds=(0, 1), threads=1)
+    assert len(results.runs["kfac"]) == 2
+    assert results.runs["kfac"][0]["tasks"] != results.runs["kfac"][1]["tasks"]
+    table = continual.summary(results)
+    assert "±" in table.rows[0][2]
+
+
+def test_divergence_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="l2 on permuted-digits, seed 0, diverged at step"):
+        continual.compare(
+            "permuted-digits", ["l2"], out=tmp_path, strengths={"l2": 1e38}, lr=1e3, tasks=2, epochs=5, threads=1
+        )
