@@ -20,7 +20,7 @@ def call(*arguments: str) -> tuple[int, str, str]:
 
 
 def test_a_penalty_beats_fine_tuning_on_permuted_digits(tmp_path: Path) -> None:
-    arguments = ["permuted-digits", "--strategies", "finetune,kfac", "--tasks", "3", "--epochs", "10"]
+    arguments = ["permuted-digits", "--strategies", "finetune,kfac", "--tasks", "3", "--epochs", "5"]
     code, stdout, stderr = call(*arguments, "--out", str(tmp_path))
     assert code == 0
     assert stdout.startswith("permuted-digits, 3 tasks\n")

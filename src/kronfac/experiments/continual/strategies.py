@@ -221,26 +221,26 @@ STRATEGIES: dict[str, Strategy] = {
     for s in (
         Strategy("finetune", "fine-tuning", "nothing is done", lambda _: Memory()),
         Strategy("joint", "joint", "trains on the data of all tasks so far", lambda _: Replay()),
-        Strategy("l2", "L2 anchor", "squared distance from the newest optimum", Centre, 1.0),
+        Strategy("l2", "L2 anchor", "squared distance from the newest optimum", Centre, 0.2),
         Strategy(
-            "ewc", "EWC", "diagonal Fisher for each task, at its optimum", lambda s: Quadratic(s, "diagonal"), 100.0
+            "ewc", "EWC", "diagonal Fisher for each task, at its optimum", lambda s: Quadratic(s, "diagonal"), 10.0
         ),
         Strategy(
             "online-ewc",
             "online EWC",
             "sum of diagonal Fishers around the newest optimum",
             lambda s: Quadratic(s, "diagonal", online=True),
-            100.0,
+            30.0,
         ),
         Strategy(
-            "kfac", "KFAC penalty", "Kronecker-factored Fisher for each task", lambda s: Quadratic(s, "kfac"), 100.0
+            "kfac", "KFAC penalty", "Kronecker-factored Fisher for each task", lambda s: Quadratic(s, "kfac"), 30.0
         ),
         Strategy(
             "online-kfac",
             "online KFAC",
             "nearest Kronecker product to the sum, around the newest optimum",
             lambda s: Quadratic(s, "kfac", online=True, combine="nearest"),
-            100.0,
+            30.0,
         ),
     )
 }
@@ -261,5 +261,5 @@ def get_strategy(name: str) -> Strategy:
     if name in STRATEGIES:
         return STRATEGIES[name]
     if name in APPROXIMATIONS:
-        return Strategy(name, f"{name} penalty", "a penalty for each task", lambda s: Quadratic(s, name), 100.0)
+        return Strategy(name, f"{name} penalty", "a penalty for each task", lambda s: Quadratic(s, name), 30.0)
     raise UnknownNameError("strategy", name, [*STRATEGIES, *(n for n in APPROXIMATIONS if n not in STRATEGIES)])
