@@ -188,6 +188,15 @@ def test_symmetric_kl_is_torchs(name: str) -> None:
     expected = (kl(first, second) + kl(second, first)).sum() / 2 / len(outputs)
     torch.testing.assert_close(likelihood.symmetric_kl(outputs, other), expected)
     torch.testing.assert_close(likelihood.symmetric_kl(other, outputs), expected)
+    torch.testing.assert_close(likelihood.kl(outputs, other), kl(first, second).sum() / len(outputs))
+
+
+@pytest.mark.parametrize("name", ["categorical, all options", "bernoulli, weights, mask", "gaussian, mask"])
+def test_both_divergences_together_are_the_symmetric_one(name: str) -> None:
+    likelihood, outputs, targets = CASES[name]
+    other = draw(*outputs.shape, seed=9)
+    both = likelihood.kl(outputs, other, targets) + likelihood.kl(other, outputs, targets)
+    torch.testing.assert_close(both / 2, likelihood.symmetric_kl(outputs, other, targets))
 
 
 def test_pos_weight_weights_terms_but_not_rows() -> None:

@@ -354,7 +354,8 @@ def test_the_inner_loop_descends(likelihood: kf.Likelihood) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_the_exact_objective_by_hand() -> None:
+@pytest.mark.parametrize("xi", [0.5, 0.0, 0.8])
+def test_the_exact_objective_by_hand(xi: float) -> None:
     """Its values at the Q step, from networks of their own."""
     model, rho, lam, zeta = network(), 0.4, 2.0, 0.5
     optimizer = make(
@@ -365,6 +366,7 @@ def test_the_exact_objective_by_hand() -> None:
         n_inner=1,
         omega=0.02,
         zeta=zeta,
+        xi=xi,
         approximation="kfac",
         n_cap=3,
         weight_decay=0.1,
@@ -393,13 +395,53 @@ def test_the_exact_objective_by_hand() -> None:
         divergence = torch.zeros(())
         for i in range(max(0, k - 2), k + 1):
             weight = zeta * (1.0 if i == 0 else 1 - rho) * rho ** (k - i)
-            divergence = divergence + weight * likelihood.symmetric_kl(networks[i](x).detach(), point(x))
+            old, new = networks[i](x).detach().log_softmax(1), point(x).log_softmax(1)
+            terms = xi * old.exp() * (old - new) + (1 - xi) * new.exp() * (new - old)
+            divergence = divergence + weight * terms.sum(1).mean()
         wanted = (g @ start + 0.5 * start @ b_matrix @ start) / lam + divergence.detach()
         slopes = torch.cat([d.flatten() for d in torch.autograd.grad(divergence, list(point.parameters()))])
         optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
         assert optimizer.inner_objectives == pytest.approx([float(wanted)], rel=1e-9)
         moved = start - 0.02 * ((g + b_matrix @ start) / lam + slopes)
         assert relative(vector(model) - before, moved) <= 1e-9
+
+
+def test_targets_captured_by_hand_reach_the_divergences() -> None:
+    """An ignored target counts in no term: its example could as well be missing."""
+    x, y = batch(0)
+    y = torch.where(y == 0, -1, y)
+    found = []
+    for kept in (torch.ones_like(y, dtype=torch.bool), y != -1):
+        model = network()
+        optimizer = kf.optim.KLDWRM(
+            model, kf.Categorical(ignore_index=-1, reduction="mean"), 3.0, variant="qe", source="exact", stats_every=1,
+            zeta=1.0, omega=0.01, damping=DAMPING, kl_clip=None,
+        )  # fmt: skip
+        inputs, targets = x[kept], y[kept]
+
+        def loss(model: Any = model, optimizer: Any = optimizer, x: Tensor = inputs, y: Tensor = targets) -> Tensor:
+            with optimizer.capture() as capture:
+                z = model(x)
+                capture(z, y)
+            return F.cross_entropy(z, y, ignore_index=-1)
+
+        for _ in range(3):
+            optimizer.step(loss)
+        found.append(vector(model))
+    assert relative(found[0], found[1]) <= 1e-10
+
+
+def test_micro_batches_are_one_batch() -> None:
+    model, twin = network(), network()
+    optimizer, other = (make(each, variant="q", approximation="kfac") for each in (model, twin))
+    for step in range(3):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        for part in (slice(0, 4), slice(4, 8)):
+            (0.5 * F.cross_entropy(model(x[part]), y[part])).backward()
+        optimizer.step()
+        loop(twin, other, range(step, step + 1), "q")
+        assert relative(vector(model), vector(twin)) <= 1e-9
 
 
 def test_dropout_masks_are_those_of_the_forward() -> None:
@@ -566,6 +608,7 @@ class Poisson(kf.Likelihood):
         ({"n_inner": -1}, ValueError, "n_inner=-1 must be an integer >= 0"),
         ({"omega": 0.0}, ValueError, r"omega=0\.0 must be a number > 0"),
         ({"zeta": float("nan")}, ValueError, "zeta=nan must be a number > 0"),
+        ({"xi": 1.5}, ValueError, r"xi=1\.5 must be a number in \[0, 1\]"),
         ({"rms_clip": 0.0}, ValueError, r"rms_clip=0\.0 must be a number > 0"),
         ({"variant": "woqm"}, ValueError, r"variant='woqm' is unknown; choose one of \('so', 'q', 'qe'\)"),
         ({"solve": "cg"}, ValueError, "solve='cg' is unknown"),

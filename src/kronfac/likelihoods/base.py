@@ -168,6 +168,22 @@ class Likelihood(TermLoss):
         """
         raise NotImplementedError(f"{type(self).__name__} gives no symmetric KL divergence: implement symmetric_kl")
 
+    def kl(self, outputs: Tensor, other: Tensor, targets: Targets = None) -> Tensor:
+        """Kullback-Leibler divergence ``D(p(outputs) || p(other))``, summed and divided as the loss is.
+
+        Args:
+            outputs: ``[B, ...]``.
+            other: Outputs to compare with, of the same shape.
+            targets: Targets, needed for their weights only.
+
+        Returns:
+            0-dimensional, differentiable in both.
+
+        Raises:
+            NotImplementedError: If the subclass does not know it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives no KL divergence: implement kl")
+
     def label_atoms(self, outputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Few labels with probabilities that have the score's exact second moment, for the oracle of the tests.
 

@@ -183,6 +183,23 @@ class Bernoulli(ElementwiseLikelihood):
         second = other.to(first)
         return self.average((first.sigmoid() - second.sigmoid()) * (first - second) / 2, outputs, targets)
 
+    def kl(self, outputs: Tensor, other: Tensor, targets: Targets = None) -> Tensor:
+        """``p (z - z') + log(1 - p) - log(1 - q)`` for each term.
+
+        Args:
+            outputs: Logits, ``[B, ...]``.
+            other: Logits to compare with.
+            targets: Only for their weights.
+
+        Returns:
+            0-dimensional, divided as the loss is.
+        """
+        self.check_vector(outputs, other)
+        first, _, _ = self.prepare(outputs, targets)
+        second = other.to(first)
+        terms = first.sigmoid() * (first - second) + functional.logsigmoid(-first) - functional.logsigmoid(-second)
+        return self.average(terms, outputs, targets)
+
     def label_atoms(self, outputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Both labels with their probabilities.
 

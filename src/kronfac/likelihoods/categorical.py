@@ -136,6 +136,23 @@ class Categorical(CrossEntropy):
         terms = ((first.exp() - second.exp()) * (first - second)).sum(dim) / 2
         return self.average(terms, outputs, targets)
 
+    def kl(self, outputs: Tensor, other: Tensor, targets: Targets = None) -> Tensor:
+        """``sum_k p_k (log p_k - log q_k)`` for each term.
+
+        Args:
+            outputs: Logits.
+            other: Logits to compare with.
+            targets: Targets, needed for their weights and, perhaps, the place of the classes.
+
+        Returns:
+            0-dimensional, divided as the loss is.
+        """
+        self.check_vector(outputs, other)
+        raised, labels, _ = self.prepare(outputs, targets)
+        dim = self._dim(raised, labels)
+        first, second = raised.log_softmax(dim), other.to(raised).log_softmax(dim)
+        return self.average((first.exp() * (first - second)).sum(dim), outputs, targets)
+
     def label_atoms(self, outputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Every class with its probability.
 

@@ -107,6 +107,19 @@ class Gaussian(ElementwiseLikelihood):
         raised, _, _ = self.prepare(outputs, targets)
         return self.average(self.nll(raised, other.to(raised)), outputs, targets)
 
+    def kl(self, outputs: Tensor, other: Tensor, targets: Targets = None) -> Tensor:
+        """Squared distance of the means over twice the variance: that of `symmetric_kl`.
+
+        Args:
+            outputs: Means, ``[B, ...]``.
+            other: Means to compare with.
+            targets: Only for a mask.
+
+        Returns:
+            0-dimensional, divided as the loss is.
+        """
+        return self.symmetric_kl(outputs, other, targets)
+
     def label_atoms(self, outputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Two labels, one standard deviation to either side: the score is linear, so its second moment is exact.
 

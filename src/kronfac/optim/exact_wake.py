@@ -74,6 +74,7 @@ class ExactWake:
         gradients: ``g`` by name.
         product: Multiplies by ``B``.
         rate: ``1/λ``.
+        xi: ``ξ``: weight of ``D(θ_i ‖ θ_k + s)`` against that of ``D(θ_k + s ‖ θ_i)``.
     """
 
     def __init__(
@@ -86,9 +87,11 @@ class ExactWake:
         gradients: Mapping[str, Tensor],
         product: Callable[[dict[str, Tensor]], dict[str, Tensor]],
         rate: float,
+        xi: float = 0.5,
     ) -> None:
         self._gatherer, self._likelihood, self._pick = gatherer, likelihood, pick
         self._parameters, self._gradients, self._product, self._rate = parameters, gradients, product, rate
+        self._xi = xi
         with torch.no_grad():
             self._references = [(weight, self._outputs(network)) for weight, network in networks if weight]
 
@@ -96,6 +99,12 @@ class ExactWake:
         root = self._gatherer.root
         with same_random_state(root, self._gatherer.last_random):
             return run(root, parameters, self._gatherer.last, lambda out: pick_outputs(out, self._pick))
+
+    def _divergence(self, old: Tensor, new: Tensor) -> Tensor:
+        likelihood, targets, xi = self._likelihood, self._gatherer.last_targets, self._xi
+        if xi == 0.5:
+            return likelihood.symmetric_kl(old, new, targets)
+        return xi * likelihood.kl(old, new, targets) + (1.0 - xi) * likelihood.kl(new, old, targets)
 
     def at(self, steps: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Value and gradient.
@@ -111,8 +120,7 @@ class ExactWake:
             outputs = self._outputs(moved)
             wake = outputs.new_zeros((), dtype=torch.promote_types(outputs.dtype, torch.float32))
             for weight, reference in self._references:
-                kl = self._likelihood.symmetric_kl(reference, outputs, self._gatherer.last_targets)
-                wake = wake + weight * kl
+                wake = wake + weight * self._divergence(reference, outputs)
             slopes = torch.autograd.grad(wake, list(moved.values()), materialize_grads=True)
         curved = self._product(dict(steps))
         value, gradient = wake.detach(), {}

@@ -55,6 +55,8 @@ class KLDWRM(KFAC):
         n_cap: ``N_CAP``, networks that a QE step looks at, the present one included; by default the least number with
             ``ρ^n_cap < 0.1``.
         zeta: Factor of the exact divergences in a QE step; the paper's 1/330 by default.
+        xi: ``ξ`` in ``[0, 1]``: weight of ``D(θ_i ‖ θ_k + s)`` in a QE step, ``1 − ξ`` being that of the converse
+            (footnote 12); 0.5 is the symmetric divergence.
         stats_every: Period in steps of statistics and inverses.
         momentum: In ``[0, 1)``; of the steps, not of the gradients.
         kl_clip: Bound on ``vᵀFv`` as for :class:`kronfac.optim.KFAC`, or None.
@@ -85,6 +87,7 @@ class KLDWRM(KFAC):
         n_inner: int = 10,
         n_cap: int | None = None,
         zeta: float = 1 / 330,
+        xi: float = 0.5,
         stats_every: int = 10,
         momentum: float = 0.0,
         kl_clip: float | str | None = "auto",
@@ -95,12 +98,12 @@ class KLDWRM(KFAC):
         if fixed := sorted({"lr", "ema", "invert_every"} & options.keys()):
             raise TypeError(f"KLDWRM takes no {' and '.join(fixed)}: lr is 1/lam, ema rho, invert_every stats_every.")
         check_choices(variant=variant, solve=solve, kl_product=kl_product)
-        check_numbers(lam, rho, omega, n_inner, zeta, rms_clip)
+        check_numbers(lam, rho, omega, n_inner, zeta, xi, rms_clip)
         n_cap = check_cap(n_cap, rho, warn=variant == "qe")
         if variant == "qe":
-            check_likelihood(likelihood, momentum, options, stats_every)
+            check_likelihood(likelihood, momentum, options, stats_every, xi)
         self._variant, self._rho, self._solve = variant, float(rho), solve
-        self._inner, self._zeta = (float(omega), n_inner), float(zeta)
+        self._inner, self._zeta, self._xi = (float(omega), n_inner), float(zeta), float(xi)
         self._kl_product, self._rms_clip = kl_product, rms_clip
         super().__init__(
             model,
@@ -342,6 +345,7 @@ class KLDWRM(KFAC):
             gradients,
             product,
             rates.pop(),
+            self._xi,
         )
         omega, iterations = self._inner
         with self._gatherer.paused():

@@ -35,7 +35,9 @@ def check_choices(**given: str) -> None:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {_CHOICES[name]}.")
 
 
-def check_numbers(lam: float, rho: float, omega: float, n_inner: int, zeta: float, rms_clip: float | None) -> None:
+def check_numbers(
+    lam: float, rho: float, omega: float, n_inner: int, zeta: float, xi: float, rms_clip: float | None
+) -> None:
     """Refuse numbers out of range.
 
     Args:
@@ -44,6 +46,7 @@ def check_numbers(lam: float, rho: float, omega: float, n_inner: int, zeta: floa
         omega: ``ω``.
         n_inner: ``N_IS``.
         zeta: Factor of the exact divergences.
+        xi: ``ξ``.
         rms_clip: ``τ``, or None.
 
     Raises:
@@ -53,6 +56,9 @@ def check_numbers(lam: float, rho: float, omega: float, n_inner: int, zeta: floa
     at_least("rho", rho, 0.0)
     if rho >= 1:
         raise ValueError(f"rho={rho!r} must be a number in [0, 1).")
+    at_least("xi", xi, 0.0)
+    if xi > 1:
+        raise ValueError(f"xi={xi!r} must be a number in [0, 1].")
     for name, number in (("omega", omega), ("zeta", zeta), ("rms_clip", 1.0 if rms_clip is None else rms_clip)):
         at_least(name, number, 0.0, open_=True)
     at_least("n_inner", n_inner, 0, integer=True)
@@ -113,7 +119,9 @@ def check_blocks(estimator: Estimator, variant: str, solve: str, rule: Rule) -> 
         )
 
 
-def check_likelihood(likelihood: Likelihood, momentum: float, options: Mapping[str, Any], stats_every: int) -> None:
+def check_likelihood(
+    likelihood: Likelihood, momentum: float, options: Mapping[str, Any], stats_every: int, xi: float
+) -> None:
     """Refuse what QE-KLD-WRM has no place for.
 
     Args:
@@ -121,6 +129,7 @@ def check_likelihood(likelihood: Likelihood, momentum: float, options: Mapping[s
         momentum: The optimiser's.
         options: The optimiser's further options.
         stats_every: Period of the statistics.
+        xi: ``ξ``.
 
     Raises:
         ValueError: The likelihood gives no exact divergence, or an argument does not fit.
@@ -130,6 +139,8 @@ def check_likelihood(likelihood: Likelihood, momentum: float, options: Mapping[s
             f"variant='qe' needs the exact symmetric KL divergence, which {type(likelihood).__name__} does not give: "
             "implement its symmetric_kl, or use variant='q'."
         )
+    if isinstance(likelihood, Likelihood) and xi != 0.5 and type(likelihood).kl is Likelihood.kl:
+        raise ValueError(f"xi={xi!r} needs the exact KL divergence, which {type(likelihood).__name__} does not give.")
     unfit = {"momentum": momentum, **{name: options.get(name) for name in ("decoupled_weight_decay", "fallback")}}
     if names := [name for name, value in unfit.items() if value]:
         raise ValueError(f"variant='qe' minimises one objective in all parameters and takes no {', '.join(names)}.")

@@ -40,6 +40,7 @@ _EXACT = (
     Option("n_inner", 10, integer(0), "iterations within a step"),
     Option("n_cap", None, optional(integer(1)), "networks that a step looks at; none: the least with ρ^n < 0.1"),
     Option("zeta", 1 / 330, number(0.0, open_low=True), "factor of the exact divergences"),
+    Option("xi", 0.5, number(0.0, 1.0), "weight of the divergences from the old networks; 0.5: symmetric"),
 )
 
 
