@@ -104,7 +104,7 @@ class Estimator:
         """
         adds = continues and self.likelihood.reduction == "sum"
         self.source.check(self.model, couples_examples(self.model))
-        self.approximation.begin(self.model, tape, outputs, self.statistics)
+        self.approximation.begin(self.model, self.source, tape, outputs, self.statistics)
         with torch.no_grad():
             values = outputs.detach()
             count = self.likelihood.term_shape(values, targets).numel()

@@ -252,7 +252,7 @@ def test_checkpointed_stages_are_read_without_running_them_again() -> None:
     estimator = Estimator(model, kf.Categorical(), approximation="xkfac", source=OneByOne())
     with record(estimator.adaptation.adapters) as tape:
         out = model(inputs(4))
-    estimator.approximation.begin(model, tape, out, estimator.statistics)
+    estimator.approximation.begin(model, estimator.source, tape, out, estimator.statistics)
     found = {name: statistic(estimator, name).coupling for name in ("stage.0", "stage.3", "stage.5", "last")}
     assert list(found.values()) == list(LINEAR.values())
     assert model.runs == 1
@@ -463,6 +463,25 @@ def test_an_embedding_behind_which_batch_norm_lies_is_refused_by_name() -> None:
 def test_sources_without_independent_signs_are_refused_by_name(source: str) -> None:
     with pytest.raises(ValueError, match=source):
         gathered(perceptron(), inputs(4), source=source)
+
+
+class Functional(nn.Module):
+    """Batch norm that is no module: sources do not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.functional.batch_norm(self.first(x).tanh(), None, None, training=True))
+
+
+@pytest.mark.parametrize("source", ["exact", "empirical"])
+def test_exact_sources_are_refused_where_the_graph_alone_shows_the_coupling(source: str) -> None:
+    model = double(Functional())
+    assert statistic(gathered(model, inputs(4)), "first").coupling is Coupling.GENERAL
+    with pytest.raises(ValueError, match=f"source='{source}' pulls all examples at once without independent signs"):
+        gathered(model, inputs(4), source=source)
 
 
 class Merged(nn.Module):

@@ -160,12 +160,13 @@ class Approximation(ABC):
         """
 
     def begin(  # noqa: B027  (most look at layers alone)
-        self, model: nn.Module, tape: Tape, outputs: Tensor, statistics: Mapping[str, Statistic]
+        self, model: nn.Module, source: Source, tape: Tape, outputs: Tensor, statistics: Mapping[str, Statistic]
     ) -> None:
         """Look at a recorded forward pass before its samples come, and refuse it where it does not fit.
 
         Args:
             model: The model.
+            source: Whence the cotangents will come.
             tape: The recorded layers.
             outputs: The model's outputs, attached to the graph.
             statistics: Those of the model's layers.

@@ -17,7 +17,7 @@ from kronfac.coupling import Coupling, couplings
 from kronfac.layers import LayerAdapter
 from kronfac.layers.base import require_float
 from kronfac.linalg.symmetric import add_gram_, mirror_
-from kronfac.sources import Sample, require_examples
+from kronfac.sources import Sample, Source, require_examples
 from kronfac.tape import Tape, couples_examples
 
 _NAME = "xkfac"
@@ -66,12 +66,16 @@ class XKFACStatistic(KFACStatistic):
         return self.input.weight == 0.0 or self.output.weight == 0.0
 
     def constants(self) -> dict[str, Tensor]:
-        """The coupling, once known."""
-        return {} if self.coupling is None else {"coupling": zeros(self.layer) + int(self.coupling)}
+        """The coupling, once known: a unit vector, of which any damage leaves one or another."""
+        if self.coupling is None:
+            return {}
+        unit = zeros(self.layer, len(Coupling))
+        unit[int(self.coupling)] = 1.0
+        return {"coupling": unit}
 
     def constant_shapes(self) -> dict[str, torch.Size]:
-        """Shape of the coupling, a number."""
-        return {"coupling": torch.Size(())}
+        """Shape of the coupling's vector."""
+        return {"coupling": torch.Size((len(Coupling),))}
 
     def restore(self, constants: Mapping[str, Tensor]) -> None:
         """Take the coupling back.
@@ -79,7 +83,7 @@ class XKFACStatistic(KFACStatistic):
         Args:
             constants: What :meth:`constants` gave.
         """
-        self.coupling = Coupling(int(constants["coupling"])) if constants else None
+        self.coupling = Coupling(int(constants["coupling"].argmax())) if constants else None
 
     def add(self, sample: Sample) -> None:
         """Add the moments of one pull.
@@ -200,20 +204,29 @@ class XKFAC(Approximation):
             return XKFACNormStatistic(layer)
         return KFACStatistic(layer) if layer.diagonal_input else XKFACStatistic(layer)
 
-    def begin(self, model: nn.Module, tape: Tape, outputs: Tensor, statistics: Mapping[str, Statistic]) -> None:
+    def begin(
+        self, model: nn.Module, source: Source, tape: Tape, outputs: Tensor, statistics: Mapping[str, Statistic]
+    ) -> None:
         """Find out what batch norm couples in a forward pass.
 
         Args:
             model: The model.
+            source: Whence the cotangents will come.
             tape: The recorded layers.
             outputs: The model's outputs, attached to the graph.
             statistics: Those of the model's layers.
 
         Raises:
-            ValueError: The model's batch norm, its batch or one of its layers is not what XK-FAC is for.
+            ValueError: The source, the model's batch norm, its batch or one of its layers is not what XK-FAC is for.
         """
         _check_model(model, len(outputs))
         found = couplings(tape, outputs)
+        if source.exact and any(coupling is not Coupling.NONE for coupling in found.values()):
+            # Sources know of modules alone; a functional batch norm passes them.
+            raise ValueError(
+                f"source={source.name!r} pulls all examples at once without independent signs, which is wrong where "
+                "batch norm in train mode couples them: use source='sampled'."
+            )
         for name, coupling in found.items():
             statistic = statistics[name]
             if isinstance(statistic, XKFACStatistic):
