@@ -33,7 +33,7 @@ NEGLIGIBLE = 1e-4
 #: A loss that grows by this factor over a step that was not checked is looked at again without that step.
 SUSPICIOUS = 1.5
 #: What its own part of a state holds.
-STATE = {"lam", "streak", "gamma", "probation", "calibrates", "unchecked"}
+STATE = {"lam", "streak", "gamma", "probation", "calibrates", "unchecked", "ceiling"}
 #: Values of ``γ`` that one choice looks at, at most.
 CANDIDATES = 7
 #: ``λ`` of a calibration, in multiples of the mean eigenvalue of the approximate curvature.
@@ -46,8 +46,8 @@ class AdaptiveKFAC(KFAC):
     A step is ``δ = −α Δ + μ δ_prev`` with ``Δ = (F̂ + γI)⁻¹ ∇h``; ``α`` and ``μ`` minimise the quadratic model
     ``M(δ) = h + ∇hᵀδ + ½ δᵀ(F + (λ + r)I)δ`` with the *exact* curvature ``F`` of the mini-batch, by one forward-mode
     pass (36). ``λ`` follows the reduction ratio ``ρ`` (37, 38); ``γ`` is the best of three neighbouring values every
-    ``greedy_every`` steps (and of their neighbours, while the outermost is best), and never below ``λ + r``.  Both are
-    on the scale of the curvature.
+    ``greedy_every`` steps (and of their neighbours, while the outermost is best), not below ``λ + r`` and not beyond a
+    hundred mean eigenvalues of ``F̂``, where all directions are the gradient's.  Both are on the scale of the curvature.
 
     The step is taken with a closure that returns the loss **without** calling backward::
 
@@ -148,6 +148,7 @@ class AdaptiveKFAC(KFAC):
         self._lam = LevenbergMarquardt(start, (19 / 20) ** adapt_every)
         self._calibrates, self._probation = damping == "auto", PROBATION
         self._gamma = start + self._decay
+        self._ceiling = math.inf  # of γ: beyond it all directions are the gradient's
         self._unchecked: float | None = None  # loss before the last step, if that was not checked
         self.report: StepReport | None = None
 
@@ -248,15 +249,18 @@ class AdaptiveKFAC(KFAC):
 
     def _best(self, params: list[Tensor], gradients: list[Tensor]) -> Proposal:
         """The proposal of the present ``γ`` or the best of its neighbours', never below ``λ + r``."""
-        lowest, omega = self._lam.value + self._decay, (19 / 20) ** (self._greedy_every or 1)
+        if self._greedy_due or not self._inverses:
+            self._ceiling = CALIBRATION[0] * self._mean_eigenvalue()
+        lowest = min(self._lam.value + self._decay, self._ceiling)
+        omega = (19 / 20) ** (self._greedy_every or 1)
         known = {} if self._inverses_due else self._inverses
         tried: list[float] = []
         best: Proposal | None = None
-        waiting = [max(self._gamma, lowest)]
+        waiting = [self._gamma]
         if self._greedy_due:
-            waiting += [max(self._gamma * omega, lowest), max(self._gamma / omega, lowest)]
+            waiting += [self._gamma * omega, self._gamma / omega]
         while waiting:
-            gamma = waiting.pop(0)
+            gamma = min(max(waiting.pop(0), lowest), self._ceiling)
             if gamma in tried:
                 continue
             tried.append(gamma)
@@ -267,7 +271,7 @@ class AdaptiveKFAC(KFAC):
                 best = proposal
             if not waiting and 2 < len(tried) < CANDIDATES and best.gamma in (min(tried), max(tried)):
                 further = omega if best.gamma == min(tried) else 1 / omega
-                waiting.append(max(best.gamma * further, lowest))
+                waiting.append(best.gamma * further)
         assert best is not None
         return best
 
@@ -374,11 +378,14 @@ class AdaptiveKFAC(KFAC):
             return math.inf
         return value if math.isfinite(value) else math.inf
 
-    def _calibrate(self, call: Closure, objective: float, params: list[Tensor], gradients: list[Tensor]) -> None:
-        """Start from the ``λ`` whose step lowers the first loss most, among those whose model predicts it well."""
+    def _mean_eigenvalue(self) -> float:
         curvature = self._estimator.curvature()
         size = sum(shape.numel() for shape in curvature.parameter_shapes.values())
-        mean = max(float(curvature.trace()) / size, 1e-12)
+        return max(float(curvature.trace()) / size, 1e-12)
+
+    def _calibrate(self, call: Closure, objective: float, params: list[Tensor], gradients: list[Tensor]) -> None:
+        """Start from the ``λ`` whose step lowers the first loss most, among those whose model predicts it well."""
+        mean = self._mean_eigenvalue()
         found: list[tuple[float, float]] = []
         known: dict[str, Inverse] = {}
         for multiple in CALIBRATION:
@@ -419,6 +426,7 @@ class AdaptiveKFAC(KFAC):
             "probation": self._probation,
             "calibrates": self._calibrates,
             "unchecked": self._unchecked,
+            "ceiling": self._ceiling,
         }
         return {**super().state_dict(), "adaptive": own}
 
@@ -438,5 +446,5 @@ class AdaptiveKFAC(KFAC):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "adaptive"})
         self._lam.value, self._lam.streak = float(own["lam"]), int(own["streak"])
         self._gamma, self._probation = float(own["gamma"]), int(own["probation"])
-        self._calibrates = bool(own["calibrates"])
+        self._calibrates, self._ceiling = bool(own["calibrates"]), float(own["ceiling"])
         self._unchecked = None if own["unchecked"] is None else float(own["unchecked"])

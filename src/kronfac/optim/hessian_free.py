@@ -94,7 +94,9 @@ class HessianFree(AdaptiveKFAC):
         """The one proposal there is; the preconditioner's damping is the matrix's own, as of its last factorisation."""
         if self._inverses_due or not self._precondition:
             self._gamma = self._lam.value + self._decay
-        return super()._best(params, gradients)
+        known = {} if self._inverses_due else self._inverses
+        inverses = self._inverses_at(self._gamma, known) if self._precondition else {}
+        return self._propose(self._gamma, inverses, params, gradients)
 
     def _search_direction(self, params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         """``Δ`` with ``(G + (λ + r)I) Δ = ∇h``, to the tolerance; Kronecker factors alone while ``λ`` is calibrated."""
