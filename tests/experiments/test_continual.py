@@ -50,7 +50,7 @@ def test_splits_share_the_classes_out() -> None:
     tasks = continual.get_stream("split-digits").tasks(5, 0)
     assert sorted(c for task in tasks for c in task.classes) == list(range(10))
     assert sum(len(task.train_inputs) for task in tasks) == 1500
-    with pytest.raises(ExperimentError, match="tasks must be one of \\[1, 2, 5, 10\\], got 3"):
+    with pytest.raises(ExperimentError, match="two at least: tasks must be one of \\[1, 2, 5\\], got 3"):
         continual.get_stream("split-digits").tasks(3, 0)
 
 
@@ -153,6 +153,11 @@ def test_seeds_and_tasks_with_outputs_of_their_own(tmp_path: Path) -> None:
     assert results.runs["kfac"][0]["tasks"] != results.runs["kfac"][1]["tasks"]
     table = continual.summary(results)
     assert "±" in table.rows[0][2]
+
+
+def test_what_an_approximation_refuses_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="kfac_tridiagonal on permuted-digits: a penalty with a BlockTridiagonal"):
+        continual.compare("permuted-digits", ["kfac_tridiagonal"], out=tmp_path, **SMALL)
 
 
 def test_divergence_is_one_clear_error(tmp_path: Path) -> None:

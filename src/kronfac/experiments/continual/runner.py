@@ -126,7 +126,7 @@ def run(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[str,
         started = time.perf_counter()
         loss, value = _learn(plan, model, memory, tasks[: index + 1], listener)
         if index + 1 < plan.tasks:
-            memory.remember(model, tasks[index], plan.seed * _STRIDE + index)
+            _remember(plan, folder, model, memory, tasks[index], index)
         seconds = time.perf_counter() - started
         accuracies = [accuracy(model, task) for task in tasks]
         rows.append(
@@ -139,7 +139,7 @@ def run(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[str,
                 "seconds": seconds,
             }
         )
-        _keep(plan, folder, model, memory, rows)
+        _keep(plan, folder, model, rows)
         listener.learned(plan, tasks[index].name, accuracies)
     result: dict[str, object] = {
         "settings": asdict(plan),
@@ -216,14 +216,25 @@ def _rows(task: Task, generator: torch.Generator, count: int) -> torch.Tensor:
     return torch.cat([torch.randperm(size, generator=generator) for _ in range(-(-count // size))])[:count]
 
 
-def _keep(plan: Plan, folder: Path, model: nn.Module, memory: Memory, rows: list[dict[str, object]]) -> None:
-    """Write what is needed to go on. The checkpoint comes last, and names the penalty that goes with it."""
-    name = f"penalty-{len(rows)}.safetensors"
-    memory.save(folder / name)
+def _remember(plan: Plan, folder: Path, model: nn.Module, memory: Memory, task: Task, index: int) -> None:
+    """Take in a task and write what is kept of it."""
+    try:
+        memory.remember(model, task, plan.seed * _STRIDE + index)
+        memory.save(folder / _penalty(index + 1))
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise ExperimentError(f"{plan.strategy} on {plan.stream}: {error}") from error
+
+
+def _penalty(learned: int) -> str:
+    return f"penalty-{learned}.safetensors"
+
+
+def _keep(plan: Plan, folder: Path, model: nn.Module, rows: list[dict[str, object]]) -> None:
+    """Write what is needed to go on; the number of rows names the penalty that goes with the checkpoint."""
     save_checkpoint(folder / _CHECKPOINT, plan.folder_name, {"model": model.state_dict(), "rows": rows})
     write_text(folder / _METRICS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     for path in folder.glob("penalty-*.safetensors"):
-        if path.name != name:
+        if path.name != _penalty(len(rows)):
             path.unlink()
 
 
@@ -238,5 +249,5 @@ def _resume(plan: Plan, folder: Path, model: nn.Module, memory: Memory) -> list[
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path} does not fit this run; delete it to start the run anew") from error
     if rows and len(rows) != plan.tasks:
-        memory.load(folder / f"penalty-{len(rows)}.safetensors", model)
+        memory.load(folder / _penalty(len(rows)), model)
     return rows

@@ -94,11 +94,11 @@ class Stream:
         if count < 1:
             raise ExperimentError(f"tasks must be at least 1, got {count}")
         data = load(self.dataset)
-        if self.kind == "split" and data.classes % count:
-            fitting = [n for n in range(1, data.classes + 1) if data.classes % n == 0]
+        fitting = [n for n in range(1, data.classes // 2 + 1) if data.classes % n == 0]
+        if self.kind == "split" and count not in fitting:
             raise ExperimentError(
-                f"{self.name} shares {data.classes} classes out among its tasks: tasks must be one of {fitting}, "
-                f"got {count}"
+                f"{self.name} shares {data.classes} classes out among its tasks, two at least: tasks must be one of "
+                f"{fitting}, got {count}"
             )
         generator = torch.Generator().manual_seed(_SEED * (seed + 1))
         return list(_MAKERS[self.kind](data, count, generator, self.flat))
