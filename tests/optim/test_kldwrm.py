@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kronfac as kf
-from kronfac.blocks import Kronecker
-from kronfac.damping import factored
+from kronfac.blocks import Block, Dense, Diagonal, DiagonalKronecker, Kronecker, KroneckerSum, ScaledKronecker
+from kronfac.damping import Rescaled, Rule, exact, factored, normal
 from kronfac.optim.wake import Damped
 
 DAMPING = 0.1
@@ -587,6 +587,52 @@ def test_a_step_that_failed_can_be_repeated() -> None:
         optimizer.step()
     assert torch.equal(vector(model), before)
     assert loop(model, optimizer, range(3, 6), "so") == loop(twin, other, range(3, 6), "so")
+
+
+def positive(*shape: int, seed: int = 0) -> Tensor:
+    root = draw(*shape, shape[-1] + 2, seed=seed)
+    return root @ root.mT / shape[-1]
+
+
+@pytest.mark.parametrize("rule", [factored, exact, normal])
+def test_the_damped_product_is_what_the_inverse_inverts(rule: Rule) -> None:
+    blocks: list[Block] = [
+        Kronecker(positive(2, 4), positive(2, 3, seed=1)),
+        DiagonalKronecker(draw(2, 4).square(), positive(2, 3, seed=1)),
+        Dense(positive(12), (3, 4)),
+        Diagonal(draw(2, 3, 4).square()),
+    ]
+    if rule is not exact:
+        blocks.append(ScaledKronecker.from_moments(positive(2, 4), positive(2, 3, seed=1)))
+    if rule is factored:
+        sides = positive(2, 4), positive(2, 3, seed=1), positive(2, 4, seed=2), positive(2, 3, seed=3)
+        blocks.append(KroneckerSum(*sides))
+    for block in blocks:
+        shift, v = rule(block, 0.3), draw(*block.shape, seed=5)
+        torch.testing.assert_close(Damped.of(block, shift).matmul(block.factorise(shift).apply(v)), v)
+    with pytest.raises(TypeError, match="a ScaledKronecker block with the shift Rescaled"):
+        Damped.of(ScaledKronecker.from_moments(positive(4), positive(3)), Rescaled(*torch.ones(3).double().unbind()))
+
+
+def test_curvature_through_batch_norm_is_for_so_alone() -> None:
+    x = draw(12, 3)
+    for variant, solve in (("so", "stein"), ("q", "stein"), ("q", "reweighted")):
+        model = double(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)))
+        optimizer = make(
+            model, 20.0, variant=variant, solve=solve, approximation="xkfac", momentum=0.3, source="sampled"
+        )
+        losses = []
+        for _ in range(25):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), torch.arange(12) % 3)
+            loss.backward()
+            if variant == "q":
+                with pytest.raises(TypeError, match=rf"layer '.*': KLDWRM with solve='{solve}' .* use variant='so'"):
+                    optimizer.step()
+                break
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        assert not losses or losses[-1] < 0.8 * losses[0]
 
 
 class Poisson(kf.Likelihood):

@@ -18,6 +18,7 @@ from kronfac.blocks import (
     DiagonalKronecker,
     Inverse,
     Kronecker,
+    KroneckerSum,
     PerFactor,
     ScaledKronecker,
     Shift,
@@ -120,6 +121,9 @@ class Damped:
             product = block.balanced() if isinstance(block, ScaledKronecker) else block
             if isinstance(product, Kronecker):
                 return cls(Kronecker(_plus(product.input, shift.input), _plus(product.output, shift.output)))
+            if isinstance(product, KroneckerSum):  # its first term is damped
+                first = _plus(product.input, shift.input), _plus(product.output, shift.output)
+                return cls(KroneckerSum(*first, product.second_input, product.second_output))
             if isinstance(product, DiagonalKronecker):
                 added = shift.input.unsqueeze(-1) if isinstance(shift.input, Tensor) else shift.input
                 return cls(DiagonalKronecker(product.input + added, _plus(product.output, shift.output)))
