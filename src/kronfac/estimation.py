@@ -207,7 +207,7 @@ def estimate(  # type: ignore[overload-overlap]  # the name is a str as well
     likelihood: Likelihood,
     loader: Iterable[Any] | tuple[Any, Any],
     *,
-    approximation: Literal["kfac_tridiagonal"] | JointApproximation,
+    approximation: Literal["kfac_tridiagonal", "kkfac"] | JointApproximation,
     source: str | Source = "sampled",
     samples: int = 1,
     sharing: str = "expand",
@@ -274,8 +274,8 @@ def estimate(
         progress: Show a progress bar.
 
     Returns:
-        The curvature as an operator on the parameters; a `kronfac.BlockTridiagonal` for ``"kfac_tridiagonal"``, which
-        couples layers.
+        The curvature as an operator on the parameters; a `kronfac.BlockTridiagonal` for ``"kfac_tridiagonal"`` and a
+        `kronfac.curvature_coupled.CoupledCurvature` for ``"kkfac"``, which couple layers.
 
     Raises:
         TypeError: ``seed`` is no integer.

@@ -8,6 +8,7 @@ from kronfac.approximations.diagonal import DiagonalBlocks
 from kronfac.approximations.ekfac import EKFAC
 from kronfac.approximations.joint import JointApproximation, JointStatistic
 from kronfac.approximations.kfac import KFAC
+from kronfac.approximations.kkfac import KKFAC
 from kronfac.approximations.nearest import NearestKronecker
 from kronfac.approximations.prong import PRONG
 from kronfac.approximations.sua import SUA
@@ -28,6 +29,7 @@ APPROXIMATIONS: dict[str, type[Approximation]] = {
         SUA,
         PRONG,
         XKFAC,
+        KKFAC,
         DiagonalBlocks,
         DenseBlocks,
     )
@@ -61,6 +63,7 @@ __all__ = [
     "APPROXIMATIONS",
     "EKFAC",
     "KFAC",
+    "KKFAC",
     "PRONG",
     "SUA",
     "TEKFAC",

@@ -259,14 +259,27 @@ def _refined(coupling: Coupling, tape: Tape, name: str, batch: int) -> Coupling:
     return Coupling.DIRECT if alone else Coupling.GENERAL
 
 
+def refuse_synchronised(model: nn.Module, name: str) -> None:
+    """Refuse batch norm that couples the examples of several processes.
+
+    Args:
+        model: The model.
+        name: The approximation's name.
+
+    Raises:
+        ValueError: There is one in train mode.
+    """
+    for key, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            raise ValueError(
+                f"approximation={name!r}: {key!r} is an nn.SyncBatchNorm in train mode, which couples examples of "
+                f"different processes; use nn.BatchNorm, or approximation='kfac'."
+            )
+
+
 def _check_model(model: nn.Module, batch: int) -> None:
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    synchronised = [n for n, module in norms.items() if isinstance(module, nn.SyncBatchNorm) and module.training]
-    if synchronised:
-        raise ValueError(
-            f"approximation={_NAME!r}: {synchronised[0]!r} is an nn.SyncBatchNorm in train mode, which couples "
-            "examples of different processes; use nn.BatchNorm, or approximation='kfac'."
-        )
+    refuse_synchronised(model, _NAME)
+    norms = any(isinstance(module, _BatchNorm) for module in model.modules())
     if norms and not couples_examples(model):
         raise ValueError(
             f"approximation={_NAME!r} is for batch norm in train mode, but all of this model's is in eval mode, where "

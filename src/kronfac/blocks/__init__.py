@@ -13,6 +13,7 @@ from kronfac.blocks.diagonal_kronecker import DiagonalKronecker
 from kronfac.blocks.eigen_kronecker import EigenKronecker
 from kronfac.blocks.eigenbasis import Eigenbasis
 from kronfac.blocks.inverses import DenseInverse, DiagonalKroneckerInverse, EigenInverse, KroneckerInverse
+from kronfac.blocks.khatri_rao import KhatriRao, KhatriRaoInverse
 from kronfac.blocks.kronecker import Kronecker
 from kronfac.blocks.kronecker_sum import KroneckerSum
 from kronfac.blocks.scaled_kronecker import ScaledKronecker
@@ -47,6 +48,8 @@ __all__ = [
     "EigenKronecker",
     "Eigenbasis",
     "Inverse",
+    "KhatriRao",
+    "KhatriRaoInverse",
     "Kronecker",
     "KroneckerInverse",
     "KroneckerSum",
