@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from kronfac.experiments import datasets
-from kronfac.experiments.datasets import cache, hub
+from kronfac.experiments.datasets import cache, faces, hub
 from kronfac.experiments.errors import DatasetError, ExperimentError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8)
@@ -146,7 +146,7 @@ def test_without_a_folder_the_hub_is_asked_and_its_failure_told(
 
 
 def test_an_unknown_dataset_is_refused() -> None:
-    with pytest.raises(ExperimentError, match="unknown dataset 'mnits'; known: digits, curves, mnist"):
+    with pytest.raises(ExperimentError, match="unknown dataset 'mnits'; known: digits, curves, faces, mnist"):
         datasets.load("mnits")
 
 
@@ -160,3 +160,46 @@ def test_curves_are_drawn_alike_each_time(monkeypatch: pytest.MonkeyPatch) -> No
     ink = first.pixels(first.train).sum((1, 2, 3))
     assert 5 < float(ink.min()) < float(ink.max()) < 200  # each is a stroke
     assert len(first.train.images.flatten(1).unique(dim=0)) == 3_000
+
+
+def write_faces(root: Path, **arrays: np.ndarray) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    faces = np.random.default_rng(0).integers(0, 256, (400, 64, 64), dtype=np.uint8)
+    faces[300:] = 7  # the people of the test set
+    whole = {"x": faces, "y": (np.arange(400) // 10).astype(np.uint8)}
+    np.savez(root / "olivetti_faces.npz", **{**whole, **arrays})
+
+
+def test_faces_are_the_same_in_every_run_and_of_other_people_in_the_test_set(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faces, "TRAIN", 60)
+    monkeypatch.setattr(faces, "TEST", 20)
+    write_faces(root)
+    one, two = datasets.load("faces"), datasets.load("faces")
+    assert one.train.images.shape == (60, 1, 25, 25)
+    assert torch.equal(one.train.images, two.train.images)
+    assert int(one.train.labels.max()) < 30 <= int(one.test.labels.min())
+    # A constant photograph stays constant however it is turned: nothing from outside its border gets in.
+    assert one.test.images.unique().tolist() == [7]
+
+
+def test_faces_that_are_not_there_or_are_something_else(root: Path) -> None:
+    with pytest.raises(DatasetError, match=r"olivetti_faces.npz"):
+        datasets.load("faces")
+    write_faces(root, x=np.zeros((3, 8, 8), np.uint8))
+    with pytest.raises(DatasetError, match="are not Olivetti's"):
+        datasets.load("faces")
+    (root / "olivetti_faces.npz").write_bytes(b"nothing")
+    with pytest.raises(DatasetError, match="cannot be read"):
+        datasets.load("faces")
+
+
+def test_faces_turn_by_the_angle_that_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without rotation, at the smallest scale and in the middle, the crop is the middle of the photograph."""
+    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.full(size, 0.5))
+    ramp = torch.linspace(0, 1, 64).expand(1, 1, 64, 64)
+    row = faces._turned(ramp, torch.Generator()).float()[0, 0] / 255
+    wanted = 0.5 + (torch.arange(25) - 12) / 25 / 1.6
+    torch.testing.assert_close(row[12], wanted, atol=0.01, rtol=0)
+    torch.testing.assert_close(row[0], row[24])

@@ -9,7 +9,13 @@ from kronfac.experiments.models import ResNet, autoencoder, kfc_network
 from kronfac.experiments.optimizers import get_optimizer
 from kronfac.experiments.problems import PROBLEMS, get_problem
 
-SHAPES = {"digits": (1, 8, 8), "curves": (1, 28, 28), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28)}
+SHAPES = {
+    "digits": (1, 8, 8),
+    "curves": (1, 28, 28),
+    "faces": (1, 25, 25),
+    "mnist": (1, 28, 28),
+    "fashion_mnist": (1, 28, 28),
+}
 
 
 def small_dataset(name: str) -> Dataset:

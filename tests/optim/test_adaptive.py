@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kronfac as kf
+from kronfac.optim import proposal
 from kronfac.optim.levenberg_marquardt import LevenbergMarquardt
 
 LABELS = torch.arange(24) % 3
@@ -267,6 +268,52 @@ def test_closures_that_cannot_be_used(case: str) -> None:
 def test_arguments_that_are_refused(options: dict[str, Any], kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text):
         kf.optim.AdaptiveKFAC(network(), kf.Categorical(), **options)
+
+
+class Graph(nn.Module):
+    """Takes something besides its examples, which cannot be cut to a part of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, mixing: Tensor) -> Tensor:
+        return self.layer(x) @ mixing  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("model", "extra", "options", "count", "part"),
+    [
+        (nn.Linear(3, 3), (), {}, 1200, 300),
+        (nn.Linear(3, 3), (), {}, 600, 250),
+        (nn.Linear(3, 3), (), {}, 100, 100),
+        (nn.Linear(3, 3), (), {"fraction": 0.1}, 100, 10),
+        (nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 3)), (), {}, 1200, 1200),
+        (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), (), {}, 1200, 1200),
+        (Graph(), (torch.eye(3),), {}, 1200, 1200),
+    ],
+    ids=["quarter", "fewest", "small", "asked", "dropout", "batch norm", "other arguments"],
+)
+def test_the_part_of_a_mini_batch_that_products_see(
+    model: nn.Module,
+    extra: tuple[Tensor, ...],
+    options: dict[str, Any],
+    count: int,
+    part: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    plain = proposal.ggn_gram
+
+    def watched(root: nn.Module, likelihood: kf.Likelihood, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(len(inputs[0][0]))
+        return plain(root, likelihood, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(proposal, "ggn_gram", watched)
+    x, y = draw(count, 3).float(), torch.arange(count) % 3
+    optimizer = kf.optim.AdaptiveKFAC(model.float().train(), kf.Categorical(), **options)
+    optimizer.step(lambda: F.cross_entropy(model(x, *extra), y))
+    assert set(seen) == {part}
 
 
 def test_a_step_needs_a_closure() -> None:

@@ -74,7 +74,9 @@ class AdaptiveKFAC(KFAC):
         greedy_every: Period ``T₂`` of the choice of ``γ``; before its end also at steps 1, 2, 4, 8, …; None
             to keep the first.
         ema: Decay of the statistics per gathered step, with bias correction.
-        fraction: Part of the mini-batch for the exact curvature, in ``(0, 1]``.
+        fraction: Part of the mini-batch for the exact curvature, in ``(0, 1]``; ``"auto"`` is the quarter of
+            Martens & Grosse (``τ₂``), at least 250 examples, and the whole mini-batch where its examples depend on each
+            other (batch norm in train mode) or on torch's random numbers (dropout).
         average: Decay of the average of iterates, see :meth:`averaged`; Martens & Grosse take 0.99.
         generator: For the sampled labels; one with a fixed seed by default.
         **options: ``sharing``, ``norm`` and ``outputs`` of :class:`kronfac.optim.options.KFACOptions`.
@@ -103,7 +105,7 @@ class AdaptiveKFAC(KFAC):
         adapt_every: int = 5,
         greedy_every: int | None = 20,
         ema: float = 0.95,
-        fraction: float = 1.0,
+        fraction: float | str = "auto",
         average: float | None = None,
         generator: torch.Generator | None = None,
         **options: Unpack[KFACOptions],
@@ -113,8 +115,8 @@ class AdaptiveKFAC(KFAC):
         at_least("adapt_every", adapt_every, 1, integer=True)
         if greedy_every is not None:
             at_least("greedy_every", greedy_every, 1, integer=True)
-        if not (isinstance(fraction, (int, float)) and 0 < fraction <= 1):
-            raise ValueError(f"fraction={fraction!r} must be a number in (0, 1].")
+        if fraction != "auto" and not (isinstance(fraction, (int, float)) and 0 < fraction <= 1):
+            raise ValueError(f"fraction={fraction!r} must be a number in (0, 1], or 'auto'.")
         if unfit := sorted(set(options) & {"decoupled_weight_decay", "burn_in", "param_groups"}):
             raise TypeError(
                 f"{type(self).__name__} takes no {', '.join(unfit)}: it minimises one objective in all parameters."
@@ -142,7 +144,8 @@ class AdaptiveKFAC(KFAC):
         )
         if likelihood.needs_targets and stats_every != 1:
             raise ValueError(f"{likelihood!r} needs the targets at each step, captured by hand: set stats_every=1.")
-        self._decay, self._momentum, self._fraction = float(weight_decay), momentum, float(fraction)
+        self._decay, self._momentum = float(weight_decay), momentum
+        self._fraction = None if isinstance(fraction, str) else float(fraction)
         self._adapt_every, self._greedy_every = adapt_every, greedy_every
         start = float(self.defaults["damping"])
         self._lam = LevenbergMarquardt(start, (19 / 20) ** adapt_every)

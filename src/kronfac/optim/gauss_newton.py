@@ -28,7 +28,7 @@ class KFLR(AdaptiveKFAC):
     SOURCE = "exact"
 
     def __init__(self, model: nn.Module, likelihood: Likelihood, **options: Any) -> None:
-        defaults = {"source": self.SOURCE, "momentum": False, "average": 0.95}
+        defaults = {"source": self.SOURCE, "momentum": False, "average": 0.95, "fraction": 1.0}
         super().__init__(model, likelihood, **{**defaults, **options})
 
 

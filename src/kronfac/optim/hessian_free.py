@@ -70,7 +70,9 @@ class HessianFree(AdaptiveKFAC):
                 "damping='auto' needs the preconditioner's curvature; give a number, or precondition=True."
             )
         self._precondition = precondition  # asked for by the base class's constructor
-        super().__init__(model, likelihood, damping=damping, momentum=False, **{"adapt_every": 1, **options})
+        super().__init__(
+            model, likelihood, damping=damping, momentum=False, **{"adapt_every": 1, "fraction": 1.0, **options}
+        )
         self._limits: dict[str, Any] = {
             "max_iterations": max_iterations,
             "progress": progress,

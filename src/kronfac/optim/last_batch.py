@@ -6,9 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from kronfac.operators.passes import random_state
 from kronfac.optim.gathering import Gatherer
+from kronfac.tape import couples_examples
+
+#: Part of the mini-batch that stands for it (Martens & Grosse 2015, section 8: τ₂), and examples it has at least.
+PART, FEWEST = 0.25, 250
 
 
 @dataclass(frozen=True)
@@ -26,13 +32,15 @@ class LastBatch:
     whole: float
 
 
-def last_batch(gatherer: Gatherer, what: str, fraction: float = 1.0) -> LastBatch:
+def last_batch(gatherer: Gatherer, what: str, fraction: float | None = 1.0) -> LastBatch:
     """Cut a part out of the last mini-batch.
 
     Args:
         gatherer: Holds that forward's arguments.
         what: What needs them, for the error.
-        fraction: Which part, in ``(0, 1]``; rounded up to whole examples.
+        fraction: Which part, in ``(0, 1]``, rounded up to whole examples; None for a quarter, but not fewer than 250
+            examples (along the first dimension of every tensor that the model takes), and all of them where a part
+            would see another function than the whole: batch norm in train mode, or other dropout masks.
 
     Returns:
         The part.
@@ -48,7 +56,12 @@ def last_batch(gatherer: Gatherer, what: str, fraction: float = 1.0) -> LastBatc
     args, kwargs = gatherer.last
     sizes = [v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 0]
     batch = sizes[0] if sizes else 0
-    part = max(1, math.ceil(batch * fraction))
+    if fraction is not None:
+        part = max(1, math.ceil(batch * fraction))
+    elif len(set(sizes)) != 1 or couples_examples(gatherer.root) or _draws(gatherer):
+        part = batch
+    else:
+        part = min(max(math.ceil(batch * PART), FEWEST), batch)
 
     def cut(value: Any) -> Any:
         if isinstance(value, tuple):  # targets with their mask
@@ -57,3 +70,9 @@ def last_batch(gatherer: Gatherer, what: str, fraction: float = 1.0) -> LastBatc
 
     inputs = (tuple(cut(v) for v in args), {k: cut(v) for k, v in kwargs.items()})
     return LastBatch(inputs, cut(gatherer.last_targets), batch / part if batch else 1.0)
+
+
+def _draws(gatherer: Gatherer) -> bool:
+    """Whether torch's random numbers were used since the last forward began."""
+    before, now = gatherer.last_random, random_state(gatherer.root)
+    return before is None or any(not torch.equal(a, b) for a, b in zip(before, now, strict=True))

@@ -1,8 +1,8 @@
 """Datasets by name, as tensors in memory.
 
-``digits`` is embedded in scikit-learn, ``curves`` is drawn, and neither needs a network. The others are read from the
-Hugging Face hub by their public ids, or from files of the same layout under the folder that the environment variable
-``KRONFAC_DATA`` names.
+``digits`` is embedded in scikit-learn, ``curves`` is drawn, and neither needs a network. ``faces`` is made from
+photographs that scikit-learn downloads. The others are read from the Hugging Face hub by their public ids, or from
+files of the same layout under the folder that the environment variable ``KRONFAC_DATA`` names.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 from kronfac.experiments.datasets.base import Dataset
 from kronfac.experiments.datasets.curves import load_curves
 from kronfac.experiments.datasets.digits import load_digits
+from kronfac.experiments.datasets.faces import load_faces
 from kronfac.experiments.datasets.hub import HUB, load_hub
 from kronfac.experiments.errors import UnknownNameError
 
 __all__ = ["Dataset", "load", "names"]
+
+_MADE = {"digits": load_digits, "curves": load_curves, "faces": load_faces}
 
 
 def names() -> list[str]:
@@ -22,7 +25,7 @@ def names() -> list[str]:
     Returns:
         The names that `load` accepts.
     """
-    return ["digits", "curves", *HUB]
+    return [*_MADE, *HUB]
 
 
 def load(name: str) -> Dataset:
@@ -38,10 +41,8 @@ def load(name: str) -> Dataset:
         UnknownNameError: If there is none of that name.
         DatasetError: If its files are absent, damaged or foreign.
     """  # noqa: DOC502
-    if name == "digits":
-        return load_digits()
-    if name == "curves":
-        return load_curves()
+    if name in _MADE:
+        return _MADE[name]()
     if name in HUB:
         return load_hub(name)
     raise UnknownNameError("dataset", name, names())

@@ -13,6 +13,12 @@ from kronfac.experiments.optimizers.base import Builder, OptimizerSpec
 from kronfac.experiments.optimizers.options import COMMON, Option, choice, flag, integer, number, number_or
 from kronfac.experiments.problems.base import Problem
 
+
+def _fraction(default: object) -> Option:
+    parse = number_or("auto", number(0.0, 1.0, open_low=True))
+    return Option("fraction", default, parse, "part of the batch for exact curvature products; auto: a quarter")
+
+
 _SHARED = (
     Option(
         "damping", "auto", number_or("auto", number(0.0, open_low=True)), "initial λ; auto: tried on the first batch"
@@ -25,7 +31,6 @@ _SHARED = (
     Option("stats_every", 1, integer(1), "steps between statistics passes"),
     Option("invert_every", 20, integer(1), "steps between inversions"),
     Option("ema", 0.95, number(0.0, 1.0, open_high=True), "decay of the running factors"),
-    Option("fraction", 1.0, number(0.0, 1.0, open_low=True), "part of the batch for exact curvature products"),
 )
 _ADAPTIVE = (
     *_SHARED,
@@ -34,6 +39,7 @@ _ADAPTIVE = (
 )
 _HESSIAN_FREE = (
     *_SHARED,
+    _fraction(1.0),
     Option("max_iterations", 50, integer(1), "conjugate gradients end after so many iterations"),
     Option("precondition", True, flag, "whether Kronecker factors precondition conjugate gradients"),
     Option("block_diagonal", False, flag, "whether each layer is solved for by itself"),
@@ -68,6 +74,7 @@ FAMILY = (
         description="K-FAC that chooses step size, momentum and damping itself (Martens and Grosse 2015)",
         options=(
             *_ADAPTIVE,
+            _fraction("auto"),
             Option("momentum", True, flag, "whether the last step is one of the directions"),
             Option(
                 "source",
@@ -83,7 +90,7 @@ FAMILY = (
         name="kflr",
         title="KFLR",
         description="Gauss-Newton with exact output factors (Botev et al. 2017)",
-        options=_ADAPTIVE,
+        options=(*_ADAPTIVE, _fraction(1.0)),
         build=_builder("KFLR"),
         closure=True,
     ),
@@ -91,7 +98,7 @@ FAMILY = (
         name="kfra",
         title="KFRA",
         description="Gauss-Newton with recursive output factors (Botev et al. 2017)",
-        options=_ADAPTIVE,
+        options=(*_ADAPTIVE, _fraction(1.0)),
         build=_builder("KFRA"),
         closure=True,
     ),

@@ -4,10 +4,35 @@ from __future__ import annotations
 
 from functools import partial
 
+from kronfac.experiments.datasets.base import Dataset
 from kronfac.experiments.models import logistic_autoencoder
 from kronfac.experiments.problems.autoencoders import images
-from kronfac.experiments.problems.base import Problem
-from kronfac.experiments.problems.losses import bernoulli, pixel_loss, squared_errors
+from kronfac.experiments.problems.base import Data, Problem
+from kronfac.experiments.problems.losses import (
+    bernoulli,
+    gaussian,
+    half_squared_error,
+    pixel_loss,
+    real_squared_errors,
+    squared_errors,
+)
+
+
+def centred_images(dataset: Dataset) -> Data:
+    """Make an autoencoder's data: each pixel's mean is taken off, and one scale makes the mean variance 1.
+
+    Args:
+        dataset: The dataset.
+
+    Returns:
+        The tensors; inputs are their own targets.
+    """
+    train, test = dataset.pixels(dataset.train).flatten(1), dataset.pixels(dataset.test).flatten(1)
+    mean = train.double().mean(0).float()
+    scale = float((train - mean).double().square().mean().sqrt())
+    train, test = (train - mean) / scale, (test - mean) / scale
+    return Data(train, train, test, test)
+
 
 _on = partial(
     Problem,
@@ -36,6 +61,17 @@ FAMILY = (
         description="Drawn curves through a code of 6 numbers: 784-400-200-100-50-25-6 mirrored, logistic units",
         dataset="curves",
         build=partial(logistic_autoencoder, (784, 400, 200, 100, 50, 25, 6)),
+        tuned=_DECAY,
+    ),
+    _on(
+        name="faces-logistic",
+        description="Turned and scaled faces through a code of 30: 625-2000-1000-500-30 mirrored, squared error",
+        dataset="faces",
+        build=partial(logistic_autoencoder, (625, 2000, 1000, 500, 30)),
+        prepare=centred_images,
+        likelihood=gaussian,
+        loss=half_squared_error,
+        measures={"squared_error": real_squared_errors},
         tuned=_DECAY,
     ),
 )

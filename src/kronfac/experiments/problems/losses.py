@@ -34,6 +34,43 @@ def bernoulli() -> Likelihood:
     return Bernoulli(reduction="batchmean")
 
 
+def gaussian() -> Likelihood:
+    """Make the likelihood of `half_squared_error`: summed over outputs, averaged over examples.
+
+    Returns:
+        ``kronfac.Gaussian(reduction="batchmean")``.
+    """
+    from kronfac.likelihoods import Gaussian
+
+    return Gaussian(reduction="batchmean")
+
+
+def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Half the squared error, summed over outputs and averaged over examples.
+
+    Args:
+        outputs: ``[N, outputs]``.
+        targets: Of the same shape.
+
+    Returns:
+        The loss, 0-dimensional.
+    """
+    return 0.5 * (outputs - targets).square().sum() / len(targets)
+
+
+def real_squared_errors(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Squared error, summed over outputs and examples.
+
+    Args:
+        outputs: ``[N, outputs]``.
+        targets: Of the same shape.
+
+    Returns:
+        The sum, 0-dimensional.
+    """
+    return (outputs - targets).square().sum()
+
+
 def pixel_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of pixel intensities, summed over pixels and averaged over images.
 
