@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float)
     parser.add_argument("--batch", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--steps", type=int, default=10**9, help="end after so many steps, for grids on a busy machine")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--out", help="name of the file; that of the optimiser by default")
@@ -97,11 +99,12 @@ def first_order(problem: Problem, data: Data, options: argparse.Namespace) -> It
             seconds = time.perf_counter() - begin
             total, step = total + seconds, step + 1
             record = {"step": step, "loss": float(loss.detach()), "seconds": seconds, "batch": len(x)}
-            if total >= min(due, options.seconds):
+            ends = total >= options.seconds or step == options.steps or not math.isfinite(record["loss"])
+            if (total >= due and options.steps == 10**9) or ends:
                 record |= problem.evaluate(model, data)
                 due = total + SECONDS
             yield record
-            if total >= options.seconds or not record["loss"] < float("inf"):
+            if ends:
                 return
 
 
