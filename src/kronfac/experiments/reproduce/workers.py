@@ -19,6 +19,7 @@ import torch
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.files import make_folder
 from kronfac.experiments.lock import locked
+from kronfac.experiments.memory import keep_freed_memory
 from kronfac.experiments.problems import Data, get_problem
 from kronfac.experiments.progress import Progress
 from kronfac.experiments.results import run_folder
@@ -187,6 +188,7 @@ def _work(
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     torch.set_num_threads(1)
+    keep_freed_memory()
     data: dict[str, Data] = {}
     index = -1
     try:
