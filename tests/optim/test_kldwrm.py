@@ -287,6 +287,38 @@ def test_reweighted_steps_follow_their_formula_and_differ_from_stein(lam: float)
     assert 1e-6 < worst < 1.0 / lam
 
 
+@pytest.mark.parametrize(
+    ("approximation", "solve"),
+    [("tkfac", "stein"), ("tkfac", "reweighted"), ("diagonal", "stein"), ("sua", "stein"), ("prong", "stein")],
+)
+def test_q_composes_with_other_approximations(approximation: str, solve: str) -> None:
+    """``[F̄ + B/λ] s = −ĝ/λ`` with the averages that the optimiser reports and the newest estimate, both damped."""
+    model, rho, lam = double(nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3))), 0.6, 2.0
+    optimizer = make(model, lam, variant="q", solve=solve, rho=rho, approximation=approximation)
+    wake = None
+    for k in range(5):
+        x, y = draw(8, 1, 3, 3, seed=k), torch.arange(8) % 3
+        newest = kf.estimate(model, kf.Categorical(), (x, None), approximation=approximation, source="exact")
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        before, g = vector(model), gradient(model)
+        optimizer.step()
+        taken, average = vector(model) - before, optimizer.curvature()
+        dense = []
+        for found in (average, newest):
+            blocks = {}
+            for name, block in found.blocks.items():
+                damped = Damped.of(block, factored(block, DAMPING))
+                identity = torch.eye(block.shape.numel(), dtype=torch.float64)
+                blocks[name] = Dense(damped.block.to_dense() + damped.added * identity, block.shape)
+            dense.append(kf.BlockDiagonal(blocks, found.layouts, found.parameter_names).to_dense())
+        modified = g if wake is None else g + lam * rho * wake
+        wanted = -torch.linalg.solve(dense[0] + dense[1] / lam, modified) / lam
+        # Re-weighting is another matrix: its distance is that of the next test, and of the documentation.
+        assert relative(taken, wanted) <= (1e-9 if solve == "stein" else 0.1)
+        wake = dense[0] @ taken if wake is None else rho * wake + dense[0] @ taken
+
+
 # --------------------------------------------------------------------------------------------------------------- QE
 def test_with_a_quadratic_divergence_qe_is_q() -> None:
     """A linear model with Gaussian noise on one batch: the Q step is where the exact objective is stationary."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ _APPROXIMATION = Option(
     "what of the curvature is kept",
 )
 _MODEL = (
-    replace(_APPROXIMATION, parse=choice("kfac", "diagonal", "dense")),
+    _APPROXIMATION,
     Option("solve", "stein", choice("stein", "reweighted"), "how the sum of two Kronecker products is inverted"),
 )
 _EXACT = (
