@@ -9,17 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kronfac.blocks import Inverse
 from kronfac.curvature import BlockDiagonal
 from kronfac.layers import LayerAdapter
 from kronfac.likelihoods import Likelihood
 from kronfac.optim.closure import Closure
 from kronfac.optim.exact_wake import ExactWake, Networks
+from kronfac.optim.iterative_sum import IterativeSum
 from kronfac.optim.kfac import KFAC
 from kronfac.optim.kldwrm_checks import check_blocks, check_cap, check_choices, check_likelihood, check_numbers
 from kronfac.optim.kldwrm_state import load_wake, save_wake
 from kronfac.optim.options import check_finite
 from kronfac.optim.preconditioning import refresh
 from kronfac.optim.wake import Damped, WakeAverage, layer_product, layer_scales, reweighted_inverse, sum_inverse
+
+_SOLVES: dict[str, Callable[[Damped, Damped, float, str], Inverse]] = {
+    "stein": sum_inverse,
+    "reweighted": reweighted_inverse,
+    "iterative": IterativeSum,
+}
 
 
 class KLDWRM(KFAC):
@@ -49,7 +57,8 @@ class KLDWRM(KFAC):
         variant: ``"so"``, ``"q"`` or ``"qe"``.
         rho: ``ρ`` in ``[0, 1)``: decay of the wake and of the average.
         solve: For ``"q"`` and ``"qe"``: ``"stein"`` solves with ``F̄ + B/λ`` exactly, ``"reweighted"`` takes the
-            Kronecker product of re-weighted factors (82, 83, corrected).
+            Kronecker product of re-weighted factors (82, 83, corrected), and ``"iterative"`` solves by conjugate
+            gradients whatever has no closed solve.
         omega: ``ω``; the learning rate within a QE step is ``ω/λ``.
         n_inner: ``N_IS``, iterations within a QE step.
         n_cap: ``N_CAP``, networks that a QE step looks at, the present one included; by default the least number with
@@ -176,7 +185,7 @@ class KLDWRM(KFAC):
         if not self._sums:
             refresh(self._inverses, ready, lambda name: self._dampings[name], self._rule)
             return
-        solve = sum_inverse if self._solve == "stein" else reweighted_inverse
+        solve = _SOLVES[self._solve]
         for name in ready:
             self._inverses.pop(name, None)
             average = self._average_of(name)
@@ -361,8 +370,14 @@ class KLDWRM(KFAC):
         Returns:
             Tensors, numbers and strings only, as ``torch.load(weights_only=True)`` reads them.
         """
-        with self._wake.in_place():
-            return {**super().state_dict(), "kldwrm": save_wake(self)}
+        mine = self._inverses
+        # An iterative solve is of one step alone: the next one makes its own, from the averages.
+        self._inverses = {name: i.base if isinstance(i, IterativeSum) else i for name, i in mine.items()}
+        try:
+            with self._wake.in_place():
+                return {**super().state_dict(), "kldwrm": save_wake(self)}
+        finally:
+            self._inverses = mine
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`.

@@ -16,7 +16,7 @@ from kronfac.optim.options import at_least
 
 _CHOICES = {
     "variant": ("so", "q", "qe"),
-    "solve": ("stein", "reweighted"),
+    "solve": ("stein", "reweighted", "iterative"),
     "kl_product": ("exact", "approximate"),
 }
 
@@ -104,18 +104,18 @@ def check_blocks(estimator: Estimator, variant: str, solve: str, rule: Rule) -> 
             f"KLDWRM does not support approximation={approximation!r}: its values live in an eigenbasis that is not "
             "averaged; use 'kfac'."
         )
-    if variant == "so" or approximation in ("dense", "diagonal"):
+    if variant == "so" or solve == "iterative" or approximation in ("dense", "diagonal"):
         return
     if rule is exact:
         raise ValueError(
             f"variant={variant!r} adds two curvatures, which damping_rule='exact' leaves without a solve for "
-            f"approximation={approximation!r}; use damping_rule='factored'."
+            f"approximation={approximation!r}; use damping_rule='factored' or solve='iterative'."
         )
     embedding = next((name for name, adapter in estimator.adaptation.adapters.items() if adapter.diagonal_input), None)
     if embedding is not None and solve == "stein":
         raise ValueError(
             f"solve='stein' has no solve for the embedding {embedding!r}, whose input factor is diagonal; use "
-            "solve='reweighted'."
+            "solve='reweighted' or 'iterative'."
         )
 
 

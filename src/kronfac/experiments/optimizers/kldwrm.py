@@ -34,7 +34,12 @@ _APPROXIMATION = Option(
 )
 _MODEL = (
     _APPROXIMATION,
-    Option("solve", "stein", choice("stein", "reweighted"), "how the sum of two Kronecker products is inverted"),
+    Option(
+        "solve",
+        "stein",
+        choice("stein", "reweighted", "iterative"),
+        "how the sum of two Kronecker products is inverted",
+    ),
 )
 _EXACT = (
     Option("omega", 0.07, number(0.0, open_low=True), "learning rate within a step, times λ"),
