@@ -302,13 +302,23 @@ def test_reweighted_steps_follow_their_formula_and_differ_from_stein(lam: float)
     ],
 )
 def test_q_composes_with_other_approximations(approximation: str, solve: str) -> None:
+    compose(approximation, approximation, solve, {})
+
+
+@pytest.mark.parametrize(("f", "b"), [("kfac", "diagonal"), ("diagonal", "kfac"), ("kfac", "dense"), ("tkfac", "kfac")])
+def test_the_model_may_have_a_structure_of_its_own(f: str, b: str) -> None:
+    """Future work (c)."""
+    compose(f, b, "iterative", {"model_approximation": b})
+
+
+def compose(approximation: str, model_approximation: str, solve: str, options: dict[str, Any]) -> None:
     """``[F̄ + B/λ] s = −ĝ/λ`` with the averages that the optimiser reports and the newest estimate, both damped."""
     model, rho, lam = double(nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3))), 0.6, 2.0
-    optimizer = make(model, lam, variant="q", solve=solve, rho=rho, approximation=approximation)
+    optimizer = make(model, lam, variant="q", solve=solve, rho=rho, approximation=approximation, **options)
     wake = None
     for k in range(5):
         x, y = draw(8, 1, 3, 3, seed=k), torch.arange(8) % 3
-        newest = kf.estimate(model, kf.Categorical(), (x, None), approximation=approximation, source="exact")
+        newest = kf.estimate(model, kf.Categorical(), (x, None), approximation=model_approximation, source="exact")
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         before, g = vector(model), gradient(model)
@@ -519,6 +529,7 @@ CASES: list[dict[str, Any]] = [
     {"variant": "q", "solve": "reweighted", "rms_clip": 0.05},
     {"variant": "qe", "omega": 0.05, "zeta": 1.0},
     {"variant": "q", "solve": "iterative", "damping_rule": "exact"},
+    {"variant": "qe", "omega": 0.05, "solve": "iterative", "model_approximation": "diagonal", "stats_every": 1},
 ]
 
 
@@ -740,6 +751,23 @@ class Poisson(kf.Likelihood):
         ({"variant": "q", "damping_rule": "exact", "approximation": "kfac"}, ValueError, "damping_rule='exact'"),
         ({"variant": "qe", "momentum": 0.9}, ValueError, "takes no momentum"),
         ({"variant": "qe", "fallback": torch.optim.SGD}, ValueError, "takes no fallback"),
+        ({"model_approximation": "diagonal"}, ValueError, "variant='so' has no quadratic model"),
+        ({"variant": "q", "model_approximation": "diagonal"}, ValueError, "set solve='iterative'"),
+        (
+            {"variant": "q", "model_approximation": "diagonal", "solve": "iterative", "stats_every": 2},
+            ValueError,
+            "needs stats_every=1, not 2",
+        ),
+        (
+            {"variant": "q", "model_approximation": "ekfac", "solve": "iterative"},
+            ValueError,
+            "does not support model_approximation='ekfac'",
+        ),
+        (
+            {"variant": "q", "model_approximation": "kfac_tridiagonal", "solve": "iterative"},
+            ValueError,
+            "does not support model_approximation='kfac_tridiagonal', which couples layers",
+        ),
         ({"typo": 1}, TypeError, "unknown options"),
     ],
 )
