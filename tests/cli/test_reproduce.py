@@ -11,9 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from kronfac.cli.main import app
+from kronfac.experiments.problems import get_problem
+from kronfac.experiments.reproduce.kld_wrm.study import make_study
+from kronfac.experiments.results import run_folder
+from kronfac.experiments.runner import run
 
 pytest.importorskip("sklearn")
 
@@ -44,7 +49,7 @@ def wait_for_steps(out: Path, runs: int, since: float) -> None:
     while sum(path.stat().st_mtime > since for path in out.glob("runs/*/settings.json")) < runs:
         assert time.monotonic() < until, "the workers did not start"
         time.sleep(0.05)
-    time.sleep(0.5)
+    time.sleep(0.3)
 
 
 def test_the_study_ends_in_a_table_and_pictures(tmp_path: Path) -> None:
@@ -66,19 +71,31 @@ def test_the_study_ends_in_a_table_and_pictures(tmp_path: Path) -> None:
     assert found["rows"][0]["μ acc"] == pytest.approx(100 - last[0])
 
 
+def uninterrupted(folder: Path, epochs: int) -> None:
+    """The same runs by the runner of every other command, in this process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for settings in make_study(["so-0.5", "q-0.5"], 1, epochs, "digits").all_settings():
+            problem = get_problem(settings.problem)
+            run(problem, settings, problem.data(), run_folder(folder, settings))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals of a terminal")
 def test_killed_and_interrupted_studies_go_on_bit_for_bit(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert call(*SMALL, "--epochs", "20", "--out", str(whole))[0] == 0
+    uninterrupted(whole, 15)
     for ending in (signal.SIGKILL, signal.SIGINT):
         before = time.time()
-        process = start(cut, 20)
+        process = start(cut, 15)
         wait_for_steps(cut, 2, before)
         process.send_signal(ending)
         code = process.wait(60)
     assert code == 130, "the study was over before it was interrupted"
     assert len(list(cut.glob("runs/*/checkpoint.pt"))) == 2
-    assert call(*SMALL, "--epochs", "20", "--out", str(cut))[0] == 0
+    assert call(*SMALL, "--epochs", "15", "--out", str(cut))[0] == 0
     assert metrics(cut) == metrics(whole)
 
 
