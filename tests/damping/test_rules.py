@@ -9,7 +9,7 @@ import torch
 from tests.blocks.block_cases import close, random_psd
 
 from kronfac.blocks import Block, Dense, Diagonal, DiagonalKronecker, Kronecker, Uniform
-from kronfac.damping import PerFactor, check_damping, exact, factored, get_rule
+from kronfac.damping import EachFactor, PerFactor, check_damping, exact, factored, get_rule
 
 
 def test_factored_splits_by_the_trace_norm_with_dimensions() -> None:
@@ -79,3 +79,14 @@ def test_get_rule() -> None:
         get_rule("heroic")
     with pytest.raises(TypeError, match="got 3"):
         get_rule(3)  # type: ignore[arg-type]
+
+
+def test_each_factor_gets_the_same_number_whatever_the_damping() -> None:
+    a, g = random_psd(5, 5, seed=0), random_psd(3, 3, seed=1)
+    shift = EachFactor(0.01)(Kronecker(a, 100 * g), 7.0)
+    assert isinstance(shift, PerFactor)
+    assert (shift.input, shift.output) == (0.01, 0.01)
+    identity = torch.eye(15, dtype=torch.float64)
+    assert EachFactor(0.01)(Dense(identity, torch.Size([3, 5])), 7.0) == Uniform(0.01**2)
+    with pytest.raises(ValueError, match="damping must be finite and not negative, got -1"):
+        EachFactor(-1.0)

@@ -167,6 +167,23 @@ def test_a_model_without_any_block_is_reported_too() -> None:
     assert repr(report) == "CoverageReport(0 of 2 parameters, 0 B)"
 
 
+def test_the_old_networks_of_qe_are_counted() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    optimizer = kf.optim.KLDWRM(model, kf.Categorical(), variant="qe", rho=0.5, kl_clip=None)
+    for _ in range(6):
+        optimizer.step(lambda: model(torch.ones(5, 3)).logsumexp(1).mean())
+    kept = [tensor for _, network in optimizer._networks.kept for tensor in network.values()]
+    plain, report = kf.coverage(model), kf.coverage(model, snapshots=3)
+    assert report.snapshot_memory == sum(tensor.numel() * tensor.element_size() for tensor in kept) == 3 * 26 * 4
+    assert report.memory == plain.memory + report.snapshot_memory
+    assert "+ snapshots 312 B = " in str(report)
+    assert report.to_dict()["totals"]["snapshot_bytes"] == 312
+    assert report.settings["snapshots"] == 3
+    for bad in (-1, 1.5, True):
+        with pytest.raises(ValueError, match=r"snapshots=.* must be an integer >= 0"):
+            kf.coverage(model, snapshots=bad)  # type: ignore[arg-type]
+
+
 def test_a_block_that_would_be_refused_says_so_and_takes_no_memory() -> None:
     report = kf.coverage(nn.Linear(784, 1000), approximation="dense")
     assert report.covered == ()

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import kronfac as kf
 from kronfac.blocks import Block, Dense, Diagonal, DiagonalKronecker, Kronecker, KroneckerSum, ScaledKronecker
 from kronfac.damping import Rescaled, Rule, exact, factored, normal
+from kronfac.optim.iterative_sum import IterativeSum
 from kronfac.optim.wake import Damped
 
 DAMPING = 0.1
@@ -287,6 +288,57 @@ def test_reweighted_steps_follow_their_formula_and_differ_from_stein(lam: float)
     assert 1e-6 < worst < 1.0 / lam
 
 
+@pytest.mark.parametrize(
+    ("approximation", "solve"),
+    [
+        ("tkfac", "stein"),
+        ("tkfac", "reweighted"),
+        ("diagonal", "stein"),
+        ("sua", "stein"),
+        ("prong", "stein"),
+        ("kfac", "iterative"),
+        ("tkfac", "iterative"),
+        ("dense", "iterative"),
+    ],
+)
+def test_q_composes_with_other_approximations(approximation: str, solve: str) -> None:
+    compose(approximation, approximation, solve, {})
+
+
+@pytest.mark.parametrize(("f", "b"), [("kfac", "diagonal"), ("diagonal", "kfac"), ("kfac", "dense"), ("tkfac", "kfac")])
+def test_the_model_may_have_a_structure_of_its_own(f: str, b: str) -> None:
+    """Future work (c)."""
+    compose(f, b, "iterative", {"model_approximation": b})
+
+
+def compose(approximation: str, model_approximation: str, solve: str, options: dict[str, Any]) -> None:
+    """``[F̄ + B/λ] s = −ĝ/λ`` with the averages that the optimiser reports and the newest estimate, both damped."""
+    model, rho, lam = double(nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3))), 0.6, 2.0
+    optimizer = make(model, lam, variant="q", solve=solve, rho=rho, approximation=approximation, **options)
+    wake = None
+    for k in range(5):
+        x, y = draw(8, 1, 3, 3, seed=k), torch.arange(8) % 3
+        newest = kf.estimate(model, kf.Categorical(), (x, None), approximation=model_approximation, source="exact")
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        before, g = vector(model), gradient(model)
+        optimizer.step()
+        taken, average = vector(model) - before, optimizer.curvature()
+        dense = []
+        for found in (average, newest):
+            blocks = {}
+            for name, block in found.blocks.items():
+                damped = Damped.of(block, factored(block, DAMPING))
+                identity = torch.eye(block.shape.numel(), dtype=torch.float64)
+                blocks[name] = Dense(damped.block.to_dense() + damped.added * identity, block.shape)
+            dense.append(kf.BlockDiagonal(blocks, found.layouts, found.parameter_names).to_dense())
+        modified = g if wake is None else g + lam * rho * wake
+        wanted = -torch.linalg.solve(dense[0] + dense[1] / lam, modified) / lam
+        # Re-weighting is another matrix: its distance is that of the next test, and of the documentation.
+        assert relative(taken, wanted) <= (0.1 if solve == "reweighted" else 1e-9)
+        wake = dense[0] @ taken if wake is None else rho * wake + dense[0] @ taken
+
+
 # --------------------------------------------------------------------------------------------------------------- QE
 def test_with_a_quadratic_divergence_qe_is_q() -> None:
     """A linear model with Gaussian noise on one batch: the Q step is where the exact objective is stationary."""
@@ -476,6 +528,8 @@ CASES: list[dict[str, Any]] = [
     {"variant": "q"},
     {"variant": "q", "solve": "reweighted", "rms_clip": 0.05},
     {"variant": "qe", "omega": 0.05, "zeta": 1.0},
+    {"variant": "q", "solve": "iterative", "damping_rule": "exact"},
+    {"variant": "qe", "omega": 0.05, "solve": "iterative", "model_approximation": "diagonal", "stats_every": 1},
 ]
 
 
@@ -562,7 +616,8 @@ def test_without_a_wake_it_is_kfac_or_adds_the_model(variant: str) -> None:
 
 def test_an_embedding_is_trained_where_there_is_a_solve() -> None:
     x = torch.arange(12).reshape(12, 1) % 5
-    for options in ({"variant": "so", "momentum": 0.5}, {"variant": "q", "solve": "reweighted"}):
+    choices = ({"variant": "so", "momentum": 0.5}, {"variant": "q", "solve": "reweighted"}, {"solve": "iterative"})
+    for options in ({"variant": "q", **choice} for choice in choices):
         model = double(nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(4, 3)))
         optimizer, losses = make(model, 2.0, approximation="kfac", **options), []
         for _ in range(40):
@@ -627,12 +682,43 @@ def test_curvature_through_batch_norm_is_for_so_alone() -> None:
             loss = F.cross_entropy(model(x), torch.arange(12) % 3)
             loss.backward()
             if variant == "q":
-                with pytest.raises(TypeError, match=rf"layer '.*': KLDWRM with solve='{solve}' .* use variant='so'"):
+                with pytest.raises(
+                    TypeError, match=rf"layer '.*': KLDWRM with solve='{solve}' .* or solve='iterative'"
+                ):
                     optimizer.step()
                 break
             optimizer.step()
             losses.append(float(loss.detach()))
         assert not losses or losses[-1] < 0.8 * losses[0]
+
+
+def test_sums_of_four_products_are_solved_iteratively() -> None:
+    """Curvature through batch norm, ``F̄`` and ``B`` two products each: the step solves its equation."""
+    x = draw(12, 3)
+    model = double(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    optimizer = make(model, 2.0, variant="q", solve="iterative", approximation="xkfac", source="sampled", rho=0.6)
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), torch.arange(12) % 3).backward()
+        optimizer.step()
+    assert any(isinstance(optimizer._average_of(name).block, KroneckerSum) for name in optimizer._inverses)
+    for name, inverse in optimizer._inverses.items():
+        assert isinstance(inverse, IterativeSum)
+        average, newest = optimizer._average_of(name), optimizer._model[name]
+        v = draw(*inverse.shape, seed=3)
+        solved = inverse.apply(v)
+        assert relative(average.matmul(solved) + newest.matmul(solved) / 2.0, v) <= 1e-10
+        assert inverse.iterations < inverse.shape.numel()
+        with pytest.raises(NotImplementedError, match="has no log-determinant"):
+            inverse.logdet()
+
+
+def test_an_iterative_solve_that_does_not_converge_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kronfac.optim.iterative_sum._ITERATIONS", 2)
+    left, right = Dense(positive(30), torch.Size([1, 30])), Dense(positive(30, seed=1), torch.Size([1, 30]))
+    inverse = IterativeSum(Damped(left, 1e-3), Damped(right), 1.0, "fc")
+    with pytest.raises(torch.linalg.LinAlgError, match=r"layer 'fc': solve='iterative' ended .* raise damping or lam"):
+        inverse.apply(draw(1, 30))
 
 
 class Poisson(kf.Likelihood):
@@ -665,6 +751,23 @@ class Poisson(kf.Likelihood):
         ({"variant": "q", "damping_rule": "exact", "approximation": "kfac"}, ValueError, "damping_rule='exact'"),
         ({"variant": "qe", "momentum": 0.9}, ValueError, "takes no momentum"),
         ({"variant": "qe", "fallback": torch.optim.SGD}, ValueError, "takes no fallback"),
+        ({"model_approximation": "diagonal"}, ValueError, "variant='so' has no quadratic model"),
+        ({"variant": "q", "model_approximation": "diagonal"}, ValueError, "set solve='iterative'"),
+        (
+            {"variant": "q", "model_approximation": "diagonal", "solve": "iterative", "stats_every": 2},
+            ValueError,
+            "needs stats_every=1, not 2",
+        ),
+        (
+            {"variant": "q", "model_approximation": "ekfac", "solve": "iterative"},
+            ValueError,
+            "does not support model_approximation='ekfac'",
+        ),
+        (
+            {"variant": "q", "model_approximation": "kfac_tridiagonal", "solve": "iterative"},
+            ValueError,
+            "does not support model_approximation='kfac_tridiagonal', which couples layers",
+        ),
         ({"typo": 1}, TypeError, "unknown options"),
     ],
 )

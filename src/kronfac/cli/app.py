@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import kronfac
-from kronfac.cli import analyse, compare, continual, demo, report, train
+from kronfac.cli import analyse, compare, continual, demo, report, reproduce, train
 from kronfac.cli.group import OneLineErrors
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("compare", epilog=compare.EPILOG)(compare.compare)
 app.command("continual", epilog=continual.EPILOG)(continual.continual)
 app.command("report")(report.report)
 app.add_typer(analyse.app, name="analyse")
+app.add_typer(reproduce.app, name="reproduce")
 
 
 @app.callback(invoke_without_command=True)

@@ -62,19 +62,26 @@ class CoverageReport:
         rows: A row for each parameter.
         settings: What was asked for, by name.
         largest: Width of the largest factor and its layer; None without factors.
+        snapshot_memory: Bytes of copies of the trainable parameters.
 
     Attributes:
         rows: A `ParameterCoverage` for each parameter, frozen ones included, in the model's order.
-        settings: Approximation, sharing, norm and damping rule.
+        settings: Approximation, sharing, norm, damping rule and number of snapshots.
         largest: Width of the largest factor and its layer; None without factors.
+        snapshot_memory: Bytes of copies of the trainable parameters.
     """
 
     def __init__(
-        self, rows: tuple[ParameterCoverage, ...], settings: Mapping[str, str], largest: tuple[int, str] | None
+        self,
+        rows: tuple[ParameterCoverage, ...],
+        settings: Mapping[str, str | int],
+        largest: tuple[int, str] | None,
+        snapshot_memory: int = 0,
     ) -> None:
         self.rows = rows
         self.settings = dict(settings)
         self.largest = largest
+        self.snapshot_memory = snapshot_memory
 
     @property
     def covered(self) -> tuple[str, ...]:
@@ -109,8 +116,8 @@ class CoverageReport:
 
     @property
     def memory(self) -> int:
-        """Bytes of statistics and inverses together."""
-        return self.factor_memory + self.inverse_memory
+        """Bytes of statistics, inverses and snapshots together."""
+        return self.factor_memory + self.inverse_memory + self.snapshot_memory
 
     @property
     def table(self) -> Any:
@@ -129,6 +136,7 @@ class CoverageReport:
             "frozen_entries": sum(row.entries for row in self.rows if row.block == "frozen"),
             "factor_bytes": self.factor_memory,
             "inverse_bytes": self.inverse_memory,
+            "snapshot_bytes": self.snapshot_memory,
             "memory_bytes": self.memory,
             "largest_factor": self.largest and {"width": self.largest[0], "layer": self.largest[1]},
         }
@@ -162,8 +170,9 @@ class CoverageReport:
             entries = sum(row.entries for row in self.rows if row.block == "frozen")
             lines[0] += f"; {entries:,} more are frozen"
         if self.largest is not None:
+            copies = f" + snapshots {size(self.snapshot_memory)}" if self.snapshot_memory else ""
             lines.append(
-                f"memory: factors {size(self.factor_memory)} + inverses {size(self.inverse_memory)} = "
+                f"memory: factors {size(self.factor_memory)} + inverses {size(self.inverse_memory)}{copies} = "
                 f"{size(self.memory)}; largest factor: {self.largest[0]} wide, of {self.largest[1]!r}"
             )
         return lines
@@ -180,6 +189,7 @@ def coverage(
     norm: str = "unitwise",
     damping_rule: str = "factored",
     dtype: torch.dtype | None = None,
+    snapshots: int = 0,
 ) -> CoverageReport:
     """Report for every parameter which block it gets, how large that is, and whether it is exact; runs nothing.
 
@@ -196,6 +206,8 @@ def coverage(
             ``"exact"`` their eigenvectors and all products of their eigenvalues; ``"normal"`` and
             ``"trace_restricted"`` are as ``"factored"``.
         dtype: float32 or float64, to count memory in; by default float64 for float64 layers and float32 for others.
+        snapshots: Copies of the trainable parameters that the optimiser keeps: ``n_cap − 1`` for
+            `kronfac.optim.KLDWRM` with ``variant="qe"``, whose old networks they are.
 
     Returns:
         The report.
@@ -207,6 +219,8 @@ def coverage(
         raise ValueError(f"damping_rule={damping_rule!r} is unknown; choose one of {DAMPING_RULES}.")
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype={dtype!r} is not supported: statistics are kept in torch.float32 or torch.float64.")
+    if isinstance(snapshots, bool) or not isinstance(snapshots, int) or snapshots < 0:
+        raise ValueError(f"snapshots={snapshots!r} must be an integer >= 0.")
     method = get_approximation(approximation)
     require_per_layer(method, "coverage")
     adaptation = adapt_model(model, sharing=sharing, norm=norm)
@@ -227,9 +241,16 @@ def coverage(
         rows[key] = _row(model, key, "none", f"{reason}; trained on the plain gradient")
     for key in adaptation.frozen:
         rows[key] = _row(model, key, "frozen", "frozen (requires_grad=False)")
-    settings = {"approximation": method.name, "sharing": sharing, "norm": norm, "damping_rule": damping_rule}
+    settings: dict[str, str | int] = {
+        "approximation": method.name,
+        "sharing": sharing,
+        "norm": norm,
+        "damping_rule": damping_rule,
+        "snapshots": snapshots,
+    }
     ordered = tuple(rows[name] for name, _ in model.named_parameters())
-    return CoverageReport(ordered, settings, max(largest, key=lambda pair: pair[0], default=None))
+    copied = snapshots * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return CoverageReport(ordered, settings, max(largest, key=lambda pair: pair[0], default=None), copied)
 
 
 def _layer_rows(

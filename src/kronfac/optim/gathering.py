@@ -101,6 +101,7 @@ class Gatherer:
         forwards: Number of forwards with gradients seen since :meth:`reset`.
         last: Arguments of the last forward that carried gradients, for curvature products.
         last_random: Random state before it, so that products see the same dropout masks.
+        beside: Further estimators of the same model that take each forward too.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Gatherer:
         self.last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.last_targets: Any = None
         self.last_random: tuple[Tensor, ...] | None = None
+        self.beside: list[Estimator] = []
         self._due, self._begin, self._pick, self._keep = due, begin, outputs, keep
         self._tape = Tape(estimator.adaptation.adapters)
         self._identities = _identities(self.root)
@@ -218,7 +220,8 @@ class Gatherer:
     def _update(self, tape: Tape, outputs: Tensor, targets: Any) -> None:
         if self.gathered == 0:
             self._begin()
-        self.estimator.update(tape, outputs, targets, continues=self.gathered > 0)
+        for estimator in (self.estimator, *self.beside):
+            estimator.update(tape, outputs, targets, continues=self.gathered > 0)
         self.gathered += 1
         self.last_targets = targets
 

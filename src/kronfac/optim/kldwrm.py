@@ -9,17 +9,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kronfac.approximations import Approximation
+from kronfac.blocks import Inverse
 from kronfac.curvature import BlockDiagonal
+from kronfac.estimation import Estimator
 from kronfac.layers import LayerAdapter
 from kronfac.likelihoods import Likelihood
 from kronfac.optim.closure import Closure
 from kronfac.optim.exact_wake import ExactWake, Networks
+from kronfac.optim.iterative_sum import IterativeSum
 from kronfac.optim.kfac import KFAC
-from kronfac.optim.kldwrm_checks import check_blocks, check_cap, check_choices, check_likelihood, check_numbers
+from kronfac.optim.kldwrm_checks import (
+    check_blocks,
+    check_cap,
+    check_choices,
+    check_likelihood,
+    check_model,
+    check_numbers,
+    check_statistics,
+)
 from kronfac.optim.kldwrm_state import load_wake, save_wake
 from kronfac.optim.options import check_finite
 from kronfac.optim.preconditioning import refresh
 from kronfac.optim.wake import Damped, WakeAverage, layer_product, layer_scales, reweighted_inverse, sum_inverse
+
+_SOLVES: dict[str, Callable[[Damped, Damped, float, str], Inverse]] = {
+    "stein": sum_inverse,
+    "reweighted": reweighted_inverse,
+    "iterative": IterativeSum,
+}
 
 
 class KLDWRM(KFAC):
@@ -49,7 +67,10 @@ class KLDWRM(KFAC):
         variant: ``"so"``, ``"q"`` or ``"qe"``.
         rho: ``ρ`` in ``[0, 1)``: decay of the wake and of the average.
         solve: For ``"q"`` and ``"qe"``: ``"stein"`` solves with ``F̄ + B/λ`` exactly, ``"reweighted"`` takes the
-            Kronecker product of re-weighted factors (82, 83, corrected).
+            Kronecker product of re-weighted factors (82, 83, corrected), and ``"iterative"`` solves by conjugate
+            gradients whatever has no closed solve.
+        model_approximation: Structure of ``B_k`` where it is not that of ``F`` (future work (c) of the paper): a name
+            or object as for ``approximation``, with ``solve="iterative"`` and ``stats_every=1``.
         omega: ``ω``; the learning rate within a QE step is ``ω/λ``.
         n_inner: ``N_IS``, iterations within a QE step.
         n_cap: ``N_CAP``, networks that a QE step looks at, the present one included; by default the least number with
@@ -83,6 +104,7 @@ class KLDWRM(KFAC):
         variant: str = "so",
         rho: float = 0.5,
         solve: str = "stein",
+        model_approximation: str | Approximation | None = None,
         omega: float = 0.07,
         n_inner: int = 10,
         n_cap: int | None = None,
@@ -102,6 +124,8 @@ class KLDWRM(KFAC):
         n_cap = check_cap(n_cap, rho, warn=variant == "qe")
         if variant == "qe":
             check_likelihood(likelihood, momentum, options, stats_every, xi)
+        if model_approximation is not None:
+            check_model(variant, solve, stats_every)
         self._variant, self._rho, self._solve = variant, float(rho), solve
         self._inner, self._zeta, self._xi = (float(omega), n_inner), float(zeta), float(xi)
         self._kl_product, self._rms_clip = kl_product, rms_clip
@@ -117,6 +141,7 @@ class KLDWRM(KFAC):
             **options,
         )
         check_blocks(self._estimator, variant, solve, self._rule)
+        self._second = None if model_approximation is None else self._beside(model_approximation, options)
         self._wake = WakeAverage(self._estimator.statistics, self._rho)
         self._networks = Networks(self._rho, n_cap)
         self._dampings: dict[str, float] = {}
@@ -126,8 +151,26 @@ class KLDWRM(KFAC):
         self.inner_objectives: list[float] = []
 
     # ---------------------------------------------------------------- statistics
+    def _beside(self, approximation: str | Approximation, options: dict[str, Any]) -> Estimator:
+        """Estimator of ``B_k``, fed by the same forwards."""
+        first = self._estimator
+        second = Estimator(
+            first.model,
+            first.likelihood,
+            approximation=approximation,
+            source=options.get("source", "sampled"),
+            sharing=self._options["sharing"],
+            norm=self._options["norm"],
+            generator=first.generator,
+        )
+        check_statistics(second, "model_approximation")
+        self._gatherer.beside.append(second)
+        return second
+
     def _forget(self) -> None:
         self._wake.begin()
+        if self._second is not None:
+            self._second.decay(0.0)  # B_k is that of the newest batch
 
     def curvature(self) -> BlockDiagonal:
         """Return the average ``F̄`` as an operator, without its damping.
@@ -138,8 +181,8 @@ class KLDWRM(KFAC):
         with self._wake.in_place():
             return super().curvature()
 
-    def _damped(self, layer: str) -> Damped:
-        block = self._estimator.statistics[layer].block()
+    def _damped(self, layer: str, estimator: Estimator | None = None) -> Damped:
+        block = (estimator or self._estimator).statistics[layer].block()
         return Damped.of(block, self._rule(block, self._dampings[layer]))
 
     def _average_of(self, layer: str) -> Damped:
@@ -164,7 +207,7 @@ class KLDWRM(KFAC):
         if gathered or not self._inverses:
             self._dampings = {name: self._damping(name) for name in adapters}
             seen = [name for name, s in self._estimator.statistics.items() if gathered and not s.empty]
-            self._model = {} if self._variant == "so" else {name: self._damped(name) for name in seen}
+            self._model = {} if self._variant == "so" else {name: self._damped(name, self._second) for name in seen}
             self._wake.merge()
             self._averages = {}
         elif not self._sums:
@@ -176,7 +219,7 @@ class KLDWRM(KFAC):
         if not self._sums:
             refresh(self._inverses, ready, lambda name: self._dampings[name], self._rule)
             return
-        solve = sum_inverse if self._solve == "stein" else reweighted_inverse
+        solve = _SOLVES[self._solve]
         for name in ready:
             self._inverses.pop(name, None)
             average = self._average_of(name)
@@ -361,8 +404,14 @@ class KLDWRM(KFAC):
         Returns:
             Tensors, numbers and strings only, as ``torch.load(weights_only=True)`` reads them.
         """
-        with self._wake.in_place():
-            return {**super().state_dict(), "kldwrm": save_wake(self)}
+        mine = self._inverses
+        # An iterative solve is of one step alone: the next one makes its own, from the averages.
+        self._inverses = {name: i.base if isinstance(i, IterativeSum) else i for name, i in mine.items()}
+        try:
+            with self._wake.in_place():
+                return {**super().state_dict(), "kldwrm": save_wake(self)}
+        finally:
+            self._inverses = mine
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`.

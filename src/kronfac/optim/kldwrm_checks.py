@@ -16,7 +16,7 @@ from kronfac.optim.options import at_least
 
 _CHOICES = {
     "variant": ("so", "q", "qe"),
-    "solve": ("stein", "reweighted"),
+    "solve": ("stein", "reweighted", "iterative"),
     "kl_product": ("exact", "approximate"),
 }
 
@@ -98,24 +98,65 @@ def check_blocks(estimator: Estimator, variant: str, solve: str, rule: Rule) -> 
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise ValueError("KLDWRM does not run on several processes; kronfac.optim.KFAC does.")
+    check_statistics(estimator, "approximation")
     approximation = estimator.approximation.name
-    if any(statistic.keeps_basis for statistic in estimator.statistics.values()):
-        raise ValueError(
-            f"KLDWRM does not support approximation={approximation!r}: its values live in an eigenbasis that is not "
-            "averaged; use 'kfac'."
-        )
-    if variant == "so" or approximation in ("dense", "diagonal"):
+    if variant == "so" or solve == "iterative" or approximation in ("dense", "diagonal"):
         return
     if rule is exact:
         raise ValueError(
             f"variant={variant!r} adds two curvatures, which damping_rule='exact' leaves without a solve for "
-            f"approximation={approximation!r}; use damping_rule='factored'."
+            f"approximation={approximation!r}; use damping_rule='factored' or solve='iterative'."
         )
     embedding = next((name for name, adapter in estimator.adaptation.adapters.items() if adapter.diagonal_input), None)
     if embedding is not None and solve == "stein":
         raise ValueError(
             f"solve='stein' has no solve for the embedding {embedding!r}, whose input factor is diagonal; use "
-            "solve='reweighted'."
+            "solve='reweighted' or 'iterative'."
+        )
+
+
+def check_statistics(estimator: Estimator, argument: str) -> None:
+    """Refuse statistics that cannot be averaged, or started anew at each batch.
+
+    Args:
+        estimator: Holds them.
+        argument: The argument that chose them.
+
+    Raises:
+        ValueError: They live in an eigenbasis, or couple layers.
+    """
+    name = estimator.approximation.name
+    if estimator.joint is not None:
+        raise ValueError(f"KLDWRM does not support {argument}={name!r}, which couples layers; use 'kfac'.")
+    if any(statistic.keeps_basis for statistic in estimator.statistics.values()):
+        raise ValueError(
+            f"KLDWRM does not support {argument}={name!r}: its values live in an eigenbasis that is not averaged; use "
+            "'kfac'."
+        )
+
+
+def check_model(variant: str, solve: str, stats_every: int) -> None:
+    """Refuse a model of a structure of its own where there is no place for it.
+
+    Args:
+        variant: The variant.
+        solve: How sums are inverted.
+        stats_every: Period of the statistics.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if variant == "so":
+        raise ValueError("variant='so' has no quadratic model: model_approximation is for 'q' and 'qe'.")
+    if solve != "iterative":
+        raise ValueError(
+            f"model_approximation adds two curvatures of different structure, for which solve={solve!r} has no inverse;"
+            " set solve='iterative'."
+        )
+    if stats_every != 1:
+        raise ValueError(
+            f"model_approximation needs stats_every=1, not {stats_every!r}: between two gatherings B_k is the average "
+            "of F (20), of its structure."
         )
 
 

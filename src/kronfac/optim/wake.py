@@ -202,7 +202,8 @@ def _linear_inverse(first: Damped, second: Damped, weight: float, name: str, sol
     other = "" if solve == "reweighted" or damping else ", or solve='reweighted'"
     raise TypeError(
         f"layer {name!r}: KLDWRM with solve={solve!r} has no inverse of a sum of two {type(mine).__name__} blocks"
-        f"{damping}; use variant='so'{other}{', or damping_rule=' + repr('factored') if damping else ''}"
+        f"{damping}; use variant='so', or solve='iterative'{other}"
+        f"{', or damping_rule=' + repr('factored') if damping else ''}"
     )
 
 

@@ -20,6 +20,9 @@ def coverage(
     damping_rule: Annotated[
         str, typer.Option(help="How inverses are damped: factored, exact, normal or trace_restricted.")
     ] = "factored",
+    snapshots: Annotated[
+        int, typer.Option(help="Copies of the network that the optimiser keeps; QE-KLD-WRM: n_cap - 1.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Show which block each parameter of a network gets, its size and memory, and whether it is exact. Needs no data.
@@ -30,7 +33,9 @@ def coverage(
 
     model = get_problem(problem).model(seed=0)
     try:
-        report = kf.coverage(model, approximation=approximation, norm=norm, damping_rule=damping_rule)
+        report = kf.coverage(
+            model, approximation=approximation, norm=norm, damping_rule=damping_rule, snapshots=snapshots
+        )
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ExperimentError(str(error)) from error
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)

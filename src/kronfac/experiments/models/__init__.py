@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kronfac.experiments.models.autoencoder import autoencoder, logistic_autoencoder
 from kronfac.experiments.models.kfc import kfc_network
+from kronfac.experiments.models.puiu import puiu_network
 from kronfac.experiments.models.resnet import ResNet
 from kronfac.experiments.models.small import perceptron, small_convolutional
 from kronfac.experiments.models.transformer import RowTransformer
@@ -15,5 +16,6 @@ __all__ = [
     "kfc_network",
     "logistic_autoencoder",
     "perceptron",
+    "puiu_network",
     "small_convolutional",
 ]

@@ -13,6 +13,14 @@ from kronfac.experiments.optimizers.base import OptimizerSpec
 from kronfac.experiments.optimizers.options import COMMON, Option, choice, flag, integer, number, number_or, optional
 from kronfac.experiments.problems.base import Problem
 
+#: Wherever the damping rule is one of the options.
+FACTOR_DAMPING = Option(
+    "factor_damping",
+    None,
+    optional(number(0.0, open_low=True)),
+    "added to each Kronecker factor's eigenvalues in place of damping and decay (Puiu 2022); none: the rule's",
+)
+
 _OPTIONS = (
     Option("lr", 0.1, number(0.0, open_low=True), "learning rate"),
     Option("momentum", 0.9, number(0.0, 1.0, open_high=True), "momentum"),
@@ -29,6 +37,7 @@ _OPTIONS = (
         "which cotangents are pulled back",
     ),
     Option("damping_rule", "factored", choice("factored", "exact"), "how the damping is split over the factors"),
+    FACTOR_DAMPING,
     Option("stats_every", 10, integer(1), "steps between statistics passes"),
     Option("invert_every", 100, integer(1), "steps between inversions"),
     Option("burn_in", 10, integer(0), "first steps that all gather statistics"),
@@ -42,13 +51,28 @@ _OPTIONS = (
 )
 
 
+def with_rule(values: dict[str, Any]) -> dict[str, Any]:
+    """Let ``factor_damping`` take the place of the damping rule.
+
+    Args:
+        values: Hyper-parameters.
+
+    Returns:
+        Arguments of the optimiser.
+    """
+    from kronfac.damping import EachFactor
+
+    each = values.pop("factor_damping")
+    return values if each is None else {**values, "damping_rule": EachFactor(each)}
+
+
 def _kfac(
     model: nn.Module, problem: Problem, values: Mapping[str, object], generator: torch.Generator
 ) -> torch.optim.Optimizer:
     from kronfac.optim import KFAC
 
     shared = {option.name for option in COMMON}  # the runner averages and schedules for every optimiser alike
-    own: dict[str, Any] = {name: value for name, value in values.items() if name not in shared}
+    own = with_rule({name: value for name, value in values.items() if name not in shared})
     try:
         return KFAC(model, problem.likelihood(), generator=generator, **own)
     except (TypeError, ValueError, NotImplementedError) as error:

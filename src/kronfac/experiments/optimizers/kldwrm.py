@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers.base import Builder, OptimizerSpec
+from kronfac.experiments.optimizers.kfac import FACTOR_DAMPING, with_rule
 from kronfac.experiments.optimizers.kfac import FAMILY as KFAC_FAMILY
 from kronfac.experiments.optimizers.options import COMMON, Option, choice, integer, number, optional
 from kronfac.experiments.problems.base import Problem
@@ -21,6 +21,7 @@ _SHARED = (
     Option("lr", 0.01, number(0.0, open_low=True), "1/λ, the strength of the wake inverted"),
     Option("rho", 0.5, number(0.0, 1.0, open_high=True), "decay of the wake and of the running factors"),
     *(option for option in KFAC_FAMILY[0].options if option.name in _KEPT),
+    FACTOR_DAMPING,
     Option("rms_clip", None, optional(number(0.0, open_low=True)), "bound on a layer's step by root mean square"),
 )
 _MOMENTUM = Option("momentum", 0.0, number(0.0, 1.0, open_high=True), "momentum of the steps")
@@ -32,8 +33,13 @@ _APPROXIMATION = Option(
     "what of the curvature is kept",
 )
 _MODEL = (
-    replace(_APPROXIMATION, parse=choice("kfac", "diagonal", "dense")),
-    Option("solve", "stein", choice("stein", "reweighted"), "how the sum of two Kronecker products is inverted"),
+    _APPROXIMATION,
+    Option(
+        "solve",
+        "stein",
+        choice("stein", "reweighted", "iterative"),
+        "how the sum of two Kronecker products is inverted",
+    ),
 )
 _EXACT = (
     Option("omega", 0.07, number(0.0, open_low=True), "learning rate within a step, times λ"),
@@ -51,7 +57,7 @@ def _builder(variant: str) -> Builder:
         from kronfac.optim import KLDWRM
 
         shared = {option.name for option in COMMON}  # the runner averages and schedules for every optimiser alike
-        own: dict[str, Any] = {name: value for name, value in values.items() if name not in shared}
+        own: dict[str, Any] = with_rule({name: value for name, value in values.items() if name not in shared})
         lam = 1.0 / own.pop("lr")
         try:
             return KLDWRM(model, problem.likelihood(), lam, variant=variant, generator=generator, **own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kronfac.experiments.errors import UnknownNameError
-from kronfac.experiments.problems import autoencoders, convolutional, digits, logistic, pooled, residual
+from kronfac.experiments.problems import autoencoders, convolutional, digits, logistic, pooled, puiu, residual
 from kronfac.experiments.problems.base import Data, Problem
 
 __all__ = ["PROBLEMS", "Data", "Problem", "get_problem"]
@@ -18,6 +18,7 @@ PROBLEMS: dict[str, Problem] = {
         convolutional.FAMILY,
         residual.FAMILY,
         pooled.FAMILY,
+        puiu.FAMILY,
     )
     for problem in family
 }

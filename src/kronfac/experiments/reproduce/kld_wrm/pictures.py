@@ -1,0 +1,71 @@
+"""The figures of Puiu (2022): two of the main text, and one for each solver of the supplement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kronfac.experiments.errors import need
+from kronfac.experiments.pictures import save_figure
+from kronfac.experiments.reproduce.kld_wrm.rows import ROWS, Row
+from kronfac.experiments.results import RunResult
+
+#: From top to bottom as in the supplement; accuracies are 100 minus the error.
+MEASURES = {"test accuracy [%]": "test_error", "test loss": "test_loss", "training loss": "train_loss"}
+
+
+def write_pictures(folder: Path, runs: Mapping[str, Sequence[RunResult]]) -> list[Path]:
+    """Draw what there is.
+
+    Args:
+        folder: Where.
+        runs: Runs with evaluations by key of the row.
+
+    Returns:
+        The files: ``accuracy.png`` and ``loss.png`` with the best rows of the solvers, ``kfac.png`` and the like with a
+        column for each row.
+    """
+    need("matplotlib", "experiments")
+    drawn = [ROWS[key] for key in runs if runs[key]]
+    best = [row for row in drawn if row.best or not row.paper]
+    written = []
+    for name, measure in (("accuracy", "test accuracy [%]"), ("loss", "test loss")):
+        if best:
+            written.append(_draw(folder / f"{name}.png", best, [measure], runs, solvers=True))
+    for prefix in dict.fromkeys(row.key.split("-")[0] for row in drawn):
+        rows = [row for row in drawn if row.key.split("-")[0] == prefix]
+        written.append(_draw(folder / f"{prefix}.png", rows, list(MEASURES), runs, solvers=False))
+    return written
+
+
+def _draw(
+    path: Path, rows: Sequence[Row], measures: Sequence[str], runs: Mapping[str, Sequence[RunResult]], solvers: bool
+) -> Path:
+    from matplotlib.figure import Figure
+
+    from kronfac.plots.runs import run_lines
+
+    size = (2.7 * len(rows) + 0.4, 2.3 * len(measures) + 0.5)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    grid = figure.subplots(len(measures), len(rows), squeeze=False, sharex=True, sharey="row")
+    for i, measure in enumerate(measures):
+        for j, row in enumerate(rows):
+            lines = [_line(run, measure) for run in runs[row.key]]
+            title = (f"{row.solver}\n{row.label}" if solvers else row.label) if i == 0 else None
+            run_lines(lines, axes=grid[i, j], title=title, y=measure if j == 0 else "", limits=_LIMITS[measure])
+            grid[i, j].set_xlabel("epochs" if i == len(measures) - 1 else "")
+    if not solvers:
+        figure.suptitle(rows[0].solver, fontsize="medium", x=0.01, ha="left")
+    return save_figure(grid[0, 0], path)
+
+
+#: What is below or above says only how runs begin.
+_LIMITS = {"test accuracy [%]": (90.0, 99.5), "test loss": (0.0, 0.8), "training loss": (0.0, 0.8)}
+
+
+def _line(run: RunResult, measure: str) -> tuple[list[float], list[float]]:
+    key = MEASURES[measure]
+    values = [record[key] for record in run.evaluations]
+    if key == "test_error":
+        values = [100.0 - value for value in values]
+    return [record["epoch"] for record in run.evaluations], values

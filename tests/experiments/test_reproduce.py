@@ -1,0 +1,137 @@
+"""The study of Puiu (2022): network, pooling, rows, the table's rules, and processes that stop and go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kronfac.experiments.errors import ExperimentError, UnknownNameError
+from kronfac.experiments.models import puiu_network
+from kronfac.experiments.models.pooling import MaxPool2x2
+from kronfac.experiments.problems import get_problem
+from kronfac.experiments.reproduce.kld_wrm.rows import COLUMNS, ROWS, choose
+from kronfac.experiments.reproduce.kld_wrm.study import make_study, reproduce
+from kronfac.experiments.reproduce.kld_wrm.table import as_rows, summarise, view, write_tables
+from kronfac.experiments.results import RunResult
+
+
+def test_the_network_has_the_papers_size() -> None:
+    model = puiu_network()
+    assert sum(p.numel() for p in model.parameters()) == 4712
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    assert isinstance(model[-2], nn.Dropout)
+
+
+# ----------------------------------------------------------------------------------------------------------- pooling
+def maps_with_ties() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-2, 3, (6, 3, 8, 10), generator=generator).float()
+
+
+def test_pooling_is_that_of_torch_bit_for_bit_with_ties() -> None:
+    maps = maps_with_ties()
+    weights = torch.randn(6, 3, 4, 5, generator=torch.Generator().manual_seed(1))
+    found = []
+    for pool in (MaxPool2x2(), nn.MaxPool2d(2)):
+        x = maps.clone().requires_grad_()
+        y = pool(x)
+        found.append((y, torch.autograd.grad((weights * y).sum(), x)[0]))
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_pooling_pushes_tangents_forward_where_it_pulls_gradients_back() -> None:
+    maps = maps_with_ties().double()
+    tangent = torch.randn(maps.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    value, pushed = torch.func.jvp(MaxPool2x2(), (maps,), (tangent,))
+    x = maps.clone().requires_grad_()
+    for cotangent in torch.randn(3, *value.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)):
+        (pulled,) = torch.autograd.grad((cotangent * MaxPool2x2()(x)).sum(), x)
+        assert torch.allclose((cotangent * pushed).sum(), (pulled * tangent).sum(), rtol=1e-12)
+    batched = torch.func.vmap(MaxPool2x2())(maps)
+    assert torch.equal(batched, nn.MaxPool2d(2)(maps))
+
+
+def test_pooling_refuses_odd_sides() -> None:
+    with pytest.raises(ValueError, match=r"even sides, got \(1, 1, 7, 8\)"):
+        MaxPool2x2()(torch.zeros(1, 1, 7, 8))
+
+
+# -------------------------------------------------------------------------------------------------------------- rows
+def test_rows_are_the_papers() -> None:
+    assert len([row for row in ROWS.values() if row.paper]) == 15
+    assert all(len(row.paper) in (0, len(COLUMNS)) for row in ROWS.values())
+    best = [row.key for row in choose(["best"])]
+    assert best == ["kfac-0.95", "so-0.33", "q-0.5", "qe-0.07", "kfac-ours"]
+    assert [row.key for row in choose(["q-0.5", "so", "so-0.5"])] == ["so-0.33", "so-0.5", "so-0.7", "so-0.8", "q-0.5"]
+    with pytest.raises(UnknownNameError, match="unknown row 'nope'; known: all, best"):
+        choose(["nope"])
+
+
+def test_every_row_is_of_the_papers_length_and_batch() -> None:
+    study = make_study(["all"], 10, 50, "mnist")
+    settings = study.all_settings()
+    assert len(settings) == 160
+    assert {s.steps for s in settings} == {5850}
+    assert get_problem("mnist-puiu").batch_size == 512
+    assert len({s.folder_name for s in settings}) == 160
+    assert [s.seed for s in settings[:17]] == [0] * 16 + [1]
+
+
+# ------------------------------------------------------------------------------------------------------------- table
+def run_of(status: str, *evaluations: tuple[float, float]) -> RunResult:
+    settings = make_study(["so-0.33"], 1, 1, "digits").all_settings()[0]
+    records = [
+        {"epoch": float(i), "seconds": 60.0 * i, "test_error": error, "test_loss": loss, "train_loss": loss}
+        for i, (error, loss) in enumerate(evaluations)
+    ]
+    return RunResult(settings, status, "", records)
+
+
+def test_thresholds_count_when_met_twice_and_moments_are_of_the_last_epoch(tmp_path: Path) -> None:
+    runs = [
+        run_of("done", (50.0, 1.0), (2.0, 0.25), (2.0, 0.2), (4.0, 0.3)),  # 98 % twice, more than 98 % never
+        run_of("done", (50.0, 1.0), (1.5, 0.3), (1.9, 0.19), (2.0, 0.1)),
+        run_of("diverged", (50.0, 1.0)),
+        run_of("unfinished", (50.0, 1.0), (1.0, 0.1), (1.0, 0.1)),
+    ]
+    summary = summarise(ROWS["so-0.33"], runs)
+    assert (summary.runs, summary.diverged, summary.planned, summary.minutes) == (2, 1, 4, 3.0)
+    figures = dict(zip(COLUMNS, summary.figures, strict=True))
+    counts = [figures[name] for name in COLUMNS[:5]]
+    assert counts == [2, 1, 0, 2, 1]
+    assert figures["μ acc"] == pytest.approx(97.0)
+    assert figures["σ acc"] == pytest.approx(2**0.5)
+    assert figures["μ loss"] == pytest.approx(0.2)
+    table = view([summary])
+    assert table.rows[0][:4] == ["SO-KLD-WRM, ρ = 0.33", "2 of 4, 1 diverged", "2 (4)", "1 (2)"]
+    write_tables(tmp_path, [summary], 3)
+    assert "| SO-KLD-WRM, ρ = 0.33 | 2 of 4, 1 diverged | 2 (4) |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "table.csv").read_text().startswith("row,solver,settings,runs,diverged,planned,minutes,acc ≥")
+    assert as_rows([summary])[0]["paper: σ acc"] == "0.85"
+
+
+def test_a_table_without_runs_is_dashes() -> None:
+    summary = summarise(ROWS["kfac-ours"], [run_of("unfinished")])
+    assert view([summary]).rows[0][2:] == ["–"] * len(COLUMNS)
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rows": []}, "no row is named"),
+        ({"runs": 0}, "runs must be at least 1, got 0"),
+        ({"epochs": -1}, "epochs must be at least 1, got -1"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"data": "svhn"}, "unknown data 'svhn'; known: mnist, digits"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match=message):
+        reproduce(out=tmp_path, **arguments)  # type: ignore[arg-type]
+    assert not any(tmp_path.iterdir())
