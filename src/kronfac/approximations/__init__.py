@@ -9,6 +9,7 @@ from kronfac.approximations.ekfac import EKFAC
 from kronfac.approximations.joint import JointApproximation, JointStatistic
 from kronfac.approximations.kfac import KFAC
 from kronfac.approximations.kkfac import KKFAC
+from kronfac.approximations.limited import Limited
 from kronfac.approximations.nearest import NearestKronecker
 from kronfac.approximations.prong import PRONG
 from kronfac.approximations.sua import SUA
@@ -75,6 +76,7 @@ __all__ = [
     "JointApproximation",
     "JointStatistic",
     "KFACTridiagonal",
+    "Limited",
     "Mean",
     "NearestKronecker",
     "Statistic",
