@@ -49,18 +49,23 @@ def _draw(
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     grid = figure.subplots(len(measures), len(rows), squeeze=False, sharex=True, sharey="row")
     for i, measure in enumerate(measures):
-        for j, row in enumerate(rows):
-            lines = [_line(run, measure) for run in runs[row.key]]
+        drawn = [[_line(run, measure) for run in runs[row.key]] for row in rows]
+        limits = _limits([values for lines in drawn for _, values in lines])
+        for j, (row, lines) in enumerate(zip(rows, drawn, strict=True)):
             title = (f"{row.solver}\n{row.label}" if solvers else row.label) if i == 0 else None
-            run_lines(lines, axes=grid[i, j], title=title, y=measure if j == 0 else "", limits=_LIMITS[measure])
+            run_lines(lines, axes=grid[i, j], title=title, y=measure if j == 0 else "", limits=limits)
             grid[i, j].set_xlabel("epochs" if i == len(measures) - 1 else "")
     if not solvers:
         figure.suptitle(rows[0].solver, fontsize="medium", x=0.01, ha="left")
     return save_figure(grid[0, 0], path)
 
 
-#: What is below or above says only how runs begin.
-_LIMITS = {"test accuracy [%]": (90.0, 99.5), "test loss": (0.0, 0.8), "training loss": (0.0, 0.8)}
+def _limits(runs: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """All values but those of each run's first fifth, which would squeeze the others together."""
+    late = [value for values in runs for value in values[len(values) // 5 :]]
+    low, high = min(late), max(late)
+    margin = 0.04 * (high - low or 1.0)
+    return low - margin, high + margin
 
 
 def _line(run: RunResult, measure: str) -> tuple[list[float], list[float]]:
