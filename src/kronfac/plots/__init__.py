@@ -16,6 +16,7 @@ from kronfac.plots.errors import error_curves, layer_errors
 from kronfac.plots.grids import grid_profile
 from kronfac.plots.matrices import matrix_images
 from kronfac.plots.rank import rank_curves
+from kronfac.plots.scatter import scatters
 from kronfac.plots.spectrum import spectrum_panels
 from kronfac.plots.style import COLOURS, colour_of, new_axes
 
@@ -36,6 +37,7 @@ __all__ = [
     "matrix_images",
     "new_axes",
     "rank_curves",
+    "scatters",
     "spectrum_panels",
     "step_reports",
     "training_curves",
