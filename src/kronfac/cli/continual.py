@@ -85,7 +85,7 @@ def continual(
     ] = None,
     slack: Annotated[
         float, typer.Option(help="Target accuracy that a grid gives for a stronger penalty, from 0 to 1.")
-    ] = 0.005,
+    ] = 0.01,
     out: Out = None,
     as_json: Json = False,
     fresh: Fresh = False,

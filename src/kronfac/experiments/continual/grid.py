@@ -59,7 +59,7 @@ class Grid:
     stream: str
     folder: Path
     points: list[Point]
-    slack: float = 0.005
+    slack: float = 0.01
 
     def panels(self) -> dict[tuple[str, str], list[Point]]:
         """Group the runs.
@@ -101,7 +101,7 @@ def search(
     tasks: int = 5,
     seed: int = 0,
     budget: Budget | None = None,
-    slack: float = 0.005,
+    slack: float = 0.01,
     fresh: bool = False,
     threads: int | None = None,
     listener: Listener | None = None,
