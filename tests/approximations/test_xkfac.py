@@ -116,6 +116,18 @@ def test_sampled_labels_are_unbiased_and_their_error_falls_with_the_root_of_thei
     assert bias < 2 * many / 80**0.5
 
 
+def test_the_error_falls_with_the_root_of_the_number_of_samples_over_three_decades() -> None:
+    model, x = perceptron(), inputs(8)
+    rows, _ = activations(model, 3, x)
+    wanted = equation_59(rows, cross_gradients(model, kf.Categorical(), 3, x))
+    found = []
+    for samples, draws in ((1, 100), (10, 30), (100, 10), (1000, 4)):
+        blocks = [gathered(model, x, samples=samples, seed=s).statistics["3"].block().to_dense() for s in range(draws)]
+        mean_square = sum(relative(block, wanted) ** 2 for block in blocks) / draws
+        found.append((samples * mean_square) ** 0.5)
+    assert max(found) < 2.0 * min(found), found  # error times the root; a bias would grow by a factor of 31.6
+
+
 @pytest.mark.parametrize("layer", [0, 3, 5])
 def test_the_block_is_equation_59(layer: int) -> None:
     model, x = perceptron(), inputs(8)
@@ -352,6 +364,44 @@ def test_convolutions_sum_over_positions(sharing: str) -> None:
     assert relative(found.block().to_dense(), wanted) < 1e-12
     if sharing == "reduce":
         assert float(second.norm()) < 1e-12 * float(first.norm())
+
+
+@pytest.mark.parametrize("make", ["perceptron", "convolutions"])
+def test_matched_traces_are_exact_and_everything_else_is_xkfac(make: str) -> None:
+    torch.manual_seed(2)
+    if make == "perceptron":
+        model, x = perceptron(), inputs(8)
+    else:
+        model = nn.Sequential(
+            nn.Conv2d(2, 4, 2, groups=2), nn.Tanh(), nn.Conv2d(4, 3, 2), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten()
+        )
+        model, x = double(model.append(nn.Linear(12, 3))), torch.randn(6, 2, 4, 4, dtype=torch.float64) + 1
+    exact = kf.reference.ggn(model, kf.Categorical(), x)
+    options = {"source": OneByOne()}
+    found = kf.estimate(model, kf.Categorical(), (x, None), approximation="xkfac_trace", **options).blocks
+    plain = kf.estimate(model, kf.Categorical(), (x, None), approximation="xkfac", **options).blocks
+    start, traces = 0, {}
+    for name, parameter in model.named_parameters():
+        layer, part = name.split(".")[0], exact.diagonal()[start : start + parameter.numel()].sum()
+        traces[layer] = traces.get(layer, 0.0) + float(part)
+        start += parameter.numel()
+    for name, block in found.items():
+        if name == list(traces)[-1] or not isinstance(plain[name], Kronecker | KroneckerSum):
+            assert torch.equal(block.to_dense(), plain[name].to_dense())
+            continue
+        assert float(block.trace()) == pytest.approx(traces[name], rel=1e-10)
+        if make == "perceptron":
+            ratio = block.trace() / plain[name].trace()
+            torch.testing.assert_close(block.to_dense(), ratio * plain[name].to_dense(), rtol=1e-10, atol=1e-14)
+
+
+def test_matched_traces_are_unbiased_from_sampled_labels() -> None:
+    model, x = perceptron(), inputs(8)
+    options = {"approximation": "xkfac_trace"}
+    exact = kf.estimate(model, kf.Categorical(), (x, None), source=OneByOne(), **options)
+    found = kf.estimate(model, kf.Categorical(), (x, None), source="sampled", samples=500, seed=0, **options)
+    for name in ("0", "3", "5"):
+        assert float(found.blocks[name].trace()) == pytest.approx(float(exact.blocks[name].trace()), rel=0.2)
 
 
 def test_groups_and_transposed_convolutions_have_blocks_of_their_own() -> None:

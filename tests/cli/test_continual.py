@@ -50,7 +50,10 @@ def test_a_penalty_beats_fine_tuning_on_permuted_digits(tmp_path: Path) -> None:
         (["permuted-digits", "--threads", "0"], "threads must be at least 1"),
         (["permuted-digits", "--set", "ewc.strength=-1"], "ewc.strength must be a number above 0, got '-1'"),
         (["permuted-digits", "--set", "finetune.strength=1"], "finetune has no strength"),
-        (["permuted-digits", "--set", "ewc.lr=1"], "ewc has no setting 'lr'; known: strength"),
+        (
+            ["permuted-digits", "--set", "ewc.rate=1"],
+            "ewc has no setting 'rate'; known: strength, lr, damping, balance",
+        ),
         (["permuted-digits", "--set", "ekfac.strength=1"], "not among the strategies"),
         ([], "Missing argument"),
     ],
@@ -63,6 +66,28 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: st
     assert stderr.count("\n") == 1
     assert message in stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_grid_chooses_by_the_newest_task_and_draws_both_accuracies(tmp_path: Path) -> None:
+    arguments = ["permuted-digits-bn", "--strategies", "finetune,online-xkfac", "--tasks", "2", "--steps", "10"]
+    arguments += ["--grid", "strength=1,1000", "--grid", "lr=0.003", "--balance", "none,adaptive", "--slack", "1"]
+    code, stdout, stderr = call(*arguments, "--out", str(tmp_path))
+    assert code == 0
+    assert stdout.startswith("permuted-digits-bn, 2 tasks, chosen by the newest task\n")
+    assert "strength 1000, balanced" in " ".join(stdout.split())
+    assert len(stderr.splitlines()) == 10  # one run without penalty, and four
+    code, again, stderr = call(*arguments, "--out", str(tmp_path), "--json")
+    assert code == 0
+    assert stderr == ""
+    points = json.loads(again)
+    assert len(points) == 5
+    assert {(p["strategy"], p["balance"]) for p in points} == {
+        ("finetune", "none"),
+        ("online-xkfac", "none"),
+        ("online-xkfac", "adaptive"),
+    }
+    assert all(0 < p["target"] <= 1 and 0 < p["average"] <= 1 for p in points)
+    assert (tmp_path / "target-against-average.png").stat().st_size > 10_000
 
 
 def test_missing_data_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.approximations import xkfac_cases
 from torch import Tensor, nn
 
 import kronfac as kf
@@ -95,19 +96,88 @@ def test_statistics_of_new_data_are_taken_without_changing_the_function(case: tu
     merged = merge_batchnorm(model)
     first = next(iter(merged.pairs.values()))
     momentum, before = first.norm.momentum, model(x)
-    batches = [x * 2, x + 1]
+    batches = [x * 2, x[:3] + 1]
     with torch.no_grad():
-        outputs = [first.layer(batch).transpose(0, 1).flatten(1) for batch in batches]
+        outputs = torch.cat([first.layer(batch).transpose(0, 1).flatten(1) for batch in batches], 1)
     merged.restandardise(batches)
     assert not model.training
     assert first.norm.momentum == momentum
     torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
     if not isinstance(model, Branching):
         mean, variance = merged.statistics()[first.norm_name]
-        torch.testing.assert_close(mean, sum(o.mean(1) for o in outputs) / 2)
-        torch.testing.assert_close(variance, sum(o.var(1) for o in outputs) / 2)
+        torch.testing.assert_close(mean, outputs.mean(1))
+        torch.testing.assert_close(variance, outputs.var(1))
     with pytest.raises(ValueError, match="inputs is empty"):
         merged.restandardise([])
+
+
+def test_the_function_in_train_mode_is_the_old_one_under_new_statistics(case: tuple[nn.Module, Tensor]) -> None:
+    """Of all layers at once: behind the first, train mode itself would have shown other activations."""
+    model, x = case
+    merged, batch = merge_batchnorm(model), (2 * x + 1).repeat(200, *[1] * (x.ndim - 1))
+    merged.restandardise([batch])
+    before = model(batch)
+    # But for the running variance, which is the unbiased one.
+    torch.testing.assert_close(model.train()(batch), before, rtol=0, atol=3e-3 * float(before.detach().abs().max()))
+
+
+def test_weights_merged_with_the_batch_are_those_of_the_function_in_train_mode(case: tuple[nn.Module, Tensor]) -> None:
+    model, x = case
+    merged = merge_batchnorm(model.train())
+    with merged.watched() as batch:
+        outputs = model(x)
+        assert set(batch) == {pair.norm_name for pair in merged.pairs.values()}
+        live = merged.parameters(batch)
+        folded = torch.func.functional_call(merged.folded(), live, (x,))
+        torch.testing.assert_close(folded, outputs, rtol=1e-10, atol=1e-10)
+        # A layer's scale is divided out: along its own weights the merged ones do not change, but for eps.
+        pair = next(iter(merged.pairs.values()))
+        weight = pair.layer.weight
+        (gradient,) = torch.autograd.grad(live[f"{pair.layer_name}.weight"].square().sum(), weight)
+        along = (gradient * weight).flatten(1).sum(1).abs()
+        assert bool((along < 1e-3 * gradient.flatten(1).norm(dim=1) * weight.flatten(1).norm(dim=1)).all())
+        model.eval()(x)
+        assert not batch
+    model.train()(x)
+    assert not batch
+
+
+@pytest.mark.parametrize("layer", [0, 3, 5, 8])
+def test_the_coupled_copy_gathers_what_belongs_to_merged_weights(layer: int) -> None:
+    """Moments of the derivatives in what comes out of a layer's batch norm, through all that lies behind it."""
+    model, x = xkfac_cases.perceptron(), xkfac_cases.inputs(8)
+    merged = merge_batchnorm(model)
+    coupled = merged.coupled()
+    torch.testing.assert_close(coupled(x), model.train()(x), rtol=1e-10, atol=1e-10)
+    assert [n for n, _ in coupled.named_parameters()] == [n for n, _ in merged.folded().named_parameters()]
+    source = xkfac_cases.OneByOne()
+    block = kf.estimate(coupled, kf.Categorical(), (x, None), approximation="xkfac", source=source).blocks[str(layer)]
+    rows, _ = xkfac_cases.activations(model, layer, x)
+    layers = list(model)
+    if str(layer) in merged.pairs:  # an identity behind batch norm, whose outputs are batch norm's
+        layer_behind = nn.Linear(layers[layer].out_features, layers[layer].out_features, dtype=x.dtype)
+        nn.init.eye_(layer_behind.weight)
+        nn.init.zeros_(layer_behind.bias)
+        layers.insert(layer + 2, layer_behind)
+    behind = layer + 2 if str(layer) in merged.pairs else layer
+    gradients = xkfac_cases.cross_gradients(nn.Sequential(*layers), kf.Categorical(), behind, x)
+    if layer in (5, 8):  # no batch norm behind their own
+        plain = kf.estimate(coupled, kf.Categorical(), (x, None), source=source).blocks[str(layer)]
+        torch.testing.assert_close(block.to_dense(), plain.to_dense(), rtol=1e-12, atol=1e-14)
+    else:
+        wanted = xkfac_cases.equation_59(rows, gradients)
+        torch.testing.assert_close(block.to_dense(), wanted, rtol=1e-9, atol=1e-12)
+    assert block.to_dense().norm() > 0
+
+
+def test_layers_with_a_forward_of_their_own_are_not_coupled() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(2 * x)
+
+    merged = merge_batchnorm(nn.Sequential(Doubled(3, 2), nn.BatchNorm1d(2)), {"0": "1"})
+    with pytest.raises(ValueError, match="layer '0' is a Doubled, whose forward is its own"):
+        merged.coupled()
 
 
 def test_a_penalty_on_merged_weights() -> None:

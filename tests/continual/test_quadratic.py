@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 import kronfac as kf
-from kronfac.blocks import Kronecker
+from kronfac.blocks import Kronecker, KroneckerSum
 from kronfac.continual import PenaltySum, QuadraticPenalty, RecentredDecay, recentred_decay
 from kronfac.continual.combine import nearest_sum
 from kronfac.storage import StorageError
@@ -181,6 +181,31 @@ def test_one_product_stands_for_several_tasks(approximation: str, combine: str) 
     # the same curvature twice is left as it is
     same = QuadraticPenalty(first).update(first, combine=combine).parts[0][1].to_dense()
     torch.testing.assert_close(same, first.to_dense(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("combine", ["factors", "nearest"])
+def test_two_products_stand_for_several_tasks_of_xkfac(combine: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+    found = [
+        kf.estimate(model.double(), kf.Categorical(), data(seed), approximation="xkfac", samples=8) for seed in (0, 1)
+    ]
+    penalty = QuadraticPenalty(found[0]).update(found[1], combine=combine)
+    ((weight, kept),) = penalty.parts
+    block = kept.blocks["0"]
+    assert weight == 1.0
+    assert isinstance(block, KroneckerSum)
+    first, second = (curvature.blocks["0"] for curvature in found)
+    for mine, left, right in zip(terms(block), terms(first), terms(second), strict=True):
+        exact = (left.to_dense() + right.to_dense()) / 2
+        assert torch.linalg.norm(mine.to_dense() - exact) < 0.5 * torch.linalg.norm(exact)
+        assert torch.linalg.eigvalsh(mine.to_dense()).min() > -1e-12
+    same = QuadraticPenalty(found[0]).update(found[0], combine=combine).parts[0][1].to_dense()
+    torch.testing.assert_close(same, found[0].to_dense(), rtol=1e-9, atol=1e-12)
+
+
+def terms(block: KroneckerSum) -> tuple[Kronecker, Kronecker]:
+    return Kronecker(block.input, block.output), Kronecker(block.second_input, block.second_output)
 
 
 def test_what_cannot_be_combined_is_named() -> None:

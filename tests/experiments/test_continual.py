@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -9,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from kronfac.continual import base as continual_base
 from kronfac.experiments import continual
-from kronfac.experiments.continual import runner
+from kronfac.experiments.continual import runner, views
+from kronfac.experiments.continual.grid import Point, choices, correlation
 from kronfac.experiments.continual.streams import rotate
 from kronfac.experiments.errors import CheckpointError, ExperimentError
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-SMALL = {"tasks": 3, "epochs": 2, "threads": 1}
+SMALL = {"tasks": 3, "budget": continual.Budget(epochs=2), "threads": 1}
 
 
 @pytest.mark.parametrize("name", ["permuted-digits", "rotated-digits", "split-digits", "split-digits-cnn"])
@@ -75,7 +78,9 @@ def test_metrics_of_a_known_matrix() -> None:
 
 def test_penalties_forget_less_than_fine_tuning(tmp_path: Path) -> None:
     strategies = ["finetune", "ewc", "online-ewc", "online-kfac"]
-    results = continual.compare("permuted-digits", strategies, out=tmp_path, tasks=3, epochs=5, threads=1)
+    results = continual.compare(
+        "permuted-digits", strategies, out=tmp_path, tasks=3, budget=continual.Budget(epochs=5), threads=1
+    )
     average = {name: results.metrics(name)[0].average_accuracy for name in strategies}
     for name in strategies[1:]:
         assert average[name] > average["finetune"] + 0.02, average
@@ -126,6 +131,63 @@ def test_a_resumed_run_equals_an_uninterrupted_one(strategy: str, tmp_path: Path
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "result.json", "settings.json"]
 
 
+@pytest.mark.parametrize("strategy", ["online-xkfac", "fixed-bn", "merged-kfac"])
+def test_with_batch_norm_a_resumed_run_equals_an_uninterrupted_one(strategy: str, tmp_path: Path) -> None:
+    options = {"tasks": 3, "budget": continual.Budget(steps=20, damping=0.1, balance="adaptive"), "threads": 1}
+    with pytest.raises(KeyboardInterrupt):
+        continual.compare("permuted-digits-bn", [strategy], out=tmp_path / "stopped", listener=Stops(2), **options)
+    stopped = continual.compare("permuted-digits-bn", [strategy], out=tmp_path / "stopped", **options)
+    whole = continual.compare("permuted-digits-bn", [strategy], out=tmp_path / "whole", **options)
+    assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")
+    assert stopped.runs[strategy][0]["adapted"] == whole.runs[strategy][0]["adapted"]
+    table = continual.summary(whole)
+    assert table.columns[-2] == "own statistics [%]"
+    assert "damping 0.1, balanced" in table.rows[0][1]
+
+
+@pytest.mark.parametrize("view", [views.FixedView(), views.MergedView()])
+def test_batch_norm_is_fixed_from_the_second_task_on(view: views.View) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)).train()
+    x, norm = torch.randn(50, 4) + 1, model[1]
+    with view.learning(model, [x], later=False):
+        assert norm.training
+        model(x)
+    before = copy.deepcopy(model).eval()
+    with view.learning(model, [2 * x], later=True):
+        assert not norm.training
+        torch.testing.assert_close(model(x), before(x), rtol=1e-5, atol=1e-5)  # the function is kept
+        moved = not torch.allclose(norm.running_var, before[1].running_var)
+        assert moved == isinstance(view, views.MergedView)
+        live = continual_base.live_parameters(view.live(model))
+        assert ("1.weight" in live) == isinstance(view, views.FixedView)
+    subject = view.subject(model)
+    torch.testing.assert_close(subject(x), before(x), rtol=1e-5, atol=1e-5)
+
+
+def test_held_out_examples_are_not_trained_on() -> None:
+    stream = continual.get_stream("permuted-digits-bn")
+    (whole,), (task,) = stream.tasks(1, 0), stream.tasks(1, 0, held_out=100)
+    assert whole.held_out is None
+    assert len(task.train_inputs) == len(whole.train_inputs) - 100
+    assert torch.equal(task.held_out.test_inputs, whole.train_inputs[-100:])
+    assert torch.equal(task.held_out.test_targets, whole.train_targets[-100:])
+
+
+def test_a_grid_gives_slack_for_a_stronger_penalty(tmp_path: Path) -> None:
+    def point(strength: float, target: float, average: float) -> Point:
+        settings = {"strength": strength, "damping": 0.0, "lr": 0.1, "balance": "none"}
+        return Point("ewc", "none", settings, target, average)
+
+    points = [point(1, 0.95, 0.6), point(10, 0.947, 0.8), point(100, 0.9, 0.9)]
+    assert continual.Grid("s", tmp_path, points, slack=0.005).chosen("ewc", "none") is points[1]
+    assert continual.Grid("s", tmp_path, points, slack=0.0).chosen("ewc", "none") is points[0]
+    assert correlation(points) == pytest.approx(-0.78987, abs=1e-4)
+    assert math.isnan(correlation(points[:1]))
+    (row,) = choices(continual.Grid("s", tmp_path, points)).rows
+    assert row[2:] == ["94.7", "80.0", "90.0", "-0.79"]
+
+
 def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = continual.compare("permuted-digits", ["finetune"], out=tmp_path, **SMALL)
     again = continual.compare("permuted-digits", ["finetune", "l2"], out=tmp_path, **SMALL)
@@ -148,7 +210,9 @@ def test_a_damaged_penalty_is_named(tmp_path: Path) -> None:
 
 
 def test_seeds_and_tasks_with_outputs_of_their_own(tmp_path: Path) -> None:
-    results = continual.compare("split-digits-cnn", ["kfac"], out=tmp_path, tasks=2, epochs=1, seeds=(0, 1), threads=1)
+    results = continual.compare(
+        "split-digits-cnn", ["kfac"], out=tmp_path, tasks=2, budget=continual.Budget(epochs=1), seeds=(0, 1), threads=1
+    )
     assert len(results.runs["kfac"]) == 2
     assert results.runs["kfac"][0]["tasks"] != results.runs["kfac"][1]["tasks"]
     table = continual.summary(results)
@@ -163,5 +227,11 @@ def test_what_an_approximation_refuses_is_named(tmp_path: Path) -> None:
 def test_divergence_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="l2 on permuted-digits, seed 0, diverged at step"):
         continual.compare(
-            "permuted-digits", ["l2"], out=tmp_path, strengths={"l2": 1e38}, lr=1e3, tasks=2, epochs=5, threads=1
+            "permuted-digits",
+            ["l2"],
+            out=tmp_path,
+            settings={"l2": {"strength": 1e38, "lr": 1e3}},
+            tasks=2,
+            budget=continual.Budget(epochs=5),
+            threads=1,
         )

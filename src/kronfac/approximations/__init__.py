@@ -17,6 +17,7 @@ from kronfac.approximations.tekfac import TEKFAC
 from kronfac.approximations.tkfac import TKFAC
 from kronfac.approximations.tridiagonal import KFACTridiagonal
 from kronfac.approximations.xkfac import XKFAC
+from kronfac.approximations.xkfac_trace import TraceMatchedXKFAC
 
 APPROXIMATIONS: dict[str, type[Approximation]] = {
     kind.name: kind
@@ -30,6 +31,7 @@ APPROXIMATIONS: dict[str, type[Approximation]] = {
         SUA,
         PRONG,
         XKFAC,
+        TraceMatchedXKFAC,
         KKFAC,
         DiagonalBlocks,
         DenseBlocks,
@@ -80,5 +82,6 @@ __all__ = [
     "Mean",
     "NearestKronecker",
     "Statistic",
+    "TraceMatchedXKFAC",
     "get_approximation",
 ]

@@ -18,6 +18,7 @@ from kronfac.cli.display import print_table
 from kronfac.cli.options import Fresh, Json, Out, by_optimizer, seed_numbers, words
 from kronfac.experiments import continual as learning
 from kronfac.experiments.continual.compare import LINES, PICTURE
+from kronfac.experiments.continual.grid import SCATTER, choices
 from kronfac.experiments.errors import ExperimentError
 
 EPILOG = (
@@ -47,10 +48,44 @@ def continual(
     lr: Annotated[
         float | None, typer.Option(help="Learning rate of Adam; by default the stream's.", show_default=False)
     ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Batches of each task, instead of epochs.", show_default=False)
+    ] = None,
+    balance: Annotated[
+        str,
+        typer.Option(
+            help="How penalties are weighed: none, or adaptive (brought to the magnitude of the task's loss). A grid "
+            "may have both, with a comma between them."
+        ),
+    ] = "none",
+    damping: Annotated[float, typer.Option(help="Added to every penalty's curvature.")] = 0.0,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a strength: --set ewc.strength=30. Repeatable.", show_default=False),
+        typer.Option(
+            "--set",
+            help="Change a strategy's strength, lr, damping or balance: --set ewc.strength=30. Repeatable.",
+            show_default=False,
+        ),
     ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Search instead: --grid lr=1e-3,3e-3 --grid damping=0,0.01. Every strategy is run with all "
+            "combinations of lr, damping and strength on the first seed; what the newest tasks' held-out examples "
+            "choose is shown, with its accuracy on all tasks.",
+            show_default=False,
+        ),
+    ] = None,
+    held_out: Annotated[
+        int | None,
+        typer.Option(
+            help="Training examples of each task held out, to choose by; by default a hundred in a grid, else none.",
+            show_default=False,
+        ),
+    ] = None,
+    slack: Annotated[
+        float, typer.Option(help="Target accuracy that a grid gives for a stronger penalty, from 0 to 1.")
+    ] = 0.01,
     out: Out = None,
     as_json: Json = False,
     fresh: Fresh = False,
@@ -64,30 +99,59 @@ def continual(
 
     [dim]kronfac continual permuted-digits --strategies finetune,ewc,kfac --seeds 0,1,2 --out runs/permuted[/dim]
     """  # noqa: DOC501 - a person reads this as help
-    strengths: dict[str, object] = {}
-    for strategy, values in by_optimizer(settings or [], "--set").items():
-        if stray := [name for name in values if name != "strength"]:
-            raise ExperimentError(f"{strategy} has no setting {stray[0]!r}; known: strength")
-        strengths[strategy] = values["strength"]
+    names, place = words(strategies, "--strategies"), out or Path("runs") / stream
+    chosen = by_optimizer(settings or [], "--set")
+    common = {"out": place, "tasks": tasks, "fresh": fresh, "threads": threads}
+    if grid:
+        if chosen:
+            raise ExperimentError("--set and --grid do not go together: a grid sets what it has as an axis")
+        budget = learning.Budget(epochs, steps, lr, damping, held_out=100 if held_out is None else held_out)
+        axes, balances = _axes(grid), words(balance, "--balance")
+        with _display() as listener:
+            found = learning.search(
+                stream,
+                names,
+                axes,
+                balances=balances,
+                seed=seed_numbers(seeds)[0],
+                budget=budget,
+                slack=slack,
+                listener=listener,
+                **common,  # type: ignore[arg-type]
+            )
+        if as_json:
+            print(json.dumps([point._asdict() for point in found.points], indent=2))
+            return
+        print_table(choices(found), f"{stream}, {tasks} tasks, chosen by the newest task")
+        print(f"picture: {found.folder / SCATTER}")
+        return
+    budget = learning.Budget(epochs, steps, lr, damping, balance, held_out or 0)
     with _display() as listener:
         results = learning.compare(
             stream,
-            words(strategies, "--strategies"),
-            out=out or Path("runs") / stream,
-            tasks=tasks,
+            names,
             seeds=seed_numbers(seeds),
-            epochs=epochs,
-            lr=lr,
-            strengths=strengths,
-            fresh=fresh,
-            threads=threads,
+            budget=budget,
+            settings=chosen,
             listener=listener,
+            **common,  # type: ignore[arg-type]
         )
     if as_json:
         print(json.dumps([json.loads(line) for line in (results.folder / LINES).read_text().splitlines()], indent=2))
         return
     print_table(learning.summary(results), f"{stream}, {tasks} tasks")
     print(f"picture: {results.folder / PICTURE}")
+
+
+def _axes(texts: Sequence[str]) -> dict[str, list[float]]:
+    found = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        try:
+            found[name] = [float(value) for value in values.split(",")]
+        except ValueError as error:
+            raise ExperimentError(f"--grid must look like lr=0.001,0.003, got {text!r}") from error
+    return found
 
 
 class _Lines(learning.Listener):

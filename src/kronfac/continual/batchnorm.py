@@ -11,66 +11,17 @@ text at hand has the idea, the formulas are worked out here).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kronfac.continual.pairs import find_pairs
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A layer and the batch norm after it.
-
-    Attributes:
-        layer_name: Name of the layer within the model.
-        norm_name: Name of the batch norm.
-        layer: A linear or convolution layer.
-        norm: Batch norm over the layer's outputs.
-    """
-
-    layer_name: str
-    norm_name: str
-    layer: nn.Module
-    norm: _BatchNorm
-
-    def scale(self) -> Tensor:
-        """Give ``s = γ / √(v + ε)``, differentiable in γ, shape ``[d_out]``."""
-        root = torch.rsqrt(_statistic(self.norm.running_var) + self.norm.eps)
-        return root if self.norm.weight is None else self.norm.weight * root
-
-    def merged(self) -> tuple[Tensor, Tensor]:
-        """Give ``W̃`` in the weight's shape and ``b̃``, differentiable in W, b, γ and β."""
-        scale, weight = self.scale(), _weight(self.layer)
-        shift = -_statistic(self.norm.running_mean)
-        if isinstance(self.layer.bias, Tensor):
-            shift = self.layer.bias + shift
-        bias = scale * shift
-        if self.norm.bias is not None:
-            bias = self.norm.bias + bias
-        return scale.view(-1, *[1] * (weight.ndim - 1)) * weight, bias
-
-    @torch.no_grad()
-    def reparameterise(self, mean: Tensor, variance: Tensor) -> None:
-        """Take new running statistics, and change γ and β so that ``W̃`` and ``b̃`` stay what they are.
-
-        ``γ' = γ √(v' + ε) / √(v + ε)`` and ``β' = β + s (μ' - μ)``.
-
-        Args:
-            mean: ``μ'``, shape ``[d_out]``.
-            variance: ``v'``, shape ``[d_out]``, not negative.
-        """
-        norm = self.norm
-        old_mean, old_variance = _statistic(norm.running_mean), _statistic(norm.running_var)
-        mean, variance = mean.to(old_mean), variance.to(old_variance)
-        norm.bias.add_(self.scale() * (mean - old_mean))
-        norm.weight.mul_(((variance + norm.eps) / (old_variance + norm.eps)).sqrt())
-        old_mean.copy_(mean)
-        old_variance.copy_(variance)
+from kronfac.continual.coupled import normalising
+from kronfac.continual.pairs import Pair, check_pair, find_pairs, statistic
+from kronfac.continual.statistics import BatchStatistics, measured
 
 
 class MergedBatchNorm:
@@ -89,19 +40,24 @@ class MergedBatchNorm:
         self.model = model
         self.pairs = dict(pairs)
 
-    def parameters(self) -> dict[str, Tensor]:
+    def parameters(self, statistics: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, Tensor]:
         """Merged parameters, differentiable in the live ones: what a penalty over `folded` is called on.
 
-        Running statistics enter as constants.
+        Args:
+            statistics: ``{batch norm's name: (mean, variance)}`` to merge with, such as those that `watched` gives, in
+                which the result is differentiable. Batch norms that are not named, by default all, are merged with
+                their running statistics, which enter as constants.
 
         Returns:
             ``{parameter name: tensor}``, the names, shapes and order of ``folded().named_parameters()``.
         """
+        statistics = {} if statistics is None else statistics
         live = dict(self.model.named_parameters())
         found: dict[str, Tensor] = {}
         for name, module in self.model.named_modules():
             if name in self.pairs:
-                weight, bias = self.pairs[name].merged()
+                pair = self.pairs[name]
+                weight, bias = pair.merged(statistics.get(pair.norm_name))
                 found |= {f"{name}.weight": weight, f"{name}.bias": bias}
             elif module not in [pair.norm for pair in self.pairs.values()]:
                 prefix = f"{name}." if name else ""
@@ -121,9 +77,47 @@ class MergedBatchNorm:
             layer = model.get_submodule(pair.layer_name)
             layer.weight = nn.Parameter(weight.detach().clone())
             layer.bias = nn.Parameter(bias.detach().clone())
-            parent, _, own = pair.norm_name.rpartition(".")
-            setattr(model.get_submodule(parent), own, nn.Identity())
+            _put(model, pair.norm_name, nn.Identity())
         return model
+
+    def coupled(self) -> nn.Module:
+        """Copy of the model in train mode, with merged weights and live batch norm: for XK-FAC over merged weights.
+
+        Each layer is one with the batch norm after it. A layer's own statistics are constants, as they are in ``W̃``,
+        while the examples of a batch act on each other through every batch norm behind it (compare `folded`, where
+        they do not act on each other at all).
+
+        Returns:
+            A model in train mode with the parameters of `folded`, for `kronfac.estimate`; not for training.
+
+        Raises:
+            ValueError: If a layer is of a kind of its own, whose forward could not be kept.
+        """  # noqa: DOC502
+        model = copy.deepcopy(self.model).train()
+        for pair in self.pairs.values():
+            _put(model, pair.layer_name, normalising(pair, model.get_submodule(pair.layer_name)))
+            _put(model, pair.norm_name, nn.Identity())
+        return model
+
+    @contextmanager
+    def watched(self) -> Iterator[BatchStatistics]:
+        """Keep the statistics of each batch that passes through the live model in train mode.
+
+        With these the merged weights are those of the function that the batch was shown, and their derivatives are
+        right: the running statistics lag behind training, and as constants they hide that a layer's scale is divided
+        out again.
+
+        ::
+
+            with merged.watched() as batch:
+                for x, y in loader:
+                    loss = F.cross_entropy(model(x), y) + penalty(merged.parameters(batch))
+
+        Yields:
+            ``{batch norm's name: (mean, variance)}`` of the newest batch, differentiable.
+        """
+        with BatchStatistics({pair.norm_name: pair.norm for pair in self.pairs.values()}) as found:
+            yield found
 
     def statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Running statistics of this moment.
@@ -132,7 +126,7 @@ class MergedBatchNorm:
             ``{batch norm's name: (mean, variance)}``, copies.
         """
         return {
-            pair.norm_name: (_statistic(pair.norm.running_mean).clone(), _statistic(pair.norm.running_var).clone())
+            pair.norm_name: (statistic(pair.norm.running_mean).clone(), statistic(pair.norm.running_var).clone())
             for pair in self.pairs.values()
         }
 
@@ -154,7 +148,7 @@ class MergedBatchNorm:
                 raise ValueError(f"there is no merged batch norm {name!r}; there are {sorted(pairs)}")
             if pairs[name].norm.weight is None or pairs[name].norm.bias is None:
                 raise ValueError(f"batch norm {name!r} has affine=False: nothing can take the change up")
-            shape = _statistic(pairs[name].norm.running_mean).shape
+            shape = statistic(pairs[name].norm.running_mean).shape
             if mean.shape != shape or variance.shape != shape:
                 raise ValueError(f"the statistics of {name!r} must have shape {tuple(shape)}")
             if not bool((torch.isfinite(mean) & torch.isfinite(variance) & (variance >= 0)).all()):
@@ -165,41 +159,17 @@ class MergedBatchNorm:
     def restandardise(self, inputs: Iterable[Any]) -> None:
         """Set the running statistics to means over new data, without changing the model's function in eval mode.
 
-        So that a new task begins with the old function under its own statistics. Each batch is passed through the
-        model in train mode; means and (unbiased) variances are averaged over batches.
+        So that a new task begins with the old function under its own statistics. They are those that the activations
+        have in the model in eval mode, pooled over all batches, so that the function in train mode is the old one as
+        well, but for the differences between batches.
 
         Args:
             inputs: Batches of inputs.
 
         Raises:
-            ValueError: If there is none.
-        """
-        before = self.statistics()
-        norms = [pair.norm for pair in self.pairs.values()]
-        kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-        modes = {module: module.training for module in self.model.modules()}
-        count = 0
-        try:
-            self.model.train()
-            for norm in norms:
-                norm.momentum = None  # cumulative averages
-                norm.num_batches_tracked = torch.zeros_like(_statistic(norm.num_batches_tracked))
-            with torch.no_grad():
-                for batch in inputs:
-                    self.model(batch)
-                    count += 1
-            after = self.statistics()
-        finally:
-            for norm, (momentum, tracked) in zip(norms, kept, strict=True):
-                norm.momentum, norm.num_batches_tracked = momentum, tracked
-            for module, mode in modes.items():
-                module.training = mode
-            for pair in self.pairs.values():
-                for old, new in zip(before[pair.norm_name], _both(pair.norm), strict=True):
-                    new.copy_(old)
-        if not count:
-            raise ValueError("inputs is empty: no batch to take statistics from")
-        self.reparameterise(after)
+            ValueError: If there is none, or a batch norm has no γ and β.
+        """  # noqa: DOC502
+        self.reparameterise(measured(self.model, {pair.norm_name: pair.norm for pair in self.pairs.values()}, inputs))
 
     def check(self, inputs: Any, tolerance: float = 1e-5) -> None:
         """Compare the live model in eval mode with the merged one.
@@ -259,44 +229,10 @@ def merge_batchnorm(model: nn.Module, pairs: Mapping[str, str] | None = None) ->
         raise ValueError(f"pairs gives a batch norm to two layers: {found}")
     result = {layer: Pair(layer, norm, modules[layer], modules[norm]) for layer, norm in found.items()}
     for pair in result.values():
-        _check_pair(pair)
+        check_pair(pair)
     return MergedBatchNorm(model, result)
 
 
-#: Batch norms that act on the outputs of each kind of layer.
-_FITTING: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
-    (nn.Linear, nn.BatchNorm1d),
-    (nn.Conv1d, nn.BatchNorm1d),
-    (nn.Conv2d, nn.BatchNorm2d),
-    (nn.Conv3d, nn.BatchNorm3d),
-)
-
-
-def _check_pair(pair: Pair) -> None:
-    where = f"{pair.layer_name!r} and {pair.norm_name!r}"
-    if not any(isinstance(pair.layer, a) and isinstance(pair.norm, b | nn.SyncBatchNorm) for a, b in _FITTING):
-        raise ValueError(
-            f"{where} cannot be merged: {type(pair.layer).__name__} and {type(pair.norm).__name__}; Linear or Conv1d "
-            "with BatchNorm1d, Conv2d with BatchNorm2d, and Conv3d with BatchNorm3d can"
-        )
-    if pair.norm.running_mean is None or pair.norm.running_var is None:
-        raise ValueError(
-            f"batch norm {pair.norm_name!r} keeps no running statistics: its function in eval mode is none"
-        )
-    if (width := _weight(pair.layer).shape[0]) != pair.norm.num_features:
-        raise ValueError(f"{where} do not fit: {width} outputs and {pair.norm.num_features} features")
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight
-
-
-def _statistic(buffer: Tensor | None) -> Tensor:
-    if buffer is None:  # excluded by _check_pair, unless somebody removed it since
-        raise ValueError("a batch norm has lost its running statistics")
-    return buffer
-
-
-def _both(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    return _statistic(norm.running_mean), _statistic(norm.running_var)
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)

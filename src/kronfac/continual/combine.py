@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kronfac.blocks import Block, Dense, Diagonal, DiagonalKronecker, Kronecker, ScaledKronecker
+from kronfac.blocks import Block, Dense, Diagonal, DiagonalKronecker, Kronecker, KroneckerSum, ScaledKronecker
 from kronfac.curvature import BlockDiagonal
 from kronfac.curvature_coupled import CoupledCurvature
 from kronfac.vectors import listed
@@ -23,7 +23,7 @@ def combined(parts: tuple[Part, ...], new: Part, how: str) -> tuple[Part, ...]:
         parts: Weights and curvatures.
         new: The curvature to add, with its weight.
         how: ``"exact"``: diagonal and dense blocks are added, others kept side by side, so that each product costs one
-            more. ``"factors"`` and ``"nearest"`` keep one Kronecker product for each layer.
+            more. ``"factors"`` and ``"nearest"`` keep one Kronecker product for each layer, two where XK-FAC has two.
 
     Returns:
         Weights and curvatures of the sum.
@@ -91,6 +91,12 @@ def _added(u: float, first: Block, v: float, second: Block, how: str) -> Block:
         return Diagonal(u * first.values + v * second.values)
     if isinstance(first, Dense) and isinstance(second, Dense):
         return Dense(u * first.matrix + v * second.matrix, first.shape)
+    if isinstance(first, KroneckerSum) and isinstance(second, KroneckerSum):
+        # Term by term, each of a kind: two products stay two, and both stay semi-definite.
+        head, tail = (_added(u, left, v, right, how) for left, right in zip(_terms(first), _terms(second), strict=True))
+        assert isinstance(head, Kronecker)
+        assert isinstance(tail, Kronecker)
+        return KroneckerSum(head.input, head.output, tail.input, tail.output)
     kinds = Kronecker | DiagonalKronecker if how == "factors" else Kronecker | DiagonalKronecker | ScaledKronecker
     if type(first) is not type(second) or not isinstance(first, kinds) or not isinstance(second, kinds):
         raise NotImplementedError(
@@ -104,6 +110,10 @@ def _added(u: float, first: Block, v: float, second: Block, how: str) -> Block:
     stack = g.ndim - 2
     input, output = nearest_sum((a.flatten(stack), b.flatten(stack)), (g.flatten(stack), h.flatten(stack)), (u, v))
     return product(input.view_as(a), output.view_as(g))
+
+
+def _terms(block: KroneckerSum) -> tuple[Kronecker, Kronecker]:
+    return Kronecker(block.input, block.output), Kronecker(block.second_input, block.second_output)
 
 
 def _output(block: Kronecker | DiagonalKronecker | ScaledKronecker) -> Tensor:

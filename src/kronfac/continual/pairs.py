@@ -1,13 +1,80 @@
-"""Which layer stands right before which batch norm."""
+"""Which layer stands right before which batch norm, and the two as one layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layer and the batch norm after it.
+
+    Attributes:
+        layer_name: Name of the layer within the model.
+        norm_name: Name of the batch norm.
+        layer: A linear or convolution layer.
+        norm: Batch norm over the layer's outputs.
+    """
+
+    layer_name: str
+    norm_name: str
+    layer: nn.Module
+    norm: _BatchNorm
+
+    def scale(self, variance: Tensor | None = None) -> Tensor:
+        """Give ``s = γ / √(v + ε)``, differentiable in γ (and ``v``, if given), shape ``[d_out]``.
+
+        Args:
+            variance: ``v``; the running variance by default.
+
+        Returns:
+            The scales.
+        """
+        root = torch.rsqrt((statistic(self.norm.running_var) if variance is None else variance) + self.norm.eps)
+        return root if self.norm.weight is None else self.norm.weight * root
+
+    def merged(self, statistics: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Give ``W̃`` in the weight's shape and ``b̃``, differentiable in W, b, γ and β.
+
+        Args:
+            statistics: Mean and variance to use instead of the running ones, differentiable too.
+
+        Returns:
+            Weight and bias.
+        """
+        mean, variance = (statistic(self.norm.running_mean), None) if statistics is None else statistics
+        scale, weight = self.scale(variance), _weight(self.layer)
+        shift = self.layer.bias - mean if isinstance(self.layer.bias, Tensor) else -mean
+        bias = scale * shift
+        if self.norm.bias is not None:
+            bias = self.norm.bias + bias
+        return scale.view(-1, *[1] * (weight.ndim - 1)) * weight, bias
+
+    @torch.no_grad()
+    def reparameterise(self, mean: Tensor, variance: Tensor) -> None:
+        """Take new running statistics, and change γ and β so that ``W̃`` and ``b̃`` stay what they are.
+
+        ``γ' = γ √(v' + ε) / √(v + ε)`` and ``β' = β + s (μ' - μ)``.
+
+        Args:
+            mean: ``μ'``, shape ``[d_out]``.
+            variance: ``v'``, shape ``[d_out]``, not negative.
+        """
+        norm = self.norm
+        old_mean, old_variance = statistic(norm.running_mean), statistic(norm.running_var)
+        mean, variance = mean.to(old_mean), variance.to(old_variance)
+        norm.bias.add_(self.scale() * (mean - old_mean))
+        norm.weight.mul_(((variance + norm.eps) / (old_variance + norm.eps)).sqrt())
+        old_mean.copy_(mean)
+        old_variance.copy_(variance)
 
 
 def find_pairs(model: nn.Module, norms: Sequence[str]) -> dict[str, str]:
@@ -51,3 +118,57 @@ def _in_sequences(model: nn.Module, norms: Sequence[str]) -> dict[str, str]:
             if isinstance(layer, _LAYERS) and prefix + second in norms:
                 found[prefix + first] = prefix + second
     return found
+
+
+#: Batch norms that act on the outputs of each kind of layer.
+_FITTING: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
+    (nn.Linear, nn.BatchNorm1d),
+    (nn.Conv1d, nn.BatchNorm1d),
+    (nn.Conv2d, nn.BatchNorm2d),
+    (nn.Conv3d, nn.BatchNorm3d),
+)
+
+
+def check_pair(pair: Pair) -> None:
+    """Refuse what cannot be merged, and say why.
+
+    Args:
+        pair: A layer and a batch norm.
+
+    Raises:
+        ValueError: If they do not fit, or there are no running statistics.
+    """
+    where = f"{pair.layer_name!r} and {pair.norm_name!r}"
+    if not any(isinstance(pair.layer, a) and isinstance(pair.norm, b | nn.SyncBatchNorm) for a, b in _FITTING):
+        raise ValueError(
+            f"{where} cannot be merged: {type(pair.layer).__name__} and {type(pair.norm).__name__}; Linear or Conv1d "
+            "with BatchNorm1d, Conv2d with BatchNorm2d, and Conv3d with BatchNorm3d can"
+        )
+    if pair.norm.running_mean is None or pair.norm.running_var is None:
+        raise ValueError(
+            f"batch norm {pair.norm_name!r} keeps no running statistics: its function in eval mode is none"
+        )
+    if (width := _weight(pair.layer).shape[0]) != pair.norm.num_features:
+        raise ValueError(f"{where} do not fit: {width} outputs and {pair.norm.num_features} features")
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight
+
+
+def statistic(buffer: Tensor | None) -> Tensor:
+    """Give a buffer that must be there.
+
+    Args:
+        buffer: A running statistic.
+
+    Returns:
+        The buffer.
+
+    Raises:
+        ValueError: If it is None.
+    """
+    if buffer is None:  # excluded by check_pair, unless somebody removed it since
+        raise ValueError("a batch norm has lost its running statistics")
+    return buffer

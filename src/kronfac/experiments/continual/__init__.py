@@ -11,7 +11,9 @@
 from __future__ import annotations
 
 from kronfac.experiments.continual.compare import Results, compare, summary
+from kronfac.experiments.continual.grid import Grid, search
 from kronfac.experiments.continual.metrics import Metrics, metrics_of
+from kronfac.experiments.continual.plans import Budget
 from kronfac.experiments.continual.runner import Listener, Plan
 from kronfac.experiments.continual.strategies import STRATEGIES, Strategy, get_strategy
 from kronfac.experiments.continual.streams import STREAMS, Stream, Task, get_stream
@@ -19,6 +21,8 @@ from kronfac.experiments.continual.streams import STREAMS, Stream, Task, get_str
 __all__ = [
     "STRATEGIES",
     "STREAMS",
+    "Budget",
+    "Grid",
     "Listener",
     "Metrics",
     "Plan",
@@ -30,5 +34,6 @@ __all__ = [
     "get_strategy",
     "get_stream",
     "metrics_of",
+    "search",
     "summary",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,11 @@ from pathlib import Path
 import torch
 
 from kronfac.experiments.continual.metrics import Metrics, metrics_of
-from kronfac.experiments.continual.runner import Listener, Plan, run
+from kronfac.experiments.continual.plans import Budget, carry_out, plans_of
+from kronfac.experiments.continual.runner import Listener
 from kronfac.experiments.continual.strategies import get_strategy
-from kronfac.experiments.continual.streams import get_stream
-from kronfac.experiments.errors import ExperimentError, need
-from kronfac.experiments.files import make_folder, replace_atomically, write_text
-from kronfac.experiments.lock import locked
+from kronfac.experiments.errors import need
+from kronfac.experiments.files import replace_atomically, write_text
 from kronfac.experiments.present import Table, number
 
 PICTURE, LINES = "accuracy-matrices.png", "results.jsonl"
@@ -72,9 +70,8 @@ def compare(
     out: str | Path,
     tasks: int = 5,
     seeds: Sequence[int] = (0,),
-    epochs: int | None = None,
-    lr: float | None = None,
-    strengths: Mapping[str, object] | None = None,
+    budget: Budget | None = None,
+    settings: Mapping[str, Mapping[str, object]] | None = None,
     fresh: bool = False,
     threads: int | None = None,
     listener: Listener | None = None,
@@ -87,9 +84,8 @@ def compare(
         out: Folder for runs, ``results.jsonl`` and the picture of the accuracy matrices.
         tasks: Number of tasks.
         seeds: Each decides tasks, weights, batches and sampled labels of one run.
-        epochs: Passes through each task's data; the stream's by default.
-        lr: Learning rate of Adam; the stream's by default.
-        strengths: Strengths by strategy; the strategies' own by default.
+        budget: What all strategies have in common; the stream's by default.
+        settings: What differs, by strategy: ``strength``, ``lr``, ``damping``, ``balance``.
         fresh: Throw away what these runs did before.
         threads: Torch threads.
         listener: Hears how it goes.
@@ -99,27 +95,12 @@ def compare(
 
     Raises:
         ExperimentError: If anything given is unknown or out of range; before anything is written.
-    """
-    listener = listener or Listener()
-    plans = _plans(stream, strategies, tasks, seeds, epochs, lr, strengths or {})
-    if threads is not None and threads < 1:
-        raise ExperimentError(f"threads must be at least 1, got {threads}")
-    get_stream(stream).tasks(tasks, seeds[0])  # data that are not there are named before a folder is made
-    folder = make_folder(Path(out))
-    before = torch.get_num_threads()
-    try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        with locked(folder):
-            listener.plan(len(plans), tasks)
-            runs: dict[str, list[dict[str, object]]] = {name: [] for name in strategies}
-            for plan in plans:
-                place = folder / "runs" / plan.folder_name
-                if fresh:
-                    shutil.rmtree(place, ignore_errors=True)
-                runs[plan.strategy].append(run(plan, place, listener))
-    finally:
-        torch.set_num_threads(before)
+    """  # noqa: DOC502
+    plans = plans_of(stream, strategies, tasks, seeds, budget or Budget(), settings or {})
+    folder, found = carry_out(plans, out, fresh, threads, listener)
+    runs: dict[str, list[dict[str, object]]] = {name: [] for name in strategies}
+    for plan, result in zip(plans, found, strict=True):
+        runs[plan.strategy].append(result)
     results = Results(stream, tasks, folder, list(strategies), runs)
     write_text(
         folder / LINES,
@@ -133,37 +114,6 @@ def compare(
     return results
 
 
-def _plans(
-    stream: str,
-    strategies: Sequence[str],
-    tasks: int,
-    seeds: Sequence[int],
-    epochs: int | None,
-    lr: float | None,
-    strengths: Mapping[str, object],
-) -> list[Plan]:
-    found = get_stream(stream)
-    if not strategies or len(set(strategies)) < len(strategies):
-        raise ExperimentError(
-            f"strategies must be different names, at least one, got {', '.join(strategies) or 'none'}"
-        )
-    chosen = {name: get_strategy(name) for name in strategies}
-    if stray := [name for name in strengths if name not in chosen]:
-        raise ExperimentError(f"a strength was given for {stray[0]!r}, which is not among the strategies")
-    if not seeds or len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds):
-        raise ExperimentError(f"seeds must be different whole numbers of at least 0, got {list(seeds)}")
-    epochs, lr = found.epochs if epochs is None else epochs, found.lr if lr is None else lr
-    if epochs < 1:
-        raise ExperimentError(f"epochs must be at least 1, got {epochs}")
-    if not (math.isfinite(lr) and lr > 0):
-        raise ExperimentError(f"lr must be a number above 0, got {lr}")
-    return [
-        Plan(stream, name, strategy.checked(strengths.get(name)), tasks, epochs, lr, found.batch_size, seed)
-        for name, strategy in chosen.items()
-        for seed in seeds
-    ]
-
-
 def summary(results: Results) -> Table:
     """Show the figures, best average accuracy first.
 
@@ -171,19 +121,43 @@ def summary(results: Results) -> Table:
         results: The comparison.
 
     Returns:
-        A row for each strategy: means over seeds in percent, with deviations where there are several.
+        A row for each strategy: means over seeds in percent, with deviations where there are several. *Own statistics*
+        is the average accuracy with those of the test batches in batch norm.
     """
-    rows = []
+    rows, normed = [], False
     for name in results.strategies:
         columns = list(zip(*results.metrics(name), strict=True))
         seconds = [float(run["seconds"]) for run in results.runs[name]]  # type: ignore[arg-type]
-        strength = results.runs[name][0]["settings"]["strength"]  # type: ignore[index]
+        settings = results.runs[name][0]["settings"]
         cells = [_percent(values) for values in columns]
+        own: list[list[float]] = [run["adapted"] for run in results.runs[name]]  # type: ignore[misc]
+        normed = own[0] is not None
+        if normed:
+            cells.append(_percent([sum(row) / len(row) for row in own]))
         order = -sum(columns[0])
-        rows.append((order, [get_strategy(name).title, number(strength or math.nan, "g"), *cells, _seconds(seconds)]))
+        rows.append((order, [get_strategy(name).title, describe(settings), *cells, _seconds(seconds)]))
     rows.sort(key=lambda row: row[0])
     names = [field.replace("_", " ") + " [%]" for field in Metrics._fields]
-    return Table(["strategy", "strength", *names, "seconds"], [cells for _, cells in rows])
+    if normed:
+        names.append("own statistics [%]")
+    return Table(["strategy", "settings", *names, "seconds"], [cells for _, cells in rows])
+
+
+def describe(settings: object) -> str:
+    """Say what a run was weighed by.
+
+    Args:
+        settings: ``settings`` of its ``result.json``.
+
+    Returns:
+        One line; without what does not apply.
+    """
+    known: dict[str, object] = settings  # type: ignore[assignment]
+    words = [f"lr {known['lr']:g}"]
+    if known["strength"]:
+        words += [f"{name} {known[name]:g}" for name in ("strength", "damping") if known[name]]
+        words += ["balanced"] if known["balance"] == "adaptive" else []
+    return ", ".join(words)
 
 
 def _percent(values: Sequence[float]) -> str:

@@ -7,6 +7,7 @@ so that a run that was stopped gives the numbers of one that was not.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -18,15 +19,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kronfac.experiments.checkpoint import load_checkpoint, save_checkpoint
-from kronfac.experiments.continual.strategies import Memory, get_strategy
+from kronfac.experiments.continual.strategies import Memory, Options, get_strategy
 from kronfac.experiments.continual.streams import Task, get_stream
 from kronfac.experiments.errors import CheckpointError, ExperimentError
 from kronfac.experiments.files import make_folder, read_json, remove_leftovers, write_json, write_text
 
 _METRICS, _RESULT, _SETTINGS, _CHECKPOINT = "metrics.jsonl", "result.json", "settings.json", "checkpoint.pt"
 _STRIDE = 1_000_003
+#: Batches of a task that its first statistics are taken from.
+_STATISTICS = 20
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,11 @@ class Plan:
         stream: Name of the stream.
         strategy: Name of the strategy.
         strength: The strategy's strength, 0 where it has none.
+        damping: Added to a penalty's curvature.
+        balance: How a penalty is weighed, see `Options`.
         tasks: Number of tasks.
-        epochs: Passes through a task's data.
+        steps: Batches of a task.
+        held_out: Training examples of each task that are kept for the target accuracy instead.
         lr: Learning rate of Adam, which starts afresh with each task.
         batch_size: Examples of a batch.
         seed: Decides tasks, weights, batches and sampled labels.
@@ -47,11 +54,19 @@ class Plan:
     stream: str
     strategy: str
     strength: float
+    damping: float
+    balance: str
     tasks: int
-    epochs: int
+    steps: int
+    held_out: int
     lr: float
     batch_size: int
     seed: int
+
+    @property
+    def options(self) -> Options:
+        """What a penalty is weighed by."""
+        return Options(self.strength, self.damping, self.balance)
 
     @property
     def folder_name(self) -> str:
@@ -106,7 +121,8 @@ def run(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[str,
 
     Returns:
         The contents of ``result.json``: ``initial`` (accuracies before any training) and ``matrix`` (row i: accuracies
-        after task i), ``tasks`` (their names) and ``seconds``.
+        after task i), ``target`` (of each task right after it was learned, on what was held out; null if nothing was),
+        ``adapted`` (see there), ``tasks`` (their names) and ``seconds``.
     """
     listener = listener or Listener()
     make_folder(folder)
@@ -116,8 +132,8 @@ def run(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[str,
         return read_json(folder / _RESULT)
     write_json(folder / _SETTINGS, asdict(plan))
     stream = get_stream(plan.stream)
-    tasks, model = stream.tasks(plan.tasks, plan.seed), stream.model(plan.seed)
-    memory = get_strategy(plan.strategy).make(plan.strength)
+    tasks, model = stream.tasks(plan.tasks, plan.seed, plan.held_out), stream.model(plan.seed)
+    memory = get_strategy(plan.strategy).make(plan.options)
     rows: list[dict[str, object]] = []
     initial = [accuracy(model, task) for task in tasks]
     rows = _resume(plan, folder, model, memory)
@@ -129,11 +145,13 @@ def run(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[str,
             _remember(plan, folder, model, memory, tasks[index], index)
         seconds = time.perf_counter() - started
         accuracies = [accuracy(model, task) for task in tasks]
+        held = tasks[index].held_out
         rows.append(
             {
                 "task": index,
                 "name": tasks[index].name,
                 "accuracies": accuracies,
+                "target": None if held is None else accuracy(model, held),
                 "loss": loss,
                 "penalty": value,
                 "seconds": seconds,
@@ -146,6 +164,8 @@ def run(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[str,
         "tasks": [task.name for task in tasks],
         "initial": initial,
         "matrix": [row["accuracies"] for row in rows],
+        "target": [row["target"] for row in rows],
+        "adapted": adapted(model, tasks),
         "seconds": sum(float(str(row["seconds"])) for row in rows),
     }
     write_json(folder / _RESULT, result)
@@ -174,6 +194,28 @@ def accuracy(model: nn.Module, task: Task) -> float:
     return right / len(task.test_targets)
 
 
+@torch.no_grad()
+def adapted(model: nn.Module, tasks: Sequence[Task]) -> list[float] | None:
+    """Accuracy on each task with the statistics of the test batches themselves: the function in train mode.
+
+    Running statistics are those of the newest task alone; these show what the weights still know of the others.
+
+    Args:
+        model: The network; its running statistics are left as they are.
+        tasks: The tasks.
+
+    Returns:
+        From 0 to 1 for each task; None without batch norm.
+    """
+    twin = copy.deepcopy(model)
+    norms = [module for module in twin.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return None
+    for norm in norms:  # in eval mode, too, a batch norm without running statistics takes the batch's
+        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    return [accuracy(twin, task) for task in tasks]
+
+
 def _learn(
     plan: Plan, model: nn.Module, memory: Memory, tasks: Sequence[Task], listener: Listener
 ) -> tuple[float, float]:
@@ -182,32 +224,32 @@ def _learn(
     generator = torch.Generator().manual_seed(plan.seed * _STRIDE + len(tasks))
     optimizer = torch.optim.Adam(model.parameters(), lr=plan.lr)
     now = tasks if memory.replays else tasks[-1:]
-    steps = plan.epochs * max(1, len(tasks[-1].train_inputs) // plan.batch_size)
     loss = value = 0.0
-    orders = [_rows(task, generator, steps * plan.batch_size) for task in now]
-    for step in range(steps):
-        part = slice(step * plan.batch_size, (step + 1) * plan.batch_size)
-        optimizer.zero_grad()
-        # Replay sees a batch of every task, so that the newest is seen as often as by the others.
-        losses = [
-            F.cross_entropy(task.outputs(model(task.train_inputs[order[part]])), task.train_targets[order[part]])
-            for task, order in zip(now, orders, strict=True)
-        ]
-        total = task_loss = torch.stack(losses).mean()
-        penalty = memory.penalty(model)
-        if penalty is not None:
-            total = task_loss + penalty
-        total.backward()
-        optimizer.step()
-        if step % 20 == 0 or step + 1 == steps:
-            listener.stepped((step + 1) / steps)
-            loss, value = float(task_loss.detach()), 0.0 if penalty is None else float(penalty.detach())
-            if not math.isfinite(loss + value):
-                raise ExperimentError(
-                    f"{plan.strategy} on {plan.stream}, seed {plan.seed}, diverged at step {step} of task "
-                    f"{len(tasks)}; try a smaller strength or learning rate"
-                )
+    orders = [_rows(task, generator, plan.steps * plan.batch_size).split(plan.batch_size) for task in now]
+    first = [tasks[-1].train_inputs[rows] for rows in orders[-1][:_STATISTICS]]
+    with memory.learning(model, first):
+        for step in range(plan.steps):
+            optimizer.zero_grad()
+            # Replay sees a batch of every task, so that the newest is seen as often as by the others.
+            losses = [_task_loss(model, task, order[step]) for task, order in zip(now, orders, strict=True)]
+            task_loss = torch.stack(losses).mean()
+            total, penalty = memory.loss(task_loss, model)
+            total.backward()
+            optimizer.step()
+            if step % 20 == 0 or step + 1 == plan.steps:
+                listener.stepped((step + 1) / plan.steps)
+                loss, value = float(task_loss.detach()), 0.0 if penalty is None else float(penalty.detach())
+                if not math.isfinite(loss + value):
+                    raise ExperimentError(
+                        f"{plan.strategy} on {plan.stream}, seed {plan.seed}, diverged at step {step} of task "
+                        f"{len(tasks)}; try a smaller strength or learning rate"
+                    )
+    model.train()
     return loss, value
+
+
+def _task_loss(model: nn.Module, task: Task, rows: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(task.outputs(model(task.train_inputs[rows])), task.train_targets[rows])
 
 
 def _rows(task: Task, generator: torch.Generator, count: int) -> torch.Tensor:

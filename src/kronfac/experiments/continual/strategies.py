@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,29 @@ from torch import Tensor, nn
 import kronfac as kf
 from kronfac import continual
 from kronfac.approximations import APPROXIMATIONS
-from kronfac.continual import Penalty, QuadraticPenalty
+from kronfac.continual import Penalty, PenaltySum, QuadraticPenalty, RecentredDecay
 from kronfac.experiments.continual.streams import Task
+from kronfac.experiments.continual.views import FixedView, MergedView, View, estimation_batch
 from kronfac.experiments.errors import CheckpointError, ExperimentError, UnknownNameError
 
 #: Examples that a task's curvature is estimated on, at most.
 CURVATURE_EXAMPLES = 2000
-_BATCH = 500
+BALANCES = ("none", "adaptive")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a penalty is weighed by.
+
+    Attributes:
+        strength: Factor of the curvature.
+        damping: ``τ`` of ``C + τ I``, the curvature's mean over tasks: weight decay around the newest optimum.
+        balance: ``"none"``: ``L + Σ_j P_j``; ``"adaptive"``: `kronfac.continual.balance` of ``L`` and the mean ``P_j``.
+    """
+
+    strength: float = 0.0
+    damping: float = 0.0
+    balance: str = "none"
 
 
 class Memory:
@@ -28,16 +45,30 @@ class Memory:
     #: Whether it trains on the data of all tasks so far.
     replays = False
 
-    def penalty(self, model: nn.Module) -> Tensor | None:
-        """Give what is added to the task's loss.
+    @contextmanager
+    def learning(self, model: nn.Module, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """Go around the training of a task.
 
         Args:
+            model: The live network, in train mode.
+            inputs: Batches of the new task's inputs.
+
+        Yields:
+            Nothing.
+        """
+        yield
+
+    def loss(self, task_loss: Tensor, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Give what is minimised.
+
+        Args:
+            task_loss: The task's loss, of a batch that the network was shown just now.
             model: The live network.
 
         Returns:
-            A 0-dim tensor, or None for nothing.
+            The loss, and the penalty in it if there is one.
         """
-        return None
+        return task_loss, None
 
     def remember(self, model: nn.Module, task: Task, seed: int) -> None:
         """Take in a task that was learned.
@@ -74,23 +105,53 @@ class PenaltyMemory(Memory):
     """A penalty that grows with each task.
 
     Args:
-        strength: Factor of each task's term.
+        options: What it is weighed by.
+        view: The weights that it acts on.
     """
 
-    def __init__(self, strength: float) -> None:
-        self.strength = strength
+    def __init__(self, options: Options, view: View | None = None) -> None:
+        self.options = options
+        self.view = View() if view is None else view
         self.kept: Penalty | None = None
+        self._damping: Penalty | None = None
 
-    def penalty(self, model: nn.Module) -> Tensor | None:
-        """Evaluate the penalty.
+    @contextmanager
+    def learning(self, model: nn.Module, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """Let the view prepare the network, and set the damping around the newest optimum.
 
         Args:
+            model: The live network, in train mode.
+            inputs: Batches of the new task's inputs.
+
+        Yields:
+            Nothing.
+        """
+        if self.kept is not None and self.options.damping:
+            quadratic = [term for term in terms(self.kept) if isinstance(term, QuadraticPenalty)]
+            strength = self.options.strength * self.options.damping
+            self._damping = RecentredDecay(quadratic[-1].anchor, strength) if quadratic else None
+        with self.view.learning(model, inputs, later=self.kept is not None):
+            yield
+
+    def loss(self, task_loss: Tensor, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Add the penalty.
+
+        Args:
+            task_loss: The task's loss.
             model: The live network.
 
         Returns:
-            A 0-dim tensor; None before the first task is learned.
+            The loss, and the sum of the tasks' penalties.
         """
-        return None if self.kept is None else self.kept(model)
+        if self.kept is None:
+            return task_loss, None
+        live, tasks = self.view.live(model), count_tasks(self.kept)
+        value = self.kept(live)
+        if self._damping is not None:
+            value = value + tasks * self._damping(live)
+        if self.options.balance == "adaptive":
+            return continual.balance(task_loss, value / tasks, tasks).loss, value
+        return task_loss + value, value
 
     def save(self, path: Path) -> None:
         """Write the penalty.
@@ -128,21 +189,29 @@ class Centre(PenaltyMemory):
             task: The task.
             seed: Unused.
         """
-        self.kept = continual.recentred_decay(model, self.strength)
+        self.kept = continual.recentred_decay(model, self.options.strength)
 
 
 class Quadratic(PenaltyMemory):
     """A quadratic penalty with a curvature for each task.
 
     Args:
-        strength: Factor of each task's term.
+        options: What it is weighed by.
         approximation: Name of the approximation.
         online: Keep one anchor, the newest optimum, and the sum of all curvatures.
         combine: How curvatures are then added, see `QuadraticPenalty.update`.
+        view: The weights that it acts on.
     """
 
-    def __init__(self, strength: float, approximation: str, online: bool = False, combine: str = "exact") -> None:
-        super().__init__(strength)
+    def __init__(
+        self,
+        options: Options,
+        approximation: str,
+        online: bool = False,
+        combine: str = "exact",
+        view: View | None = None,
+    ) -> None:
+        super().__init__(options, view)
         self.approximation, self.online, self.combine = approximation, online, combine
 
     def remember(self, model: nn.Module, task: Task, seed: int) -> None:
@@ -154,22 +223,46 @@ class Quadratic(PenaltyMemory):
             seed: Of the examples chosen and the labels drawn.
         """
         order = torch.randperm(len(task.train_inputs), generator=torch.Generator().manual_seed(seed))
-        rows = order[:CURVATURE_EXAMPLES]
-        pairs = [(task.train_inputs[part], task.train_targets[part]) for part in rows.split(_BATCH)]
+        rows = order[:CURVATURE_EXAMPLES].split(estimation_batch(model))
         curvature = kf.estimate(
-            model,
+            self.view.subject(model),
             kf.Categorical(),
-            pairs,
+            [(task.train_inputs[part], task.train_targets[part]) for part in rows],
             approximation=self.approximation,
             source="sampled",
             seed=seed,
             outputs=task.outputs,
         )
+        anchor = self.view.anchor(model)
         if self.online and isinstance(self.kept, QuadraticPenalty):
-            self.kept = self.kept.update(curvature, decay=1.0, combine=self.combine)
+            self.kept = self.kept.update(curvature, anchor, decay=1.0, combine=self.combine)
         else:
-            term = QuadraticPenalty(curvature, strength=self.strength)
+            term = QuadraticPenalty(curvature, anchor, strength=self.options.strength)
             self.kept = term if self.kept is None else self.kept + term
+
+
+def terms(penalty: Penalty) -> tuple[Penalty, ...]:
+    """Dissolve a sum.
+
+    Args:
+        penalty: A penalty.
+
+    Returns:
+        Its terms.
+    """
+    return penalty.terms if isinstance(penalty, PenaltySum) else (penalty,)
+
+
+def count_tasks(penalty: Penalty) -> int:
+    """Count the tasks that a penalty stands for.
+
+    Args:
+        penalty: A penalty.
+
+    Returns:
+        At least 1.
+    """
+    return sum(term.tasks if isinstance(term, QuadraticPenalty) else 1 for term in terms(penalty))
 
 
 @dataclass(frozen=True)
@@ -180,14 +273,14 @@ class Strategy:
         name: What it is asked for by.
         title: Its name for people.
         description: One line for people.
-        make: Makes an empty memory from the strength.
+        make: Makes an empty memory.
         strength: The default strength; None where there is no such setting.
     """
 
     name: str
     title: str
     description: str
-    make: Callable[[float], Memory]
+    make: Callable[[Options], Memory]
     strength: float | None = None
 
     def checked(self, strength: object) -> float:
@@ -223,24 +316,45 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy("joint", "joint", "trains on the data of all tasks so far", lambda _: Replay()),
         Strategy("l2", "L2 anchor", "squared distance from the newest optimum", Centre, 0.2),
         Strategy(
-            "ewc", "EWC", "diagonal Fisher for each task, at its optimum", lambda s: Quadratic(s, "diagonal"), 10.0
+            "ewc", "EWC", "diagonal Fisher for each task, at its optimum", lambda o: Quadratic(o, "diagonal"), 10.0
         ),
         Strategy(
             "online-ewc",
             "online EWC",
             "sum of diagonal Fishers around the newest optimum",
-            lambda s: Quadratic(s, "diagonal", online=True),
+            lambda o: Quadratic(o, "diagonal", online=True),
             30.0,
         ),
         Strategy(
-            "kfac", "KFAC penalty", "Kronecker-factored Fisher for each task", lambda s: Quadratic(s, "kfac"), 30.0
+            "kfac", "KFAC penalty", "Kronecker-factored Fisher for each task", lambda o: Quadratic(o, "kfac"), 30.0
         ),
         Strategy(
             "online-kfac",
             "online KFAC",
             "nearest Kronecker product to the sum, around the newest optimum",
-            lambda s: Quadratic(s, "kfac", online=True, combine="nearest"),
+            lambda o: Quadratic(o, "kfac", online=True, combine="nearest"),
             30.0,
+        ),
+        Strategy(
+            "fixed-bn",
+            "KFAC, batch norm fixed",
+            "online KFAC; batch norm keeps the first task's statistics",
+            lambda o: Quadratic(o, "kfac", online=True, combine="nearest", view=FixedView()),
+            10.0,
+        ),
+        Strategy(
+            "merged-kfac",
+            "KFAC, batch norm merged",
+            "online KFAC on weights merged with batch norm, which takes each task's statistics",
+            lambda o: Quadratic(o, "kfac", online=True, combine="nearest", view=MergedView()),
+            10.0,
+        ),
+        Strategy(
+            "online-xkfac",
+            "online XK-FAC",
+            "online KFAC's with the curvature that batch norm makes between examples",
+            lambda o: Quadratic(o, "xkfac", online=True, combine="nearest"),
+            10.0,
         ),
     )
 }
@@ -261,5 +375,5 @@ def get_strategy(name: str) -> Strategy:
     if name in STRATEGIES:
         return STRATEGIES[name]
     if name in APPROXIMATIONS:
-        return Strategy(name, f"{name} penalty", "a penalty for each task", lambda s: Quadratic(s, name), 30.0)
+        return Strategy(name, f"{name} penalty", "a penalty for each task", lambda o: Quadratic(o, name), 30.0)
     raise UnknownNameError("strategy", name, [*STRATEGIES, *(n for n in APPROXIMATIONS if n not in STRATEGIES)])

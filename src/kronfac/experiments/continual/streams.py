@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,11 @@ from kronfac.experiments.datasets import load
 from kronfac.experiments.datasets.base import Dataset
 from kronfac.experiments.errors import ExperimentError, UnknownNameError
 from kronfac.experiments.models.initialise import initialise, mark_linear
+from kronfac.experiments.models.resnet import ResNet
 from kronfac.experiments.models.small import perceptron, small_convolutional
 
+#: Images for training and for testing, standardised.
+Images = tuple[Tensor, Tensor]
 #: The stream's own random numbers are far from those of training.
 _SEED = 7_919
 
@@ -31,6 +35,8 @@ class Task:
         test_inputs: As in training.
         test_targets: As in training.
         classes: The outputs of the network that the task uses; None for all.
+        held_out: The same task with held-out training examples as its test set, to choose hyper-parameters by; None
+            where nothing is held out.
     """
 
     name: str
@@ -39,6 +45,31 @@ class Task:
     test_inputs: Tensor
     test_targets: Tensor
     classes: tuple[int, ...] | None = None
+    held_out: Task | None = None
+
+    def holding_out(self, count: int) -> Task:
+        """Keep the last training examples for choosing hyper-parameters.
+
+        Args:
+            count: How many.
+
+        Returns:
+            The task, without them in its training set.
+
+        Raises:
+            ExperimentError: If the task has no more than that.
+        """
+        if count == 0:
+            return self
+        if not 0 < count < len(self.train_inputs):
+            raise ExperimentError(f"{count} of the {len(self.train_inputs)} training examples cannot be held out")
+        held = replace(self, test_inputs=self.train_inputs[-count:], test_targets=self.train_targets[-count:])
+        return replace(
+            self,
+            train_inputs=self.train_inputs[:-count],
+            train_targets=self.train_targets[:-count],
+            held_out=held,
+        )
 
     def outputs(self, outputs: Tensor) -> Tensor:
         """Pick the outputs that the task uses.
@@ -66,6 +97,7 @@ class Stream:
         epochs: Passes through a task's data, unless others are asked for.
         lr: Learning rate of Adam.
         batch_size: Examples of a batch.
+        pool: Pixels on each side of the squares that images are averaged over first.
     """
 
     name: str
@@ -77,31 +109,50 @@ class Stream:
     epochs: int
     lr: float = 1e-3
     batch_size: int = 100
+    pool: int = 1
 
-    def tasks(self, count: int, seed: int) -> list[Task]:
-        """Make the tasks.
+    def check(self, count: int) -> None:
+        """Refuse a number of tasks that there cannot be.
 
         Args:
             count: How many.
-            seed: Decides permutations and which classes come first.
-
-        Returns:
-            The tasks in order.
 
         Raises:
             ExperimentError: If there cannot be that many.
         """
         if count < 1:
             raise ExperimentError(f"tasks must be at least 1, got {count}")
-        data = load(self.dataset)
-        fitting = [n for n in range(1, data.classes // 2 + 1) if data.classes % n == 0]
-        if self.kind == "split" and count not in fitting:
+        if self.kind != "split":
+            return
+        classes = load(self.dataset).classes
+        fitting = [n for n in range(1, classes // 2 + 1) if classes % n == 0]
+        if count not in fitting:
             raise ExperimentError(
-                f"{self.name} shares {data.classes} classes out among its tasks, two at least: tasks must be one of "
+                f"{self.name} shares {classes} classes out among its tasks, two at least: tasks must be one of "
                 f"{fitting}, got {count}"
             )
+
+    def tasks(self, count: int, seed: int, held_out: int = 0) -> list[Task]:
+        """Make the tasks.
+
+        Args:
+            count: How many.
+            seed: Decides permutations and which classes come first.
+            held_out: Training examples of each task to hold out.
+
+        Returns:
+            The tasks in order.
+
+        Raises:
+            ExperimentError: If there cannot be that many.
+        """  # noqa: DOC502
+        self.check(count)
+        data = load(self.dataset)
         generator = torch.Generator().manual_seed(_SEED * (seed + 1))
-        return list(_MAKERS[self.kind](data, count, generator, self.flat))
+        train, test = (F.avg_pool2d(part, self.pool) for part in data.standardised())
+        return [
+            task.holding_out(held_out) for task in _MAKERS[self.kind](data, (train, test), count, generator, self.flat)
+        ]
 
     def model(self, seed: int) -> nn.Module:
         """Make the network.
@@ -117,45 +168,42 @@ class Stream:
             return self.build()
 
 
-def _permuted(data: Dataset, count: int, generator: torch.Generator, flat: bool) -> list[Task]:
+def _permuted(data: Dataset, images: Images, count: int, generator: torch.Generator, flat: bool) -> list[Task]:
     """Pixels in an order of the task's own; the first task has them as they are."""
-    train, test = data.standardised()
-    shape, tasks = train.shape[1:], []
+    shape, tasks = images[0].shape[1:], []
     for index in range(count):
         pixels = shape.numel()
         order = torch.arange(pixels) if index == 0 else torch.randperm(pixels, generator=generator)
-        parts = [images.flatten(1)[:, order] for images in (train, test)]
+        parts = [part.flatten(1)[:, order] for part in images]
         tasks.append(_task(f"permutation {index + 1}", data, *(p if flat else p.view(-1, *shape) for p in parts)))
     return tasks
 
 
-def _rotated(data: Dataset, count: int, generator: torch.Generator, flat: bool) -> list[Task]:
+def _rotated(data: Dataset, images: Images, count: int, generator: torch.Generator, flat: bool) -> list[Task]:
     """Images turned by 0 … 180 degrees, the last one excluded, in equal steps."""
-    train, test = data.standardised()
     tasks = []
     for index in range(count):
         angle = 180.0 * index / count
-        parts = [rotate(images, angle) for images in (train, test)]
+        parts = [rotate(part, angle) for part in images]
         tasks.append(_task(f"{angle:g} degrees", data, *(p.flatten(1) if flat else p for p in parts)))
     return tasks
 
 
-def _split(data: Dataset, count: int, generator: torch.Generator, flat: bool) -> list[Task]:
+def _split(data: Dataset, images: Images, count: int, generator: torch.Generator, flat: bool) -> list[Task]:
     """A few classes at a time; each task has outputs of its own (task-incremental learning)."""
-    train, test = data.standardised()
     order = torch.randperm(data.classes, generator=generator).view(count, -1)
     tasks = []
     for row in order.sort(1).values:
         parts = []
-        for images, labels in ((train, data.train.labels), (test, data.test.labels)):
+        for whole, labels in zip(images, (data.train.labels, data.test.labels), strict=True):
             chosen = torch.isin(labels, row)
-            parts += [images[chosen].flatten(1) if flat else images[chosen], torch.searchsorted(row, labels[chosen])]
+            parts += [whole[chosen].flatten(1) if flat else whole[chosen], torch.searchsorted(row, labels[chosen])]
         classes = tuple(row.tolist())
         tasks.append(Task("classes " + ", ".join(map(str, classes)), parts[0], parts[1], parts[2], parts[3], classes))
     return tasks
 
 
-_MAKERS: dict[str, Callable[[Dataset, int, torch.Generator, bool], list[Task]]] = {
+_MAKERS: dict[str, Callable[[Dataset, Images, int, torch.Generator, bool], list[Task]]] = {
     "permuted": _permuted,
     "rotated": _rotated,
     "split": _split,
@@ -228,6 +276,21 @@ def _streams() -> dict[str, Stream]:
             batch = 50 if key == "digits" else 100
             description = f"{words}; {network}, {epochs} epochs a task"
             found[name] = Stream(name, description, dataset, kind, build, flat, epochs, batch_size=batch)
+    # Data set, units of a perceptron (none for ResNet-8), pixels to average over.
+    normed: dict[str, tuple[str, list[int], int]] = {
+        "permuted-digits-bn": ("digits", [64, 100, 100, 10], 1),
+        "permuted-mnist-bn": ("mnist", [784, 100, 100, 10], 1),
+        "permuted-mnist14-bn": ("mnist", [196, 100, 100, 10], 2),
+        "split-cifar10-resnet8": ("cifar10", [], 1),
+    }
+    for name, (dataset, widths, pool) in normed.items():
+        kind = name.partition("-")[0]
+        epochs, batch = (30, 50) if dataset == "digits" else (1 if widths else 5, 100)
+        network = f"MLP {'-'.join(map(str, widths))}" if widths else "ResNet-8"
+        build = partial(perceptron, widths, norm=True) if widths else partial(ResNet, 1)
+        size = ", 2x2 pixels averaged" if pool > 1 else ""
+        description = f"{_WORDS[kind]}; {network} with batch norm{size}, {epochs} epochs a task"
+        found[name] = Stream(name, description, dataset, kind, build, bool(widths), epochs, batch_size=batch, pool=pool)
     found["split-digits-cnn"] = Stream(
         "split-digits-cnn",
         f"{_WORDS['split']}; 2 convolutions, 20 epochs a task",

@@ -10,18 +10,19 @@ from torch import nn
 from kronfac.experiments.models.initialise import initialise, mark_linear
 
 
-def perceptron(widths: Sequence[int]) -> nn.Sequential:
+def perceptron(widths: Sequence[int], norm: bool = False) -> nn.Sequential:
     """Build a fully-connected classifier with rectified hidden units.
 
     Args:
         widths: Units per layer, from the inputs to the classes.
+        norm: Whether batch norm stands before each rectification.
 
     Returns:
         A network from ``[N, widths[0]]`` to logits ``[N, widths[-1]]``.
     """
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths[:-1]):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        layers += [nn.Linear(inputs, outputs), *([nn.BatchNorm1d(outputs)] if norm else []), nn.ReLU()]
     layers.append(mark_linear(nn.Linear(widths[-2], widths[-1])))
     return initialise(nn.Sequential(*layers))  # type: ignore[return-value]
 

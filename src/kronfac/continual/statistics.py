@@ -1,0 +1,113 @@
+"""Statistics of the activations that batch norm sees: of each training batch, and of new data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+from kronfac.continual.pairs import statistic
+
+
+class BatchStatistics(Mapping[str, tuple[Tensor, Tensor]]):
+    """Mean and (biased) variance of the newest batch at each batch norm in train mode, differentiable.
+
+    A context: hooks are set when it is entered and removed when it is left. An entry is there once a batch has passed
+    in train mode, and gone after one in eval mode.
+
+    Args:
+        norms: Batch norms by name.
+    """
+
+    def __init__(self, norms: Mapping[str, _BatchNorm]) -> None:
+        self._norms = dict(norms)
+        self._found: dict[str, tuple[Tensor, Tensor]] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for name, norm in self._norms.items():
+
+            def keep(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
+                self._found.pop(name, None)
+                if module.training:
+                    variance, mean = torch.var_mean(inputs[0], _axes(inputs[0]), correction=0)
+                    self._found[name] = (mean, variance)
+
+            self._handles.append(norm.register_forward_pre_hook(keep))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._found.clear()
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def measured(
+    model: nn.Module, norms: Mapping[str, _BatchNorm], inputs: Iterable[Any]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Measure what each batch norm of a model in eval mode sees.
+
+    Args:
+        model: The model; its modes are restored.
+        norms: Its batch norms by name.
+        inputs: Batches of inputs.
+
+    Returns:
+        Mean and unbiased variance over all batches together, by name.
+
+    Raises:
+        ValueError: If there is no batch.
+    """
+    # Sums about the first batch's mean: squares of a large mean would drown a small variance.
+    centres: dict[str, Tensor] = {}
+    sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+    handles = []
+    for name, norm in norms.items():
+
+        def add(module: nn.Module, given: tuple[Any, ...], name: str = name) -> None:
+            x = given[0].detach()
+            axes, count = _axes(x), x.numel() // x.shape[1]
+            variance, mean = torch.var_mean(x.double(), axes, correction=0)
+            shift = mean - centres.setdefault(name, mean)
+            first, second, total = sums.get(name, (torch.zeros_like(mean), torch.zeros_like(mean), 0))
+            sums[name] = (first + count * shift, second + count * (variance + shift.square()), total + count)
+
+        handles.append(norm.register_forward_pre_hook(add))
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in inputs:
+                model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not sums:
+        raise ValueError("inputs is empty: no batch to take statistics from")
+    found = {}
+    for name, (first, second, total) in sums.items():
+        mean = first / total
+        variance = (second / total - mean.square()).clamp(min=0) * (total / max(total - 1, 1))
+        dtype = statistic(norms[name].running_mean).dtype
+        found[name] = ((centres[name] + mean).to(dtype), variance.to(dtype))
+    return found
+
+
+def _axes(x: Tensor) -> list[int]:
+    return [axis for axis in range(x.ndim) if axis != 1]
