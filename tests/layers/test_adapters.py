@@ -193,6 +193,16 @@ def test_reading_train_mode_batch_norm_leaves_its_buffers() -> None:
     assert all(torch.equal(value, before[key]) for key, value in module.named_buffers())
 
 
+@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 5), (3, 3, 4, 2)])
+def test_gradients_of_train_mode_batch_norm_are_those_of_the_normalised_input(shape: tuple[int, ...]) -> None:
+    """Far from zero too, where sums of products alone would cancel."""
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(shape)]
+    adapter = adapt(kind(3, eps=0.1).double().train(), "layer")
+    x, g = draw(*shape) + 1000.0, draw(*shape, seed=1)
+    rows = adapter.expand(x) * adapter.expand_cotangents(g)
+    torch.testing.assert_close(adapter.per_example_gradients(x, g).squeeze(-2), rows.sum(1), rtol=1e-10, atol=1e-11)
+
+
 REFUSED: dict[str, tuple[nn.Module, str, str]] = {
     "max_norm": (nn.Embedding(3, 2, max_norm=1.0), "expand", "max_norm"),
     "scale_grad_by_freq": (nn.Embedding(3, 2, scale_grad_by_freq=True), "expand", "scale_grad_by_freq"),

@@ -12,6 +12,7 @@ from tests.exactness_helpers import draw
 from torch import Tensor, nn
 
 from kronfac.layers import adapt
+from kronfac.layers.conv_lags import add_by_lags_, lags_pay
 from kronfac.layers.conv_moments import _neighbour_taps, add_row_correlation_, row_correlation_pays
 from kronfac.layers.geometry import Geometry, column_sums, im2col
 from kronfac.linalg.symmetric import mirror_
@@ -117,9 +118,10 @@ def test_both_forms_equal_im2col_over_a_grid_of_shapes() -> None:
     def compare(case: Convolution) -> None:
         module, x = case.module(), case.input()
         geometry = Geometry.of(module)
-        taken = row_correlation_pays(geometry, case.size)
+        by_lags = lags_pay(x, geometry)
+        taken = by_lags or row_correlation_pays(geometry, case.size)
         fast.append(taken)
-        event("row correlation" if taken else "im2col")
+        event("lags" if by_lags else "row correlation" if taken else "im2col")
         rows = rows_by_forward(module, x)
         check(im2col(x, geometry).flatten(0, 1).movedim(1, 0), rows)
         check(column_sums(x, geometry), rows.sum(1))
@@ -191,7 +193,7 @@ def test_the_layer_takes_the_fast_path_only_without_weights(weighted: bool, monk
     import kronfac.layers.conv_weighted as with_weights
 
     calls: list[str] = []
-    for module, name in ((unweighted, "add_row_correlation_"), (with_weights, "_patch_columns")):
+    for module, name in ((unweighted, "add_by_lags_"), (with_weights, "_patch_columns")):
         original = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *a, _name=name, _original=original: (calls.append(_name), _original(*a))[1]
@@ -200,7 +202,7 @@ def test_the_layer_takes_the_fast_path_only_without_weights(weighted: bool, monk
     x = draw(2, 3, 8, 8)
     total = torch.zeros(28, 28, dtype=torch.float64)
     adapter.add_input_gram_(total, x, draw(2, 64).square() if weighted else None)
-    assert calls == ["_patch_columns" if weighted else "add_row_correlation_"]
+    assert calls == ["_patch_columns" if weighted else "add_by_lags_"]
 
 
 def test_weights_of_positions_enter_the_moment() -> None:
@@ -266,3 +268,58 @@ def test_transposed_rows_times_the_weight_are_the_output(
     total = torch.zeros(*adapter.stack, adapter.d_in, adapter.d_in, dtype=torch.float64)
     adapter.add_input_gram_(total, x)
     check(mirror_(total), torch.einsum("bs...i,bs...j->...ij", rows, rows))
+
+
+def test_autocorrelations_equal_im2col_where_taps_miss_much_and_little() -> None:
+    """Both ways to the lags, with the rims subtracted, also for shapes for which this form does not pay."""
+    paying: list[bool] = []
+
+    @settings(max_examples=120, deadline=None, derandomize=True, database=None)
+    @given(
+        channels=st.sampled_from([1, 2, 3, 15, 16, 17]),
+        kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+        dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+        padding=st.tuples(st.integers(0, 5), st.integers(0, 5)),
+        beyond=st.tuples(st.integers(0, 12), st.integers(0, 12)),
+        batch=st.integers(1, 4),
+        dtype=st.sampled_from([torch.float32, torch.float64]),
+    )
+    def compare(channels, kernel, dilation, padding, beyond, batch, dtype) -> None:
+        parts = zip(kernel, dilation, padding, beyond, strict=True)
+        size = [max(1, d * (k - 1) + 1 - 2 * p) + more for k, d, p, more in parts]
+        geometry = Geometry(kernel, (1, 1), dilation, tuple((p, p) for p in padding), "constant", 1)
+        x = draw(batch, channels, *size).to(dtype)
+        paying.append(lags_pay(x, geometry))
+        rows = im2col(x.double(), geometry).flatten(0, 2)
+        total = torch.zeros(rows.shape[1], rows.shape[1], dtype=dtype)
+        add_by_lags_(total, x, geometry, alpha=0.5)
+        # Relative to the whole map: what the taps miss was in the sums.
+        scale = x.double().square().sum((0, 2, 3)).max()
+        error = (mirror_(total).double() - 0.5 * rows.T @ rows).abs().max() / scale
+        assert float(error) <= (1e-6 if dtype == torch.float32 else 1e-14)
+
+    compare()
+    assert 20 <= sum(paying) <= len(paying) - 20, f"this form pays {sum(paying)} times in {len(paying)}"
+
+
+@pytest.mark.parametrize(("channels", "size", "kernel"), [(3, 32, 5), (16, 32, 3), (32, 16, 5), (64, 8, 3)])
+def test_float32_moments_of_the_benchmark_shapes_are_those_of_the_plain_product(
+    channels: int, size: int, kernel: int
+) -> None:
+    module = nn.Conv2d(channels, 2, kernel, padding=kernel // 2, bias=False)
+    x = draw(64, channels, size, size).float().relu()
+    adapter, total = adapt(module, "conv"), torch.zeros(channels * kernel**2, channels * kernel**2)
+    assert lags_pay(x, Geometry.of(module))
+    adapter.add_input_gram_(total, x)
+    wanted = torch.zeros(1, *total.shape, dtype=torch.float64)
+    add_row_correlation_(wanted, x.double(), Geometry.of(module))
+    assert float((mirror_(total) - mirror_(wanted[0])).abs().max() / wanted.abs().max()) <= 1e-6
+
+
+def test_lags_are_left_to_libraries_that_keep_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, geometry = draw(2, 16, 16, 16).float(), Geometry.of(nn.Conv2d(16, 2, 3, padding=1))
+    assert lags_pay(x, geometry)
+    assert not lags_pay(x.double(), geometry)  # its weight gradient is slow
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert not lags_pay(x, geometry)
+    assert lags_pay(x[:, :3], geometry)  # these are matrix products of its own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from kronfac.layers.base import LayerAdapter, flat_weights, require_float, with_ones
@@ -73,17 +74,21 @@ class ConvAdapter(LayerAdapter):
         return add_conv_gram_(stacked, x, self.geometry, ones=self.has_bias, alpha=alpha)
 
     def add_output_gram_(self, total: Tensor, g: Tensor, scale: float = 1.0, weights: Tensor | None = None) -> None:
-        """Add the cotangents' second moment, channels first: one transposed copy, no interleaving."""
+        """Add the cotangents' second moment."""
         if self.sharing == "reduce":
             super().add_output_gram_(total, g, scale, weights)
             return
-        g = self._image(g)
-        columns = g.flatten(2).transpose(0, 1).reshape(*self.stack, self.d_out, -1)
+        columns = self._image(g).reshape(g.shape[0], *self.stack, self.d_out, -1)
+        if weights is None and columns.shape[-1] >= self.d_out and total.device.type == "cpu":
+            # One small product for each example, where it lies.
+            columns = columns.flatten(0, -3)
+            products = torch.bmm(columns, columns.mT).view(g.shape[0], *total.shape)
+            total.add_(products.sum(0), alpha=scale)
+            return
+        # Channels first: one transposed copy, no interleaving.
+        columns = columns.movedim(0, -2).flatten(-2)
         left = columns if weights is None else columns * flat_weights(weights.to(g.dtype)).unsqueeze(-2)
-        if self.stack:
-            add_product_(total, left.mT, columns.mT, alpha=scale)
-        else:
-            add_product_(total, left.mT, columns.mT, alpha=scale, symmetric=True)
+        add_product_(total, left.mT, columns.mT, alpha=scale, symmetric=not self.stack)
 
     def input_norms(self, x: Tensor) -> Tensor:
         """Return ``|ā|²`` as ``[B, T, *stack]``, without patches."""

@@ -18,6 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kronfac.layers.conv_lags import add_by_lags_, lags_pay
 from kronfac.layers.conv_lines import LinePair, add_block_, examples_at_once, line_pairs, unfold_lines, zero_padded
 from kronfac.layers.geometry import Geometry, column_sums, im2col
 from kronfac.linalg.symmetric import add_gram_, add_product_
@@ -169,7 +170,10 @@ def add_conv_gram_(total: Tensor, x: Tensor, geometry: Geometry, *, ones: bool, 
     """
     inner = total[:, :-1, :-1] if ones else total
     count = float(x.shape[0] * math.prod(geometry.output_size(tuple(x.shape[2:]))))
-    if row_correlation_pays(geometry, tuple(x.shape[2:])):
+    if lags_pay(x, geometry):
+        add_by_lags_(inner[0], x, geometry, alpha)
+        sums = column_sums(x, geometry) if ones else None
+    elif row_correlation_pays(geometry, tuple(x.shape[2:])):
         add_row_correlation_(inner, x, geometry, alpha)
         sums = column_sums(x, geometry) if ones else None
     else:

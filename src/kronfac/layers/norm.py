@@ -97,6 +97,22 @@ class ChannelNorm(NormAdapter):
     def _units_last(self, tensor: Tensor) -> Tensor:
         return tensor.movedim(1, -1).reshape(tensor.shape[0], -1, self._units)
 
+    def per_example_gradients(self, x: Tensor, g: Tensor) -> Tensor:
+        """As for all norms; for batch norm over the batch by sums of products, without the normalised input."""
+        module = self.module
+        if not isinstance(module, _BatchNorm) or not (module.training or module.running_mean is None):
+            return super().per_example_gradients(x, g)
+        x, g = (require_float(each).reshape(*each.shape[:2], -1) for each in (x, g))
+        parts = []
+        if self.has_weight:
+            count = x.shape[0] * x.shape[2]
+            x = x - (x.sum(2).sum(0) / count).unsqueeze(1)
+            variance = torch.linalg.vecdot(x, x).sum(0) / count
+            parts.append(torch.linalg.vecdot(x, g) * (variance + module.eps).rsqrt())
+        if self.has_bias:
+            parts.append(g.sum(2))
+        return torch.stack(parts, dim=-1).unsqueeze(-2)
+
     def normalise(self, x: Tensor) -> Tensor:
         """Normalise as the forward did, without touching running statistics."""
         module = self.module
