@@ -64,6 +64,8 @@ def test_pooling_refuses_odd_sides() -> None:
 # -------------------------------------------------------------------------------------------------------------- rows
 def test_rows_are_the_papers() -> None:
     assert len([row for row in ROWS.values() if row.paper]) == 15
+    assert ROWS["so-0.33-each"].values["factor_damping"] == 0.01
+    assert [row.key for row in choose(["so"])] == ["so-0.33", "so-0.5", "so-0.7", "so-0.8"]
     assert all(len(row.paper) in (0, len(COLUMNS)) for row in ROWS.values())
     best = [row.key for row in choose(["best"])]
     assert best == ["kfac-0.95", "so-0.33", "q-0.5", "qe-0.07", "kfac-ours"]

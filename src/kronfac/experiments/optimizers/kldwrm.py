@@ -33,6 +33,7 @@ _APPROXIMATION = Option(
     "what of the curvature is kept",
 )
 _MODEL = (
+    _RULE,
     _APPROXIMATION,
     Option(
         "solve",

@@ -19,7 +19,7 @@ _OWN = (
     Option("scheme", "normal", choice("normal", "trace_restricted"), "how blocks are damped"),
     Option("nu", 1e-2, number(0.0, open_low=True), "least trace of a block with scheme=trace_restricted"),
 )
-_REPLACED = {"approximation", "damping_rule", *(option.name for option in _OWN)}
+_REPLACED = {"approximation", "damping_rule", "factor_damping", *(option.name for option in _OWN)}
 
 
 def _tkfac(

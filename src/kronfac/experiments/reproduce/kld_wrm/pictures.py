@@ -27,7 +27,7 @@ def write_pictures(folder: Path, runs: Mapping[str, Sequence[RunResult]]) -> lis
     """
     need("matplotlib", "experiments")
     drawn = [ROWS[key] for key in runs if runs[key]]
-    best = [row for row in drawn if row.best or not row.paper]
+    best = [row for row in drawn if row.best or row.key == "kfac-ours"]
     written = []
     for name, measure in (("accuracy", "test accuracy [%]"), ("loss", "test loss")):
         if best:
