@@ -5,8 +5,8 @@
 
 Every round runs each part once, in turn, so that what else the machine does falls on all of them alike; the figures are
 medians over rounds, as ratios to forward+backward of the same model and batch, with the quartiles of the ratio.
-The visible cost of an asynchronous inverse is what it adds to forwards and backwards meanwhile: on a free core with fewer
-threads than cores, and not to be had from ``--processor-time``.
+The visible cost of an asynchronous inverse is what it adds to forwards and backwards meanwhile: on a free core with
+fewer threads than cores, and not to be had from ``--processor-time``.
 ``--parts`` leaves whole steps out; ``--processor-time`` with one thread counts what this process was given, for a
 machine that is shared.
 """
