@@ -5,6 +5,8 @@
 
 Every round runs each part once, in turn, so that what else the machine does falls on all of them alike; the figures are
 medians over rounds, as ratios to forward+backward of the same model and batch, with the quartiles of the ratio.
+The visible cost of an asynchronous inverse is what it adds to forwards and backwards meanwhile: on a free core with
+fewer threads than cores, and not to be had from ``--processor-time``.
 ``--parts`` leaves whole steps out; ``--processor-time`` with one thread counts what this process was given, for a
 machine that is shared.
 """
@@ -23,6 +25,8 @@ from workloads import NAMES, Workload, make
 import kronfac as kf
 from kronfac.optim import KFAC, TKFAC
 
+#: Forwards and backwards beside which an asynchronous inverse is computed.
+BESIDE = 10
 CLOCKS = {False: time.perf_counter, True: time.process_time}
 processor_time = False
 
@@ -64,6 +68,20 @@ def parts(work: Workload) -> dict[str, Callable[[], object]]:
 
         refresh({}, optimizer._estimator.statistics, damping.__getitem__, optimizer._rule)
 
+    def inverse_beside() -> None:
+        from kronfac.optim.background import submit
+        from kronfac.optim.preconditioning import snapshot
+
+        statistics, rule = optimizer._estimator.statistics, optimizer._rule
+        pending = submit(lambda: snapshot(statistics, damping.__getitem__, rule), 0, BESIDE)
+        for _ in range(BESIDE):
+            without()
+        pending.result()
+
+    def alone() -> None:
+        for _ in range(BESIDE):
+            without()
+
     def precondition() -> None:
         optimizer._directions(gradients)
 
@@ -72,6 +90,8 @@ def parts(work: Workload) -> dict[str, Callable[[], object]]:
         "with statistics": with_statistics,
         "with statistics of TKFAC": with_paired_statistics,
         "inverse": inverse,
+        "alone": alone,
+        "inverse beside": inverse_beside,
         "precondition": precondition,
     }
 
@@ -115,6 +135,9 @@ def measure(name: str, rounds: int, parts_only: bool) -> dict[str, dict[str, flo
     for whose in ("", " of TKFAC"):
         extra = times.pop(f"with statistics{whose}")
         result[f"statistics{whose}"] = summary([(t - b) / middle for t, b in zip(extra, base, strict=True)])
+    alone, beside = times.pop("alone"), times.pop("inverse beside")
+    visible = [(b - a) / middle for a, b in zip(alone, beside, strict=True)]
+    result[f"inverse, asynchronous beside {BESIDE} of them, visible"] = summary(visible)
     for part, values in times.items():
         result[part] = summary([t / middle for t in values])
     if parts_only:

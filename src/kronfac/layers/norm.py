@@ -18,6 +18,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from kronfac.layers.base import LayerAdapter, UnsupportedLayer, require_float
 from kronfac.layers.registry import adapt
 
+#: Entries of an input that are centred at once: they stay in the cache.
+CENTRED = 1 << 19
+
 
 class NormAdapter(LayerAdapter):
     """Units of any normalisation layer; a subclass gives ``normalise`` and ``_units_last``."""
@@ -106,9 +109,14 @@ class ChannelNorm(NormAdapter):
         parts = []
         if self.has_weight:
             count = x.shape[0] * x.shape[2]
-            x = x - (x.sum(2).sum(0) / count).unsqueeze(1)
-            variance = torch.linalg.vecdot(x, x).sum(0) / count
-            parts.append(torch.linalg.vecdot(x, g) * (variance + module.eps).rsqrt())
+            mean = (x.sum(2).sum(0) / count).unsqueeze(1)
+            at_once = max(1, CENTRED // x[0].numel())
+            products, variance = [], torch.zeros_like(mean[:, 0])
+            for a, b in zip(x.split(at_once), g.split(at_once), strict=True):
+                a = a - mean
+                products.append(torch.linalg.vecdot(a, b))
+                variance += torch.linalg.vecdot(a, a).sum(0) / count
+            parts.append(torch.cat(products) * (variance + module.eps).rsqrt())
         if self.has_bias:
             parts.append(g.sum(2))
         return torch.stack(parts, dim=-1).unsqueeze(-2)

@@ -12,7 +12,9 @@ slower than the loop by 3-5 times. Hence the two thresholds below; on an acceler
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,31 @@ from torch import Tensor
 _BATCH_UP_TO = 128
 #: Up to this size separate matrices on the CPU are copied together for the sake of one batched call.
 _GROUP_UP_TO = 32
+
+
+#: Where the names of matrices go that took float64.
+_RETRIED: ContextVar[list[str] | None] = ContextVar("kronfac_retried", default=None)
+
+
+@contextmanager
+def retries() -> Iterator[list[str]]:
+    """Collect the names of matrices that are factorised again in float64 within the block, in this thread.
+
+    Yields:
+        The list, which grows.
+    """
+    found: list[str] = []
+    token = _RETRIED.set(found)
+    try:
+        yield found
+    finally:
+        _RETRIED.reset(token)
+
+
+def _note_retry(name: str) -> None:
+    found = _RETRIED.get()
+    if found is not None:
+        found.append(name)
 
 
 class Inverted(NamedTuple):
@@ -118,6 +145,7 @@ def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
     if bool((info == 0).all() & factor.diagonal(dim1=-2, dim2=-1).isfinite().all()):
         return factor
+    _note_retry(name)
     factor, info = torch.linalg.cholesky_ex(matrix.double())
     good = (info == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
     if not bool(good.all()):
@@ -233,6 +261,7 @@ def _repair(result: Inverted, good: Tensor, matrix: Tensor, shift: Tensor | floa
     _shift(work, shift, name)
     if matrix.dtype == torch.float64:
         _fail(work, good, name)
+    _note_retry(name)
     shifted = work.clone()
     logdets, good_now = _invert_in_place(work)
     converted = work.to(matrix.dtype)
@@ -277,6 +306,7 @@ def _eigh_with_retry(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
             return values, vectors
     except torch.linalg.LinAlgError:
         pass
+    _note_retry(name)
     try:
         values, vectors = torch.linalg.eigh(matrix.double())
     except torch.linalg.LinAlgError as error:

@@ -6,6 +6,7 @@ from kronfac.optim.adaptive import AdaptiveKFAC
 from kronfac.optim.ekfac import EKFAC
 from kronfac.optim.gauss_newton import KFLR, KFRA
 from kronfac.optim.growing_batches import GrowingBatches
+from kronfac.optim.health import LayerHealth
 from kronfac.optim.hessian_free import HessianFree
 from kronfac.optim.kfac import KFAC
 from kronfac.optim.kldwrm import KLDWRM
@@ -22,5 +23,6 @@ __all__ = [
     "AdaptiveKFAC",
     "GrowingBatches",
     "HessianFree",
+    "LayerHealth",
     "StepReport",
 ]

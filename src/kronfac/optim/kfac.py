@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Unpack
 
 import torch
@@ -19,10 +19,12 @@ from kronfac.estimation import Estimator
 from kronfac.forwards import batches_of, call_model, pick_outputs
 from kronfac.likelihoods import Likelihood
 from kronfac.optim.averaging import swapped_in, update_average
+from kronfac.optim.background import Pending, submit
 from kronfac.optim.clipping import KLClip, clip_scale
 from kronfac.optim.gathering import Gatherer, eager_root
+from kronfac.optim.health import LayerHealth, Record, condition
 from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator
-from kronfac.optim.preconditioning import directions, refresh, renew_values
+from kronfac.optim.preconditioning import directions, refresh, renew_values, snapshot
 from kronfac.optim.state import gather_generators, load_curvature_state, save_curvature_state
 from kronfac.sources import Source
 from kronfac.tape import frozen_buffers, record
@@ -113,6 +115,7 @@ class KFAC(Optimizer):
         self._periods, self._ema, self._average = (stats_every, invert_every), ema, average
         self._steps = 0
         self._inverses: dict[str, Inverse] = {}
+        self._record, self._pending = Record(), self._nothing_pending()
         self._clip = KLClip()
         self._generators: list[Tensor] | None = None
         self._gatherer = Gatherer(
@@ -186,6 +189,23 @@ class KFAC(Optimizer):
     def _own_groups(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if "kl_clip" in group]
 
+    def _nothing_pending(self) -> Pending | None:
+        """Refuse asynchronous inverses where they cannot be; there are none on the way yet."""
+        delay, kind = self._options["asynchronous"], type(self)
+        if delay:
+            if kind.step is not KFAC.step or kind._renew_inverses is not KFAC._renew_inverses:
+                raise ValueError(
+                    f"asynchronous={delay} does not fit {kind.__name__}, which renews inverses its own way."
+                )
+            if any(s.keeps_basis for s in self._estimator.statistics.values()):
+                name = self._estimator.approximation.name
+                raise ValueError(
+                    f"asynchronous={delay} does not fit approximation={name!r}, whose statistics need the eigenvectors."
+                )
+            if delay >= self._periods[1]:
+                raise ValueError(f"asynchronous={delay} must be less than invert_every={self._periods[1]}.")
+        return None
+
     # ---------------------------------------------------------------- statistics
     @property
     def _stats_due(self) -> bool:
@@ -197,6 +217,8 @@ class KFAC(Optimizer):
         return not self._inverses or step % period == 0 or (step < period and step & (step - 1) == 0)
 
     def _forget(self) -> None:
+        if self._pending is not None:
+            self._pending.copied.wait()
         self._estimator.decay(self._ema)
 
     def paused(self) -> AbstractContextManager[None]:
@@ -296,10 +318,52 @@ class KFAC(Optimizer):
 
     def _renew_inverses(self) -> None:
         """Bring the inverses up to date with the statistics, where that is due."""
-        renew = refresh if self._inverses_due else renew_values if self._gatherer.gathered else None
+        due = self._inverses_due
+        pending, delay = self._pending, self._options["asynchronous"]
+        if pending is not None and (due or pending.due <= self._steps):
+            self._pending = None  # a failure is raised once; the old inverses stay
+            with self._noting_failures():
+                found = pending.result()
+            self._inverses |= found.inverses
+            self._record.renewed(found.inverses, pending.started, found.retried)
+        ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
+        if due and delay and self._inverses and self._steps >= self._periods[1]:
+            damping, rules = {name: self._damping(name) for name in ready}, self._rules()
+            self._pending = submit(lambda: snapshot(ready, damping.__getitem__, rules), self._steps, delay)
+            return
+        renew = refresh if due else renew_values if self._gatherer.gathered else None
         if renew is not None:
-            ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
-            renew(self._inverses, ready, self._damping, self._rules())
+            with self._noting_failures():
+                retried = renew(self._inverses, ready, self._damping, self._rules())
+            layers = [n for n, s in ready.items() if renew is refresh or s.keeps_basis]
+            self._record.renewed(layers, self._steps, retried)
+
+    @contextmanager
+    def _noting_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except (torch.linalg.LinAlgError, FloatingPointError) as error:
+            self._record.failed(error, self._estimator.statistics)
+            raise
+
+    def health(self) -> dict[str, LayerHealth]:
+        """How the inverse of each layer is: condition number, age in steps, retries in float64, failures.
+
+        Condition numbers take an eigendecomposition of each factor, as dear as several refreshes: ask now and then.
+
+        Returns:
+            By layer.
+        """
+        record, taken = self._record, self._steps
+        return {
+            name: LayerHealth(
+                condition(self._inverses[name]) if name in self._inverses else None,
+                taken - record.made[name] if name in self._inverses and name in record.made else None,
+                record.retries[name],
+                record.failures[name],
+            )
+            for name in self._estimator.statistics
+        }
 
     def _check_statistics(self) -> None:
         if self._stats_due and self._gatherer.gathered == 0:

@@ -16,6 +16,9 @@ class KFACOptions(TypedDict, total=False):
     Attributes:
         decoupled_weight_decay: Shrink parameters by ``lr · weight_decay`` instead of adding ``weight_decay · θ`` to the
             gradient and to the damping.
+        asynchronous: After how many steps the inverses that are due every ``invert_every`` steps take effect; meanwhile
+            a thread computes them from copies of the factors. 0 computes them within the step. The step at which they
+            take effect is fixed, so that runs repeat and resume bit for bit.
         burn_in: Statistics are gathered on each of the first so many steps.
         sharing: ``"expand"`` or ``"reduce"`` for weights shared over positions.
         norm: ``"unitwise"`` or ``"full"`` blocks of normalisation layers.
@@ -24,6 +27,7 @@ class KFACOptions(TypedDict, total=False):
     """
 
     decoupled_weight_decay: bool
+    asynchronous: int
     burn_in: int
     sharing: str
     norm: str
@@ -32,7 +36,13 @@ class KFACOptions(TypedDict, total=False):
 
 
 DEFAULTS = KFACOptions(
-    decoupled_weight_decay=False, burn_in=10, sharing="expand", norm="unitwise", outputs=None, param_groups=None
+    decoupled_weight_decay=False,
+    asynchronous=0,
+    burn_in=10,
+    sharing="expand",
+    norm="unitwise",
+    outputs=None,
+    param_groups=None,
 )
 
 
@@ -52,7 +62,8 @@ def complete(options: KFACOptions) -> KFACOptions:
     if unknown:
         raise TypeError(f"KFAC got unknown options {sorted(unknown)}; known are {sorted(DEFAULTS)}.")
     merged = KFACOptions(**{**DEFAULTS, **options})
-    at_least("burn_in", merged["burn_in"], 0, integer=True)
+    for name in ("burn_in", "asynchronous"):
+        at_least(name, merged[name], 0, integer=True)
     return merged
 
 

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kronfac.approximations import Statistic
-from kronfac.blocks import INVERSES, Inverse, Kronecker, KroneckerInverse, PerFactor
+from kronfac.blocks import INVERSES, Block, Inverse, Kronecker, KroneckerInverse, PerFactor, Shift
 from kronfac.damping import Rule
 from kronfac.layers import LayerAdapter
-from kronfac.linalg.factorise import invert
+from kronfac.linalg.factorise import invert, retries
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """New inverses.
+
+    Attributes:
+        inverses: By layer.
+        retried: Layers of which a factor took float64, in order and with repetition.
+    """
+
+    inverses: dict[str, Inverse]
+    retried: tuple[str, ...] = ()
 
 
 def refresh(
@@ -19,7 +33,7 @@ def refresh(
     statistics: Mapping[str, Statistic],
     damping: Callable[[str], float],
     rule: Rule | Mapping[str, Rule],
-) -> None:
+) -> tuple[str, ...]:
     """Renew eigenbases that are kept, and factorise the damped blocks of all layers, equal shapes together.
 
     A group's old inverses are dropped before its new ones are made, so that two sets are never held.  A block that
@@ -30,16 +44,46 @@ def refresh(
         statistics: The layers' running statistics.
         damping: Damping of a layer.
         rule: How it is added: a rule for all layers, or one for each by name.
+
+    Returns:
+        Layers of which a factor took float64.
     """
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for name, statistic in statistics.items():
-        shapes = tuple((key, mean.total.shape) for key, mean in statistic.means().items())
-        groups.setdefault((type(statistic), shapes), []).append(name)
-    for names in groups.values():
+    retried: tuple[str, ...] = ()
+    for names in _groups(statistics):
         for name in names:
             inverses.pop(name, None)
             statistics[name].rebase()
-        inverses |= _refresh_equal(names, statistics, damping, rule)
+        found = _factorise(_damped(names, statistics, damping, rule))
+        inverses |= found.inverses
+        retried += found.retried
+    return retried
+
+
+def snapshot(
+    statistics: Mapping[str, Statistic], damping: Callable[[str], float], rule: Rule | Mapping[str, Rule]
+) -> Callable[[], Refreshed]:
+    """Copy what a refresh needs, so that it can be done later or elsewhere while the statistics go on.
+
+    Args:
+        statistics: The layers' running statistics, none of which keeps a basis.
+        damping: Damping of a layer.
+        rule: How it is added: a rule for all layers, or one for each by name.
+
+    Returns:
+        A function that factorises the copies, to be called once.
+    """
+    groups = [_damped(names, statistics, damping, rule) for names in _groups(statistics)]
+
+    def factorise() -> Refreshed:
+        inverses: dict[str, Inverse] = {}
+        retried: tuple[str, ...] = ()
+        while groups:
+            found = _factorise(groups.pop(0))
+            inverses |= found.inverses
+            retried += found.retried
+        return Refreshed(inverses, retried)
+
+    return factorise
 
 
 def renew_values(
@@ -47,7 +91,7 @@ def renew_values(
     statistics: Mapping[str, Statistic],
     damping: Callable[[str], float],
     rule: Rule | Mapping[str, Rule],
-) -> None:
+) -> tuple[str, ...]:
     """Bring inverses whose eigenbasis is kept up to date between two refreshes: reciprocals alone.
 
     Args:
@@ -55,40 +99,71 @@ def renew_values(
         statistics: The layers' running statistics.
         damping: Damping of a layer.
         rule: How it is added.
+
+    Returns:
+        Layers of which a factor took float64.
     """
     names = [name for name, statistic in statistics.items() if statistic.keeps_basis and name in inverses]
-    if names:
-        inverses |= _refresh_equal(names, statistics, damping, rule)
+    if not names:
+        return ()
+    found = _factorise(_damped(names, statistics, damping, rule))
+    inverses |= found.inverses
+    return found.retried
 
 
-def _refresh_equal(
+#: Blocks and what is added to them, by layer.
+_Damped = dict[str, tuple[Block, Shift]]
+
+
+def _groups(statistics: Mapping[str, Statistic]) -> list[list[str]]:
+    """Layers of equal kind and shapes."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, statistic in statistics.items():
+        shapes = tuple((key, mean.total.shape) for key, mean in statistic.means().items())
+        groups.setdefault((type(statistic), shapes), []).append(name)
+    return list(groups.values())
+
+
+def _damped(
     names: list[str],
     statistics: Mapping[str, Statistic],
     damping: Callable[[str], float],
     rule: Rule | Mapping[str, Rule],
-) -> dict[str, Inverse]:
+) -> _Damped:
     blocks = {name: statistics[name].block() for name in names}
     rules = rule if isinstance(rule, Mapping) else dict.fromkeys(names, rule)
-    shifts = {name: rules[name](block, damping(name)) for name, block in blocks.items()}
-    if all(isinstance(blocks[n], Kronecker) and isinstance(shifts[n], PerFactor) for n in names):
+    return {name: (block, rules[name](block, damping(name))) for name, block in blocks.items()}
+
+
+def _factorise(damped: _Damped) -> Refreshed:
+    """Factorise a group; it is emptied on the way."""
+    names, retried = list(damped), []
+    if all(isinstance(block, Kronecker) and isinstance(shift, PerFactor) for block, shift in damped.values()):
         sides: dict[str, list[Tensor]] = {}
+        shifts = [shift for _, shift in damped.values()]
         factors = {
-            "input": [block.input for block in blocks.values() if isinstance(block, Kronecker)],
-            "output": [block.output for block in blocks.values() if isinstance(block, Kronecker)],
+            "input": [block.input for block, _ in damped.values() if isinstance(block, Kronecker)],
+            "output": [block.output for block, _ in damped.values() if isinstance(block, Kronecker)],
         }
-        del blocks
+        damped.clear()
         for side in list(factors):
-            labels = [f"the {side} factor of layer {name!r}" for name in names]
-            found = invert(factors.pop(side), [getattr(shift, side) for shift in shifts.values()], labels)
+            labels = {f"the {side} factor of layer {name!r}": name for name in names}
+            with retries() as again:
+                found = invert(factors.pop(side), [getattr(shift, side) for shift in shifts], list(labels))
+            retried += [labels[label] for label in again]
             sides[side] = [result.inverse for result in found]
-        return {n: KroneckerInverse(a, g) for n, a, g in zip(names, sides["input"], sides["output"], strict=True)}
+        pairs = zip(names, sides["input"], sides["output"], strict=True)
+        return Refreshed({n: KroneckerInverse(a, g) for n, a, g in pairs}, tuple(retried))
     out: dict[str, Inverse] = {}
-    for name, block in blocks.items():
+    for name in names:
+        block, shift = damped.pop(name)
         try:
-            out[name] = block.factorise(shifts[name])
+            with retries() as again:
+                out[name] = block.factorise(shift)
         except torch.linalg.LinAlgError as error:
             raise torch.linalg.LinAlgError(f"layer {name!r}: {error}") from error
-    return out
+        retried += [name] * len(again)
+    return Refreshed(out, tuple(retried))
 
 
 def directions(

@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 
 from kronfac.approximations import Mean, Statistic
 from kronfac.blocks import Inverse
+from kronfac.optim.background import Pending
+from kronfac.optim.health import Record
 from kronfac.optim.options import check_group
-from kronfac.optim.preconditioning import load_inverses, save_inverses
+from kronfac.optim.preconditioning import Refreshed, load_inverses, save_inverses
 
 if TYPE_CHECKING:
     from kronfac.estimation import Estimator
@@ -49,6 +51,8 @@ def save_curvature_state(optimizer: KFAC) -> dict[str, Any]:
             if statistic.constant_shapes()
         },
         "inverses": save_inverses(optimizer._inverses),
+        "pending": _save_pending(optimizer._pending),
+        "record": optimizer._record.describe(),
         "generator": generator.get_state(),
         "generators": optimizer._generators,
         "clip_ratio": optimizer._clip.ratio,
@@ -104,6 +108,8 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
     fixed = {layer: statistic for layer, statistic in mine.items() if statistic.constant_shapes()}
     constants = {layer: _constants(layer, statistic, saved["constants"][layer]) for layer, statistic in fixed.items()}
     inverses = _load_inverses(optimizer, saved["inverses"])
+    pending = _load_pending(optimizer, saved.get("pending"))  # states of before lack both
+    record = Record.of(saved["record"]) if "record" in saved else Record()
     steps = int(_number("steps", saved["steps"]))
     ratio = None if saved["clip_ratio"] is None else _number("clip_ratio", saved["clip_ratio"])
     terms = _number("terms", saved["terms"])
@@ -121,7 +127,7 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
             mean.total, mean.weight, mean.scale = total, weight, scale
         for layer, statistic in fixed.items():
             statistic.restore(constants[layer])
-        optimizer._inverses = inverses
+        optimizer._inverses, optimizer._pending, optimizer._record = inverses, pending, record
         optimizer._steps, optimizer._clip.ratio, optimizer._estimator.terms = steps, ratio, terms
         generator.set_state(random_state)
         if fallback is not None:
@@ -129,6 +135,29 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
         optimizer._gatherer.reset()
 
     return apply
+
+
+def _save_pending(pending: Pending | None) -> dict[str, Any] | None:
+    """Wait for a refresh on its way and describe it; one that failed will fail again when it is taken over."""
+    if pending is None:
+        return None
+    entry: dict[str, Any] = {"started": pending.started, "due": pending.due}
+    try:
+        found = pending.result()
+    except (torch.linalg.LinAlgError, FloatingPointError) as error:
+        return {**entry, "error": str(error), "overflow": isinstance(error, FloatingPointError)}
+    return {**entry, "inverses": save_inverses(found.inverses), "retried": list(found.retried)}
+
+
+def _load_pending(optimizer: KFAC, saved: dict[str, Any] | None) -> Pending | None:
+    if saved is None:
+        return None
+    started, due = (int(_number(key, saved[key])) for key in ("started", "due"))
+    if "error" in saved:
+        kind = FloatingPointError if saved["overflow"] else torch.linalg.LinAlgError
+        return Pending.failed(started, due, kind(str(saved["error"])))
+    inverses = _load_inverses(optimizer, saved["inverses"])
+    return Pending.finished(started, due, Refreshed(inverses, tuple(str(name) for name in saved["retried"])))
 
 
 def gather_generators(estimator: Estimator) -> list[Tensor] | None:

@@ -1,0 +1,146 @@
+"""Inverses computed beside the training steps, and handed over at a step that is fixed beforehand.
+
+A refresh that is due at step ``t`` copies the statistics and the damping of that step and factorises the copies, all in
+a worker thread; the result takes effect at step ``t + delay`` and never at another one. Whoever comes first waits: the
+training before it changes the statistics until they are copied, and at the hand-over until the inverses are there. So
+a training run is the same bit for bit whatever the machine does, and so is a resumed one, since a saved state holds the
+finished result.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from kronfac.optim.preconditioning import Refreshed
+
+
+@dataclass
+class Pending:
+    """A refresh on its way.
+
+    Attributes:
+        started: The step whose statistics it is made of.
+        due: The step at which it takes effect.
+        future: The result.
+        copied: Set once the statistics may change again.
+    """
+
+    started: int
+    due: int
+    future: Future[Refreshed]
+    copied: threading.Event
+
+    def result(self) -> Refreshed:
+        """Wait for the inverses; a failure is raised here as `torch.linalg.LinAlgError`, naming the layer.
+
+        Returns:
+            The inverses.
+        """
+        return self.future.result()
+
+    @classmethod
+    def finished(cls, started: int, due: int, refreshed: Refreshed) -> Pending:
+        """A refresh whose result is there, from a saved state.
+
+        Args:
+            started: The step whose statistics it was made of.
+            due: The step at which it takes effect.
+            refreshed: The result.
+
+        Returns:
+            The refresh.
+        """
+        future: Future[Refreshed] = Future()
+        future.set_result(refreshed)
+        return cls(started, due, future, _already())
+
+    @classmethod
+    def failed(cls, started: int, due: int, error: ArithmeticError | RuntimeError) -> Pending:
+        """A refresh that failed, from a saved state.
+
+        Args:
+            started: The step whose statistics it was made of.
+            due: The step at which the failure is raised.
+            error: The failure.
+
+        Returns:
+            The refresh.
+        """
+        future: Future[Refreshed] = Future()
+        future.set_exception(error)
+        return cls(started, due, future, _already())
+
+
+def submit(copy: Callable[[], Callable[[], Refreshed]], started: int, delay: int) -> Pending:
+    """Start a refresh in the worker thread, which all optimisers of a process share.
+
+    Args:
+        copy: Copies the statistics and returns the rest of the work.
+        started: The present step.
+        delay: After how many steps the result takes effect.
+
+    Returns:
+        The refresh.
+    """
+    copied = threading.Event()
+
+    def work() -> Refreshed:
+        with torch.no_grad():
+            try:
+                rest = copy()
+            finally:
+                copied.set()
+            return rest()
+
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        here = copy()  # the processes exchange sums, in the order of the training
+        copied.set()
+        return Pending(started, started + delay, _worker().submit(torch.no_grad()(here)), copied)
+    return Pending(started, started + delay, _worker().submit(work), copied)
+
+
+def _already() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
+
+
+_lock = threading.Lock()
+_executor: ThreadPoolExecutor | None = None
+
+
+def _worker() -> ThreadPoolExecutor:
+    global _executor
+    with _lock:
+        if _executor is None:
+            _executor = ThreadPoolExecutor(1, "kronfac-inverses", _on_one_core)
+        return _executor
+
+
+def _forget_worker() -> None:
+    global _executor
+    _executor = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_worker)  # threads do not follow into a forked process
+
+
+def _on_one_core() -> None:
+    """Keep this thread's linear algebra on one core: two teams of threads on the same cores wait for each other.
+
+    PyTorch keeps the number for each thread, and the last one set as the default of threads to come; that one is put
+    back by a thread of its own.
+    """
+    before = torch.get_num_threads()  # this thread is set up by the question, and would be set up anew later
+    torch.set_num_threads(1)
+    restore = threading.Thread(target=torch.set_num_threads, args=(before,))
+    restore.start()
+    restore.join()
