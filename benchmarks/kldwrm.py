@@ -2,7 +2,8 @@
 
     python benchmarks/kldwrm.py [--rounds 8] [--exact-rounds 3] [--threads 1] [--processor-time] [--json FILE]
 
-The network, the batch and the settings are those of Puiu (2022): statistics and inverses every 30 steps. Every round
+The network, the batch and the periods are those of Puiu (2022): statistics and inverses every 30 steps; the damping is
+on each factor, so that Q solves the generalised Stein equation. Every round
 times one period of 30 steps of each optimiser, each time in another order, so that what else the machine does falls on
 all of them alike; ratios are formed within a round, and medians and quartiles over rounds. An epoch is 117 such steps
 for all. QE, ten times as slow, gets rounds of its own beside forward+backward and forward alone: its oracle cost.

@@ -167,3 +167,20 @@ def test_replaying_changes_neither_buffers_nor_random_numbers() -> None:
     assert optimizer._gatherer.gathered == 1
     for name, buffer in twin.named_buffers():
         assert torch.equal(model.get_buffer(name), buffer)
+
+
+def test_an_optimiser_that_is_collected_during_a_forward_leaves_no_hook_behind() -> None:
+    """Its cycles wait for the garbage collector, which comes whenever it likes."""
+    old: list[kf.optim.KFAC] = []
+
+    class Collecting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            old.clear()
+            gc.collect()
+            return x
+
+    model = nn.Sequential(nn.Linear(3, 4), Collecting(), nn.Linear(4, 2))
+    old.append(kf.optim.KFAC(model, kf.Categorical(), 0.1))
+    for _ in range(2):
+        model(torch.ones(5, 3))
+    assert not any(module._forward_hooks for module in model)

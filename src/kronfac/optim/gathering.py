@@ -68,9 +68,10 @@ class _Hook:
         return _inert, ()
 
 
-def _remove(handles: list[RemovableHandle]) -> None:
+def _remove(handles: list[RemovableHandle], tape: Tape) -> None:
     for handle in handles:
         handle.remove()
+    tape.close()  # the collector may come in the middle of a forward, whose end then nobody hears of
 
 
 def _inert() -> Callable[..., None]:
@@ -127,7 +128,7 @@ class Gatherer:
             model.register_forward_pre_hook(_Hook(self, "_before"), with_kwargs=True),
             model.register_forward_hook(_Hook(self, "_after"), with_kwargs=True, always_call=True),
         ]
-        weakref.finalize(self, _remove, handles)
+        weakref.finalize(self, _remove, handles, self._tape)
 
     def reset(self) -> None:
         """Start counting for the next step."""

@@ -23,7 +23,7 @@ from kronfac.experiments.memory import keep_freed_memory
 from kronfac.experiments.problems import Data, get_problem
 from kronfac.experiments.progress import Progress
 from kronfac.experiments.results import run_folder
-from kronfac.experiments.runner import run
+from kronfac.experiments.runner import RESULT, run
 from kronfac.experiments.settings import RunSettings
 
 _POLL, _GRACE = 0.2, 60.0
@@ -85,13 +85,17 @@ def train_all(
     """  # noqa: DOC502
     listener = listener or Listener()
     listener.plan(runs)
+    done = [(run_folder(folder, settings) / RESULT).exists() for settings in runs]
+    for index in (index for index, there in enumerate(done) if there):
+        listener.news(News("finished", index, 0, "already there"))
     context = multiprocessing.get_context("spawn")
     stop, heard = context.Event(), context.Queue()
     tasks: Queue[int | None] = context.Queue()
-    for task in (*range(len(runs)), *[None] * workers):
+    for task in (*(index for index, there in enumerate(done) if not there), *[None] * workers):
         tasks.put(task)
     arguments = (list(runs), folder, tasks, heard, stop, checkpoint_every)
-    processes = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(min(workers, len(runs)))]
+    count = min(workers, done.count(False))
+    processes = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(count)]
     try:
         with _terminated():
             for process in processes:
