@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kronfac.continual.avalanche import AvalanchePlugin
 from kronfac.continual.balance import Balanced, balance
 from kronfac.continual.base import Penalty, PenaltySum
 from kronfac.continual.batchnorm import MergedBatchNorm, merge_batchnorm
@@ -10,6 +11,7 @@ from kronfac.continual.files import load, save
 from kronfac.continual.quadratic import QuadraticPenalty
 
 __all__ = [
+    "AvalanchePlugin",
     "Balanced",
     "MergedBatchNorm",
     "Penalty",

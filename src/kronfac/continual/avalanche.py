@@ -1,0 +1,123 @@
+"""Quadratic penalties as a plugin of the Avalanche library (Lomonaco et al. 2021), which is not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronfac.continual.base import Penalty, check_strength
+from kronfac.continual.combine import COMBINE
+from kronfac.continual.quadratic import QuadraticPenalty
+from kronfac.estimation import estimate
+from kronfac.likelihoods import Likelihood
+
+
+class AvalanchePlugin:
+    """Adds a quadratic penalty to the loss of an Avalanche strategy, and takes every experience in.
+
+    ::
+
+        plugin = kf.continual.AvalanchePlugin(kf.Categorical(), approximation="kfac", strength=10.0)
+        strategy = Naive(model=model, optimizer=optimizer, criterion=CrossEntropyLoss(), plugins=[plugin])
+
+    Avalanche calls plugins by the names of its hooks; this one has ``before_backward``, where it adds to
+    ``strategy.loss``, and ``after_training_exp``, where it estimates the curvature of ``strategy.model`` on
+    ``strategy.adapted_dataset`` (or ``strategy.experience.dataset``), whose items are ``(input, target, …)``. Whatever
+    mode the model is in is the mode of the curvature: train mode, as Avalanche leaves it.
+
+    Args:
+        likelihood: The loss, as for `kronfac.estimate`.
+        approximation: Name of the approximation.
+        strength: Factor of each experience's curvature.
+        online: Keep one anchor and the sum of all curvatures; otherwise an anchor for each experience.
+        combine: How curvatures are added, see `QuadraticPenalty.update`.
+        examples: Examples that a curvature is estimated on, at most.
+        batch_size: Of these; the strategy's ``train_mb_size`` by default.
+        seed: Of the examples chosen and the labels drawn.
+
+    Attributes:
+        penalty: What was taken in so far; None before the first experience.
+
+    Raises:
+        TypeError: If the likelihood is none.
+        ValueError: If a number or ``combine`` is out of range.
+    """
+
+    #: Read by Avalanche: sums over processes are not taken here.
+    supports_distributed = False
+
+    def __init__(
+        self,
+        likelihood: Likelihood,
+        *,
+        approximation: str = "kfac",
+        strength: float = 1.0,
+        online: bool = True,
+        combine: str = "nearest",
+        examples: int = 2000,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(likelihood, Likelihood):
+            raise TypeError(f"likelihood must be a kronfac likelihood, got {type(likelihood).__name__}")
+        if combine not in COMBINE:
+            raise ValueError(f"combine={combine!r} is unknown; choose one of {COMBINE}")
+        for name, value in (("examples", examples), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.likelihood, self.approximation = likelihood, approximation
+        self.strength = check_strength("strength", strength)
+        self.online, self.combine = online, combine
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.penalty: Penalty | None = None
+        self._seen = 0
+
+    def before_backward(self, strategy: Any, **_: object) -> None:
+        """Add the penalty to the strategy's loss.
+
+        Args:
+            strategy: The strategy.
+        """
+        if self.penalty is not None:
+            strategy.loss = strategy.loss + self.penalty(strategy.model)
+
+    def after_training_exp(self, strategy: Any, **_: object) -> None:
+        """Estimate the curvature at the experience's optimum.
+
+        Args:
+            strategy: The strategy.
+        """
+        seed = self.seed + self._seen
+        self._seen += 1
+        curvature = estimate(
+            strategy.model,
+            self.likelihood,
+            list(self._batches(strategy, seed)),
+            approximation=self.approximation,
+            source="sampled",
+            seed=seed,
+        )
+        if self.online and isinstance(self.penalty, QuadraticPenalty):
+            self.penalty = self.penalty.update(curvature, decay=1.0, combine=self.combine)
+            return
+        term = QuadraticPenalty(curvature, strength=self.strength)
+        self.penalty = term if self.penalty is None else self.penalty + term
+
+    def _batches(self, strategy: Any, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        adapted = getattr(strategy, "adapted_dataset", None)
+        dataset = strategy.experience.dataset if adapted is None else adapted
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[: self.examples]
+        device = _device(strategy.model)
+        for rows in order.split(self.batch_size or strategy.train_mb_size):
+            if len(rows) == 1 and len(order) > 1:
+                continue  # batch norm in train mode has no function of one example
+            items = [dataset[int(row)] for row in rows]
+            inputs = torch.stack([torch.as_tensor(item[0]) for item in items])
+            yield inputs.to(device), torch.stack([torch.as_tensor(item[1]) for item in items]).to(device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
