@@ -48,7 +48,7 @@ pytest: install-dev  ## the tests, with coverage of src/
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) --cov --cov-report=term $(PYTEST_ARGS)
 
 bench: install-dev  ## cost of statistics, inverse, preconditioning and whole step, and peak memory
-	$(BIN)/python benchmarks/overhead.py $(BENCH_ARGS)
+	$(BIN)/kronfac bench $(BENCH_ARGS)
 	$(BIN)/python benchmarks/memory.py
 
 install: $(VENV)/.installed

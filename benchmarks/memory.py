@@ -17,8 +17,8 @@ import sys
 from collections.abc import Callable
 
 import torch
-from workloads import NAMES, make
 
+from kronfac.experiments.bench import NAMES, make
 from kronfac.optim import KFAC
 
 

@@ -162,7 +162,8 @@ def gradient_is_exact(x: Tensor) -> bool:
     """Whether a weight gradient of this input is computed in full float32 by an optimised library."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.enabled:
         return False
-    return torch.backends.mkldnn.is_available() and torch.get_float32_matmul_precision() == "highest"
+    precision = torch.backends.mkldnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return torch.backends.mkldnn.is_available() and precision in ("none", "ieee")
 
 
 def _read(x: Tensor, rows: Axis, columns: Axis) -> tuple[Tensor, Tensor, Tensor]:

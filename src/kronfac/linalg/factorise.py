@@ -8,6 +8,8 @@ The work is done in place on one copy that becomes the result, so nothing but th
 CPU (float32, one thread): small matrices gain from one batched call (64 matrices of size 10: 0.08 ms against 0.66 ms in
 a loop), large ones do not (size 128: equal), and the batched call of `torch.cholesky_inverse` that is *not* in place is
 slower than the loop by 3-5 times. Hence the two thresholds below; on an accelerator equal shapes always share a call.
+Inverting the triangle by halves and multiplying it by itself in panels, all in matrix products, is no faster than
+LAPACK's routine: 25.5 ms against 21.8 at size 1001 (Cholesky included).
 """
 
 from __future__ import annotations

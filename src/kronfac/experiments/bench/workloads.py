@@ -1,4 +1,4 @@
-"""The three workloads of the cost measurements: model, likelihood, loss and a batch of made-up data."""
+"""The workloads of the cost measurements: model, likelihood, loss and a batch of made-up data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kronfac as kf
+from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.models import ResNet, autoencoder, kfc_network
+
+#: The workloads of the figures in the documentation.
+NAMES = ("autoencoder", "kfc", "resnet20")
 
 
 @dataclass
@@ -44,14 +48,25 @@ def _summed_bce(z: Tensor, y: Tensor) -> Tensor:
 
 
 def make(name: str, seed: int = 0) -> Workload:
-    """Build a workload by name: ``autoencoder``, ``kfc`` or ``resnet20``."""
+    """Build a workload.
+
+    Args:
+        name: One of :data:`NAMES`, or ``small``, an autoencoder of 64 numbers for a quick look.
+        seed: Of weights and data.
+
+    Returns:
+        The workload.
+
+    Raises:
+        ExperimentError: There is no such workload.
+    """
+    sizes = {"autoencoder": (784, 1000, 500, 250, 30), "small": (64, 48, 16)}
+    if name not in (*NAMES, *sizes):
+        raise ExperimentError(f"there is no workload {name!r}; known are {', '.join((*NAMES, 'small'))}")
     torch.manual_seed(seed)
-    if name == "autoencoder":
-        x = torch.rand(500, 784)
-        return Workload(name, autoencoder((784, 1000, 500, 250, 30)), kf.Bernoulli(), _summed_bce, x, x)
+    if name in sizes:
+        x = torch.rand(500, sizes[name][0])
+        return Workload(name, autoencoder(sizes[name]), kf.Bernoulli(), _summed_bce, x, x)
     x, y = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
     model = kfc_network() if name == "kfc" else ResNet()
     return Workload(name, model, kf.Categorical(), F.cross_entropy, x, y)
-
-
-NAMES = ("autoencoder", "kfc", "resnet20")
