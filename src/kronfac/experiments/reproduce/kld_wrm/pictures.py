@@ -61,8 +61,9 @@ def _draw(
 
 
 def _limits(runs: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """All values but those of each run's first fifth, which would squeeze the others together."""
-    late = [value for values in runs for value in values[len(values) // 5 :]]
+    """All values but those of the longest run's first fifth, which would squeeze the others together."""
+    early = max(1, max(len(values) for values in runs) // 5)
+    late = [value for values in runs for value in values[early:]] or [value for values in runs for value in values]
     low, high = min(late), max(late)
     margin = 0.04 * (high - low or 1.0)
     return low - margin, high + margin
