@@ -32,6 +32,19 @@ class CheckpointError(ExperimentError):
     """A checkpoint that cannot be read, or that belongs to something else."""
 
 
+def reason_of(error: Exception) -> str:
+    """Say in one line why something failed.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        The first line of its text; its type where it has none.
+    """
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def need(module: str, extra: str) -> ModuleType:
     """Import an optional library on first use.
 

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,3 +128,15 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise ExperimentError(f"cannot write to {path}: {error.strerror or error}") from error
     return path
+
+
+def without_nan(row: Mapping[str, object]) -> dict[str, object]:
+    """Make a row fit for JSON, which has no NaN.
+
+    Args:
+        row: Values by name.
+
+    Returns:
+        The same with None for NaN.
+    """
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}

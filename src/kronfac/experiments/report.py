@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from collections.abc import Iterable
 from html import escape
 from importlib import resources
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from kronfac.experiments.environment import warning
 from kronfac.experiments.errors import need
-from kronfac.experiments.files import write_text
+from kronfac.experiments.files import without_nan, write_text
 from kronfac.experiments.optimizers import get_optimizer
 from kronfac.experiments.pictures import write_pictures
 from kronfac.experiments.present import Table, environment_table, grid_view, reach_view, settings_table, summary_view
@@ -54,14 +53,10 @@ def as_json(results: Results) -> dict[str, object]:
         "plan": results.plan.as_json(),
         "environment": results.environment,
         "chosen": results.chosen,
-        "summary": _rows(summary(results).to_dict("records")),
-        "reaches": _rows(reaches(results).to_dict("records")),
+        "summary": [without_nan(row) for row in summary(results).to_dict("records")],
+        "reaches": [without_nan(row) for row in reaches(results).to_dict("records")],
         "headlines": headlines(results),
     }
-
-
-def _rows(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    return [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
 
 
 def _page(results: Results, grid_pictures: Iterable[Path]) -> str:

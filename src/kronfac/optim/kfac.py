@@ -115,7 +115,9 @@ class KFAC(Optimizer):
         self._periods, self._ema, self._average = (stats_every, invert_every), ema, average
         self._steps = 0
         self._inverses: dict[str, Inverse] = {}
-        self._record, self._pending = Record(), self._nothing_pending()
+        self._check_asynchronous()
+        self._record = Record()
+        self._pending: Pending | None = None
         self._clip = KLClip()
         self._generators: list[Tensor] | None = None
         self._gatherer = Gatherer(
@@ -189,22 +191,20 @@ class KFAC(Optimizer):
     def _own_groups(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if "kl_clip" in group]
 
-    def _nothing_pending(self) -> Pending | None:
-        """Refuse asynchronous inverses where they cannot be; there are none on the way yet."""
+    def _check_asynchronous(self) -> None:
+        """Refuse asynchronous inverses where they cannot be."""
         delay, kind = self._options["asynchronous"], type(self)
-        if delay:
-            if kind.step is not KFAC.step or kind._renew_inverses is not KFAC._renew_inverses:
-                raise ValueError(
-                    f"asynchronous={delay} does not fit {kind.__name__}, which renews inverses its own way."
-                )
-            if any(s.keeps_basis for s in self._estimator.statistics.values()):
-                name = self._estimator.approximation.name
-                raise ValueError(
-                    f"asynchronous={delay} does not fit approximation={name!r}, whose statistics need the eigenvectors."
-                )
-            if delay >= self._periods[1]:
-                raise ValueError(f"asynchronous={delay} must be less than invert_every={self._periods[1]}.")
-        return None
+        if not delay:
+            return
+        if kind.step is not KFAC.step or kind._renew_inverses is not KFAC._renew_inverses:
+            raise ValueError(f"asynchronous={delay} does not fit {kind.__name__}, which renews inverses its own way.")
+        if any(s.keeps_basis for s in self._estimator.statistics.values()):
+            name = self._estimator.approximation.name
+            raise ValueError(
+                f"asynchronous={delay} does not fit approximation={name!r}, whose statistics need the eigenvectors."
+            )
+        if delay >= self._periods[1]:
+            raise ValueError(f"asynchronous={delay} must be less than invert_every={self._periods[1]}.")
 
     # ---------------------------------------------------------------- statistics
     @property
@@ -326,17 +326,18 @@ class KFAC(Optimizer):
                 found = pending.result()
             self._inverses |= found.inverses
             self._record.renewed(found.inverses, pending.started, found.retried)
+        renew = refresh if due else renew_values if self._gatherer.gathered else None
+        if renew is None:
+            return
         ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
         if due and delay and self._inverses and self._steps >= self._periods[1]:
             damping, rules = {name: self._damping(name) for name in ready}, self._rules()
             self._pending = submit(lambda: snapshot(ready, damping.__getitem__, rules), self._steps, delay)
             return
-        renew = refresh if due else renew_values if self._gatherer.gathered else None
-        if renew is not None:
-            with self._noting_failures():
-                retried = renew(self._inverses, ready, self._damping, self._rules())
-            layers = [n for n, s in ready.items() if renew is refresh or s.keeps_basis]
-            self._record.renewed(layers, self._steps, retried)
+        with self._noting_failures():
+            retried = renew(self._inverses, ready, self._damping, self._rules())
+        layers = [n for n, s in ready.items() if due or s.keeps_basis]
+        self._record.renewed(layers, self._steps, retried)
 
     @contextmanager
     def _noting_failures(self) -> Iterator[None]:

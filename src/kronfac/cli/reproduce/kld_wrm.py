@@ -12,6 +12,7 @@ from kronfac.cli.compare import this_command
 from kronfac.cli.display import print_table
 from kronfac.cli.options import Json, Out, words
 from kronfac.cli.reproduce.progress import study_display
+from kronfac.experiments.files import without_nan
 from kronfac.experiments.reproduce import kld_wrm as study
 
 EPILOG = "[bold]Rows[/bold]\n\n" + "\n\n".join(f"{row.key}: {row.title}" for row in study.ROWS.values())
@@ -61,10 +62,7 @@ def kld_wrm(
             listener=listener,
         )
     if as_json:
-        rows_found = [
-            {key: None if isinstance(value, float) and value != value else value for key, value in row.items()}
-            for row in study.as_rows(outcome.summaries)
-        ]
+        rows_found = [without_nan(row) for row in study.as_rows(outcome.summaries)]
         print(json.dumps({"folder": str(outcome.folder), "epochs": epochs, "data": data, "rows": rows_found}, indent=2))
         return
     print_table(study.view(outcome.summaries), f"Puiu (2022), Table 1: ours (paper's); {data}, {epochs} epochs")

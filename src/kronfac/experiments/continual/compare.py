@@ -15,7 +15,8 @@ from kronfac.experiments.continual.plans import Budget, carry_out, plans_of
 from kronfac.experiments.continual.runner import Listener
 from kronfac.experiments.continual.strategies import get_strategy
 from kronfac.experiments.errors import need
-from kronfac.experiments.files import replace_atomically, write_text
+from kronfac.experiments.files import without_nan, write_text
+from kronfac.experiments.pictures import save_figure
 from kronfac.experiments.present import Table, number
 
 PICTURE, LINES = "accuracy-matrices.png", "results.jsonl"
@@ -105,7 +106,7 @@ def compare(
     write_text(
         folder / LINES,
         "".join(
-            json.dumps({**found, **_finite(metrics)}, allow_nan=False) + "\n"
+            json.dumps({**found, **without_nan(metrics._asdict())}, allow_nan=False) + "\n"
             for name in strategies
             for found, metrics in zip(runs[name], results.metrics(name), strict=True)
         ),
@@ -172,10 +173,6 @@ def _seconds(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.1f}"
 
 
-def _finite(metrics: Metrics) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in metrics._asdict().items()}
-
-
 def _draw(results: Results) -> None:
     need("matplotlib", "experiments")
     from kronfac.plots import accuracy_matrices
@@ -184,5 +181,4 @@ def _draw(results: Results) -> None:
     axes = accuracy_matrices(
         [results.matrix(name) for name in results.strategies], labels, title=f"{results.stream}, {results.tasks} tasks"
     )
-    with replace_atomically(results.folder / PICTURE) as stream:
-        axes[0].figure.savefig(stream, format="png")  # type: ignore[union-attr]
+    save_figure(axes[0], results.folder / PICTURE)

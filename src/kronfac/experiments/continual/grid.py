@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from kronfac.experiments.continual.plans import Budget, carry_out, plans_of
 from kronfac.experiments.continual.runner import Listener
 from kronfac.experiments.continual.strategies import BALANCES, get_strategy
 from kronfac.experiments.errors import ExperimentError, need
-from kronfac.experiments.files import replace_atomically, write_text
+from kronfac.experiments.files import write_text
+from kronfac.experiments.pictures import save_figure
 from kronfac.experiments.present import Table, number
 
 SCATTER, POINTS = "target-against-average.png", "grid.jsonl"
@@ -191,11 +193,10 @@ def correlation(points: Sequence[Point]) -> float:
     Returns:
         Pearson's coefficient; NaN where one of the two does not vary.
     """
-    both = [[point.target for point in points], [point.average for point in points]]
-    centred = [[value - sum(values) / len(values) for value in values] for values in both]
-    scale = math.prod(math.sqrt(sum(value * value for value in values)) for values in centred)
-    product = sum(a * b for a, b in zip(*centred, strict=True))
-    return product / scale if scale > 0 else math.nan
+    try:
+        return statistics.correlation([point.target for point in points], [point.average for point in points])
+    except statistics.StatisticsError:  # one of the two is constant, or there is one point
+        return math.nan
 
 
 def _draw(grid: Grid) -> None:
@@ -210,5 +211,4 @@ def _draw(grid: Grid) -> None:
         label = f"{get_strategy(strategy).title}, {titles[balance]}\nr = {number(correlation(points), '.2f')}"
         panels[label] = pairs
     axes = scatters(panels, "target accuracy [%]", "average accuracy [%]", columns=max(1, len(panels) // len(balances)))
-    with replace_atomically(grid.folder / SCATTER) as stream:
-        axes[0].figure.savefig(stream, format="png")  # type: ignore[union-attr]
+    save_figure(axes[0], grid.folder / SCATTER)

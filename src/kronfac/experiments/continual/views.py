@@ -81,8 +81,7 @@ class FixedView(View):
             Nothing.
         """
         if later:
-            for norm in _norms(model):
-                norm.eval()
+            _freeze(model)
         yield
 
     def subject(self, model: nn.Module) -> nn.Module:
@@ -124,8 +123,7 @@ class MergedView(View):
             return
         self._merged = continual.merge_batchnorm(model)
         self._merged.restandardise(inputs)
-        for norm in _norms(model):
-            norm.eval()
+        _freeze(model)
         yield
         self._merged = None
 
@@ -177,3 +175,8 @@ def estimation_batch(model: nn.Module) -> int:
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+def _freeze(model: nn.Module) -> None:
+    for norm in _norms(model):
+        norm.eval()

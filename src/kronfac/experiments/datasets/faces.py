@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kronfac.experiments.datasets.base import Dataset, Split
-from kronfac.experiments.errors import DatasetError, need
+from kronfac.experiments.errors import DatasetError, need, reason_of
 
 TRAIN, TEST, SIDE = 20_000, 5_000, 25
 #: People in the training set; the others are in the test set alone.
@@ -61,9 +61,8 @@ def _photographs() -> tuple[Tensor, Tensor]:
         try:
             bunch = need("sklearn.datasets", "data").fetch_olivetti_faces()
         except Exception as error:  # the client raises many unrelated types for "no network"
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DatasetError(
-                f"dataset 'faces': scikit-learn could not download the Olivetti photographs ({reason}); set "
+                f"dataset 'faces': scikit-learn could not download the Olivetti photographs ({reason_of(error)}); set "
                 f"KRONFAC_DATA to a folder that holds {_FILE}"
             ) from error
         images, labels = bunch.images.astype("float32"), bunch.target

@@ -10,7 +10,7 @@ from pathlib import Path
 from kronfac.experiments.datasets import cache
 from kronfac.experiments.datasets.base import Dataset, Split
 from kronfac.experiments.datasets.parquet import decode
-from kronfac.experiments.errors import DatasetError, need
+from kronfac.experiments.errors import DatasetError, need, reason_of
 
 _log = logging.getLogger("kronfac")
 
@@ -97,10 +97,9 @@ def locate(name: str, split: str) -> Path:
     try:
         return Path(hub.hf_hub_download(entry.id, entry.file(split), repo_type="dataset"))
     except Exception as error:  # the client raises a dozen unrelated types for "no network", "no such file", "no space"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DatasetError(
-            f"dataset {name!r} could not be downloaded from the Hugging Face hub ({entry.id!r}: {reason}); set "
-            f"KRONFAC_DATA to a folder that holds {entry.id}/{entry.file(split)}"
+            f"dataset {name!r} could not be downloaded from the Hugging Face hub ({entry.id!r}: {reason_of(error)}); "
+            f"set KRONFAC_DATA to a folder that holds {entry.id}/{entry.file(split)}"
         ) from error
 
 
