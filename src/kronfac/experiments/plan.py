@@ -189,7 +189,7 @@ def make_plan(
     for name, value in (("threads", threads), ("grid_steps", grid_steps)):
         if value is not None and value < 1:
             raise ExperimentError(f"{name} must be a whole number of at least 1, got {value!r}")
-    _check_device(device)
+    check_device(device)
     plan = Plan(
         problem=problem.name,
         optimizers=tuple(optimizers),
@@ -215,7 +215,15 @@ def make_plan(
     return plan
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that this machine does not have.
+
+    Args:
+        device: A torch device.
+
+    Raises:
+        ExperimentError: Naming it, and what torch says.
+    """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

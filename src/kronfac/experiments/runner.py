@@ -67,7 +67,8 @@ def run(
         progress.finished(settings, str(result["status"]), str(result["note"] or "already there"))
         return result
     write_json(folder / SETTINGS, asdict(settings))
-    with torch.random.fork_rng(devices=[]), _signals() as interrupted:
+    device = torch.device(settings.device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), _signals() as interrupted:
         _rehearse(problem, settings, data)
         torch.manual_seed(settings.seed)
         training = Training(problem, settings, data)

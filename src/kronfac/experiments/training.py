@@ -44,6 +44,11 @@ class Training:
         self.step, self.seconds, self.batch_loss = 0, 0.0, math.nan
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether the run is on a CUDA device."""
+        return torch.device(self.settings.device).type == "cuda"
+
+    @property
     def epoch(self) -> float:
         """Passes through the training set."""
         return self.step / self.batches.per_epoch
@@ -80,6 +85,8 @@ class Training:
             raise Diverged(str(error)) from error
         self.average.update()
         self.step += 1
+        if self.on_gpu:
+            torch.cuda.synchronize(self.settings.device)  # what was launched belongs to this step's seconds
         self.seconds += time.perf_counter() - start
 
     def diagnostics(self) -> dict[str, float]:
@@ -130,6 +137,8 @@ class Training:
             "average": self.average.state_dict(),
             "generator": self.generator.get_state(),
             "global_generator": torch.get_rng_state(),
+            # Dropout draws from the device's own.
+            **({"device_generator": torch.cuda.get_rng_state(self.settings.device)} if self.on_gpu else {}),
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
@@ -144,4 +153,6 @@ class Training:
         # After the optimiser: it may hold this very generator and set it too.
         self.generator.set_state(state["generator"])  # type: ignore[arg-type]
         torch.set_rng_state(state["global_generator"])  # type: ignore[arg-type]
+        if self.on_gpu:
+            torch.cuda.set_rng_state(state["device_generator"], self.settings.device)  # type: ignore[arg-type]
         self.step, self.seconds = int(state["step"]), float(state["seconds"])  # type: ignore[call-overload, arg-type]

@@ -332,7 +332,8 @@ class KFAC(Optimizer):
         ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
         if due and delay and self._inverses and self._steps >= self._periods[1]:
             damping, rules = {name: self._damping(name) for name in ready}, self._rules()
-            self._pending = submit(lambda: snapshot(ready, damping.__getitem__, rules), self._steps, delay)
+            device = next(self._estimator.model.parameters()).device
+            self._pending = submit(lambda: snapshot(ready, damping.__getitem__, rules), self._steps, delay, device)
             return
         with self._noting_failures():
             retried = renew(self._inverses, ready, self._damping, self._rules())

@@ -10,7 +10,7 @@ import typer
 
 from kronfac.cli.compare import this_command
 from kronfac.cli.display import print_table
-from kronfac.cli.options import Json, Out, words
+from kronfac.cli.options import Device, Json, Out, words
 from kronfac.cli.reproduce.progress import study_display
 from kronfac.experiments.files import without_nan
 from kronfac.experiments.reproduce import kld_wrm as study
@@ -33,6 +33,7 @@ def kld_wrm(
         int | None,
         typer.Option(help="Processes of one thread each; by default one for each core.", show_default=False),
     ] = None,
+    device: Device = "cpu",
     out: Out = None,
     table_only: Annotated[
         bool, typer.Option("--table-only", help="Train nothing: table and pictures of the finished runs.")
@@ -47,7 +48,7 @@ def kld_wrm(
 
     [dim]kronfac reproduce kld-wrm --rows best --runs 3 --out runs/kld-wrm[/dim]
     """
-    chosen = study.make_study(words(rows, "--rows"), runs, epochs, data)
+    chosen = study.make_study(words(rows, "--rows"), runs, epochs, data, device)
     names = [f"{study.ROWS[key].title}, run {seed}" for seed in range(runs) for key in chosen.rows]
     with study_display(names) as listener:
         outcome = study.reproduce(
@@ -56,6 +57,7 @@ def kld_wrm(
             runs=runs,
             epochs=epochs,
             data=data,
+            device=device,
             workers=workers,
             table_only=table_only,
             command=this_command(),

@@ -199,7 +199,7 @@ def _work(
         while not stop.is_set() and (task := tasks.get()) is not None:
             index, settings = task, runs[task]
             if settings.problem not in data:
-                data[settings.problem] = get_problem(settings.problem).data()
+                data[settings.problem] = get_problem(settings.problem).data().to(settings.device)
             own = make_folder(run_folder(folder, settings))
             with _patiently_locked(own):
                 problem, reporter = get_problem(settings.problem), _Reporter(index, heard, stop)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kronfac.experiments.environment import environment, usable_cores
@@ -11,12 +11,14 @@ from kronfac.experiments.errors import ExperimentError, UnknownNameError, need
 from kronfac.experiments.files import make_folder, write_json
 from kronfac.experiments.lock import locked
 from kronfac.experiments.optimizers import get_optimizer
+from kronfac.experiments.plan import check_device
 from kronfac.experiments.problems import get_problem
 from kronfac.experiments.reproduce.kld_wrm.pictures import write_pictures
 from kronfac.experiments.reproduce.kld_wrm.rows import ROWS, Row, choose
 from kronfac.experiments.reproduce.kld_wrm.table import Summary, summarise, write_tables
 from kronfac.experiments.reproduce.workers import Listener, train_all
-from kronfac.experiments.results import RunResult, read_run
+from kronfac.experiments.results import RunResult, read_run, run_folder
+from kronfac.experiments.runner import RESULT
 from kronfac.experiments.settings import RunSettings, check_settings
 
 STUDY = "study.json"
@@ -33,12 +35,14 @@ class Study:
         runs: Runs of each row; run ``i`` has the seed ``i``.
         epochs: Passes through the training set.
         data: ``"mnist"`` or ``"digits"``.
+        device: Torch device.
     """
 
     rows: tuple[str, ...]
     runs: int
     epochs: int
     data: str
+    device: str = "cpu"
 
     def settings(self, row: Row, seed: int) -> RunSettings:
         """Give the settings of a run.
@@ -53,7 +57,7 @@ class Study:
         name, examples = DATA[self.data]
         per_epoch = examples // get_problem(name).batch_size
         values = get_optimizer(row.optimizer).resolve(row.values)
-        return RunSettings(name, row.optimizer, values, seed, self.epochs * per_epoch, None, per_epoch)
+        return RunSettings(name, row.optimizer, values, seed, self.epochs * per_epoch, None, per_epoch, self.device)
 
     def all_settings(self) -> list[RunSettings]:
         """List the runs: seeds outside, rows inside, so that an early end leaves equal numbers of each row.
@@ -79,7 +83,7 @@ class Outcome:
     summaries: list[Summary]
 
 
-def make_study(rows: Sequence[str], runs: int, epochs: int, data: str) -> Study:
+def make_study(rows: Sequence[str], runs: int, epochs: int, data: str, device: str = "cpu") -> Study:
     """Check what is asked for.
 
     Args:
@@ -87,6 +91,7 @@ def make_study(rows: Sequence[str], runs: int, epochs: int, data: str) -> Study:
         runs: Runs of each.
         epochs: Passes through the training set.
         data: ``"mnist"`` or ``"digits"``.
+        device: Torch device.
 
     Returns:
         The study.
@@ -100,7 +105,8 @@ def make_study(rows: Sequence[str], runs: int, epochs: int, data: str) -> Study:
     for name, value in (("runs", runs), ("epochs", epochs)):
         if value < 1:
             raise ExperimentError(f"{name} must be at least 1, got {value}")
-    study = Study(tuple(row.key for row in choose(rows)), runs, epochs, data)
+    check_device(device)
+    study = Study(tuple(row.key for row in choose(rows)), runs, epochs, data, device)
     for settings in study.all_settings():
         check_settings(settings)
     return study
@@ -113,6 +119,7 @@ def reproduce(
     runs: int = 10,
     epochs: int = 50,
     data: str = "mnist",
+    device: str = "cpu",
     workers: int | None = None,
     table_only: bool = False,
     command: str = "",
@@ -129,6 +136,7 @@ def reproduce(
         runs: Runs of each row, with seeds 0, 1, …
         epochs: Passes through the training set.
         data: ``"mnist"``, or ``"digits"`` to try it in seconds without a download.
+        device: Torch device of the runs. A run that was finished on another device is not trained again.
         workers: Processes, of one thread each; by default one for each core.
         table_only: Whether to train nothing, and look at the runs that are there.
         command: How this was asked for.
@@ -141,7 +149,7 @@ def reproduce(
         ExperimentError: An argument, a file or a run is unusable.
         KeyboardInterrupt: On Ctrl-C, after checkpoints.
     """  # noqa: DOC502
-    study = make_study(rows, runs, epochs, data)
+    study = make_study(rows, runs, epochs, data, device)
     if workers is not None and workers < 1:
         raise ExperimentError(f"workers must be at least 1, got {workers}")
     for module in ("pandas", "matplotlib"):
@@ -152,14 +160,26 @@ def reproduce(
             found = environment() | {"threads": 1, "workers": workers or usable_cores()}
             write_json(folder / STUDY, {"study": asdict(study), "environment": found, "command": command})
             get_problem(DATA[data][0]).data()  # absent data are better known before processes are started
-            train_all(study.all_settings(), folder, workers or usable_cores(), listener)
-        results = {
-            key: [read_run(folder, study.settings(ROWS[key], seed)) for seed in range(runs)] for key in study.rows
-        }
+            wanted = [_finished(folder, settings) or settings for settings in study.all_settings()]
+            train_all(wanted, folder, workers or usable_cores(), listener)
+        results = {key: [_read(folder, study.settings(ROWS[key], seed)) for seed in range(runs)] for key in study.rows}
         summaries = [summarise(ROWS[key], runs_of) for key, runs_of in results.items()]
         write_tables(folder, summaries, study.epochs)
         write_pictures(folder, {key: _drawable(runs_of) for key, runs_of in results.items()})
     return Outcome(folder, study, summaries)
+
+
+def _finished(folder: Path, settings: RunSettings) -> RunSettings | None:
+    """Settings of the same run on whichever device it was finished, if it was."""
+    for device in dict.fromkeys((settings.device, "cpu", "cuda")):
+        there = replace(settings, device=device)
+        if (run_folder(folder, there) / RESULT).exists():
+            return there
+    return None
+
+
+def _read(folder: Path, settings: RunSettings) -> RunResult:
+    return read_run(folder, _finished(folder, settings) or settings)
 
 
 def _drawable(runs: Sequence[RunResult]) -> list[RunResult]:

@@ -1,0 +1,199 @@
+"""Which reduced precision keeps the preconditioned direction? Cosine to float64, and time over float32.
+
+    python benchmarks/reduced_precision.py [--device cuda] [--damping 1e-2] [--rounds 20] [--batches 1]
+
+The deep autoencoder (784-1000-500-250-30 and back, batch 500) at its initial weights: statistics of `--batches`
+batches of random images, the gradient of the last one, factored damping. The factors are of deficient rank, the
+gradient lies in their range, and there the inverse is small: rounding errors elsewhere are multiplied by 1/damping.
+Truth is the direction in float64 from the same statistics. Forms of the two products of a layer:
+
+- float32, and tf32 (CUDA alone);
+- bf16: both inverses and the gradient rounded to bfloat16, sums in float32;
+- bf16, one side: the product with the wider factor in bfloat16, the other in float32;
+- bf16, inverse split / gradient split: that operand as the sum of two bfloat16 numbers, two products for one;
+- bf16, both split: three products for one;
+- eigenbasis in bf16: into the eigenbasis and back by bfloat16 products, four for two, eigenvalues in float32.
+
+A CPU's bfloat16 product rounds its result to bfloat16, too; CUDA's gives it in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kronfac.experiments.bench.workloads import make
+from kronfac.optim import KFAC
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Product of matrices in bfloat16, as float32."""
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+def split(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as the sum of two in bfloat16."""
+    high = matrix.bfloat16()
+    return high, (matrix - high).bfloat16()
+
+
+class Layer:
+    """One layer's inverses, prepared in every form, so that only products are timed."""
+
+    def __init__(self, gradient: Tensor, output: Tensor, input: Tensor, shifts: tuple[float, float]) -> None:
+        """Factorise.
+
+        Args:
+            gradient: ``[d_out, d_in]``, float32.
+            output: Output factor.
+            input: Input factor.
+            shifts: Damping of the output and of the input factor.
+        """
+        self.gradient = gradient
+        exact = [f.double() + s * torch.eye(len(f), dtype=torch.float64, device=f.device) for f, s in
+                 zip((output, input), shifts, strict=True)]  # fmt: skip
+        inverses = [torch.linalg.inv(matrix) for matrix in exact]
+        self.truth = inverses[0] @ gradient.double() @ inverses[1]
+        self.left, self.right = (inverse.float() for inverse in inverses)
+        self.rounded = self.left.bfloat16(), self.right.bfloat16()
+        self.split = split(self.left), split(self.right)
+        pairs = [torch.linalg.eigh(matrix) for matrix in exact]
+        self.bases = [vectors.bfloat16() for _, vectors in pairs]
+        self.scale = (1.0 / torch.outer(pairs[0][0], pairs[1][0])).float()
+
+    def plain(self) -> Tensor:
+        """Two products, in float32 or tf32 as torch is set."""
+        return self.left @ self.gradient @ self.right
+
+    def bf16(self) -> Tensor:
+        """Everything rounded."""
+        left, right = self.rounded
+        return multiply(multiply(left, self.gradient.bfloat16()).bfloat16(), right)
+
+    def one_side(self) -> Tensor:
+        """The dearer product rounded."""
+        if len(self.left) > len(self.right):
+            return multiply(self.rounded[0], self.gradient.bfloat16()) @ self.right
+        return self.left @ multiply(self.gradient.bfloat16(), self.rounded[1])
+
+    def inverse_split(self) -> Tensor:
+        """Inverses of two parts."""
+        (lh, ll), (rh, rl) = self.split
+        g = self.gradient.bfloat16()
+        inner = (multiply(lh, g) + multiply(ll, g)).bfloat16()
+        return multiply(inner, rh) + multiply(inner, rl)
+
+    def gradient_split(self) -> Tensor:
+        """Gradient, and what becomes of it, of two parts."""
+        left, right = self.rounded
+        gh, gl = split(self.gradient)
+        ih, il = split(multiply(left, gh) + multiply(left, gl))
+        return multiply(ih, right) + multiply(il, right)
+
+    def both_split(self) -> Tensor:
+        """Three products for one; the product of the two small parts is left out."""
+        (lh, ll), (rh, rl) = self.split
+        gh, gl = split(self.gradient)
+        ih, il = split(multiply(lh, gh) + multiply(lh, gl) + multiply(ll, gh))
+        return multiply(ih, rh) + multiply(ih, rl) + multiply(il, rh)
+
+    def eigenbasis(self) -> Tensor:
+        """Through the eigenvectors."""
+        left, right = self.bases
+        inside = multiply(multiply(left.mT, self.gradient.bfloat16()).bfloat16(), right) * self.scale
+        return multiply(multiply(left, inside.bfloat16()).bfloat16(), right.mT)
+
+
+FORMS: dict[str, Callable[[Layer], Tensor]] = {
+    "float32": Layer.plain,
+    "tf32": Layer.plain,
+    "bf16": Layer.bf16,
+    "bf16, one side": Layer.one_side,
+    "bf16, inverse split": Layer.inverse_split,
+    "bf16, gradient split": Layer.gradient_split,
+    "bf16, both split": Layer.both_split,
+    "eigenbasis in bf16": Layer.eigenbasis,
+}
+
+
+def layers(device: str, damping: float, batches: int) -> list[Layer]:
+    """Gather statistics and a gradient.
+
+    Args:
+        device: Torch device.
+        damping: ``λ``.
+        batches: How many batches the statistics are of.
+
+    Returns:
+        The prepared layers.
+    """
+    work = make("autoencoder")
+    work.model.to(device)
+    optimizer = KFAC(work.model, work.likelihood, lr=0.0, damping=damping, stats_every=1, ema=0.95)
+    for seed in range(batches):
+        torch.manual_seed(seed)
+        x = torch.rand(500, 784, device=device)
+        work.model.zero_grad()
+        work.loss(work.model(x), x).backward()
+        optimizer._gatherer.reset()
+    found = []
+    blocks = optimizer.curvature().blocks
+    for name, adapter in optimizer._estimator.adaptation.adapters.items():
+        block = blocks[name]
+        shift = optimizer._rule(block, damping)
+        packed = adapter.pack({key: p.grad for key, p in adapter.parameters.items() if p.grad is not None})
+        found.append(Layer(packed, block.output, block.input, (float(shift.output), float(shift.input))))  # type: ignore[attr-defined]
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--damping", type=float, default=1e-2)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batches", type=int, default=1)
+    options = parser.parse_args()
+    prepared = layers(options.device, options.damping, options.batches)
+    names = [name for name in FORMS if name != "tf32" or options.device != "cpu"]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for number in range(options.rounds + 3):
+            for name in names:
+                torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+                _wait(options.device)
+                start = time.perf_counter()
+                found[name] = [FORMS[name](layer) for layer in prepared]
+                _wait(options.device)
+                if number >= 3:
+                    times[name].append(time.perf_counter() - start)
+    print(f"{'form':22} {'cosine, all':>12} {'least of a layer':>17} {'over float32':>13} {'ms':>8}")
+    truth = [layer.truth for layer in prepared]
+    for name in names:
+        each = [_cosine([f], [t]) for f, t in zip(found[name], truth, strict=True)]
+        ratio = statistics.median(a / b for a, b in zip(times[name], times["float32"], strict=True))
+        ms = 1e3 * statistics.median(times[name])
+        print(f"{name:22} {_cosine(found[name], truth):12.6f} {min(each):17.6f} {ratio:13.2f} {ms:8.2f}")
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def _cosine(found: list[Tensor], truth: list[Tensor]) -> float:
+    a = torch.cat([f.double().flatten() for f in found])
+    b = torch.cat([t.flatten() for t in truth])
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+if __name__ == "__main__":
+    main()
