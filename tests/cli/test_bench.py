@@ -58,7 +58,7 @@ def test_workloads_are_the_same_each_time() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workloads", "vgg"], "there is no workload 'vgg'; known are autoencoder, kfc, resnet20, small"),
+        (["--workloads", "vgg"], "there is no workload 'vgg'; known are autoencoder, kfc, resnet20, resnet50, gpt2, small"),
         (["--workloads", ""], "--workloads must be names"),
         (["--rounds", "1"], "--rounds"),
         (["--processor-time", "--threads", "2"], "give --threads 1"),
