@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tests.cli.test_cli import call
 
-from kronfac.experiments.bench import Spread, advances, make, measure
+from kronfac.cli.bench_tables import extra_tables, over_base
+from kronfac.experiments.bench import Found, Spread, advances, make, measure
 
 PARTS = ["statistics", "statistics of TKFAC", "inverse", "inverse, asynchronous, visible", "precondition"]
 
@@ -40,7 +41,42 @@ def test_whole_steps_and_progress() -> None:
         "whole step, kfac, asynchronous",
         "whole step, kfac, default clip",
     ]
-    assert len(notes) == advances(2, True)
+    assert len(notes) == advances(2, ["whole"])
+
+
+def test_floors_and_profiles_are_written_and_printed(tmp_path: Path) -> None:
+    out = tmp_path / "bench"
+    arguments = ["--workloads", "gpt2-small", "--precision", "float32,bfloat16", "--only", "roofline,profile"]
+    code, stdout, _ = call("bench", *arguments, "--rounds", "2", "--threads", "1", "--out", str(out))
+    assert code == 0
+    found = json.loads((out / "bench.json").read_text())
+    labels = ["gpt2-small", "gpt2-small, bfloat16"]
+    for kind in ("over forward+backward", "ceilings", "roofline", "profile"):
+        assert list(found[kind]) == labels
+    assert list(found["roofline"][labels[1]]) == ["statistics", "inverse", "precondition"]
+    assert "memory, bytes" not in found
+    for text in (*labels, "floors at the measured", "TFLOP/s, bfloat16", "plain GFLOP", "profile of inverse"):
+        assert text in stdout
+
+
+def test_a_profile_alone_has_no_times(tmp_path: Path) -> None:
+    out = tmp_path / "bench"
+    code, stdout, _ = call("bench", "--workloads", "small", "--only", "profile", "--threads", "1", "--out", str(out))
+    assert code == 0
+    assert "Cost over" not in stdout
+    assert stdout.count("profile of") == 4
+    assert not (out / "bench.png").exists()
+
+
+def test_tables_have_a_dash_where_a_workload_has_no_such_part() -> None:
+    one, other = (Found(rows={part: Spread(1.0, 1.0, 1.0)}) for part in ("inverse", "statistics"))
+    memory = {"factors": 2e6, "step, sgd": 3e6, "kfac above sgd, over factors": 2.5}
+    table = over_base({"a": one, "b": other, "c": Found(memory=memory)})
+    assert table.columns == ["over forward+backward", "a", "b"]
+    assert table.rows[0] == ["inverse", "1.00 (1.00 to 1.00)", "–"]
+    [(peaks, title)] = extra_tables({"c": Found(memory=memory)})
+    assert title == "c: peak memory"
+    assert peaks.rows == [["factors", "2.0", "1.00"], ["step, sgd", "3.0", "1.50"], ["kfac above sgd", "", "2.50"]]
 
 
 def test_spread_is_that_of_the_quartiles() -> None:
@@ -58,10 +94,18 @@ def test_workloads_are_the_same_each_time() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workloads", "vgg"], "there is no workload 'vgg'; known are autoencoder, kfc, resnet20, small"),
+        (
+            ["--workloads", "vgg"],
+            "there is no workload 'vgg'; known are autoencoder, kfc, resnet20, resnet50, gpt2, small",
+        ),
         (["--workloads", ""], "--workloads must be names"),
         (["--rounds", "1"], "--rounds"),
         (["--processor-time", "--threads", "2"], "give --threads 1"),
+        (["--only", "speed"], "there is no part 'speed'; known are statistics"),
+        (["--only", "memory"], "benchmarks/memory.py"),
+        (["--precision", "tf32"], "tf32 is a format of CUDA devices"),
+        (["--precision", "float16"], "there is no precision 'float16'"),
+        (["--device", "tpu"], "there is no device 'tpu'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,28 +14,56 @@ import torch
 import typer
 
 from kronfac.cli.analyse.work import Out, Threads, threads_of, write_picture
+from kronfac.cli.bench_tables import extra_tables, over_base
 from kronfac.cli.display import print_table
 from kronfac.cli.options import Json, words
-from kronfac.experiments.bench import NAMES, Spread, advances, make, measure
+from kronfac.experiments.bench import (
+    LARGE,
+    NAMES,
+    PARTS,
+    PRECISIONS,
+    Found,
+    advances,
+    check,
+    check_name,
+    chosen,
+    run,
+)
 from kronfac.experiments.environment import environment, warning
 from kronfac.experiments.errors import ExperimentError, need
 from kronfac.experiments.files import make_folder, write_json, write_text
-from kronfac.experiments.present import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _FIRST = "forward+backward, ms"
+_TRAINING = ("whole", "step")
 
-Results = dict[str, dict[str, Spread]]
+Results = dict[str, Found]
 
 
 def bench(
     workloads: Annotated[
-        str, typer.Option(help=f"Workloads, with commas between them: {', '.join(NAMES)}, or small for a quick look.")
+        str,
+        typer.Option(
+            help=f"Workloads, with commas between them: {', '.join(NAMES)}; {', '.join(LARGE)} for a GPU; "
+            "or small for a quick look."
+        ),
     ] = ",".join(NAMES),
     rounds: Annotated[int, typer.Option(help="Rounds; each runs every part once, in turn.", min=2)] = 30,
-    parts: Annotated[bool, typer.Option("--parts", help="Leave whole training steps out.")] = False,
+    parts: Annotated[bool, typer.Option("--parts", help="Leave training steps out.")] = False,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What to measure, with commas between them: {', '.join(PARTS)}. By default what fits workload and "
+            "device.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[
+        str, typer.Option(help=f"Number formats, with commas between them: {', '.join(PRECISIONS)}.")
+    ] = "float32",
     processor_time: Annotated[
         bool,
         typer.Option(
@@ -48,78 +77,122 @@ def bench(
 ) -> None:
     """Measure what each part of KFAC costs over one forward and backward, side by side in one process.
 
-    Autoencoder: 784-1000-500-250-30, batch 500. kfc: the network of the KFC paper, and ResNet-20, batch 128. Whole
-    steps have statistics every 10 and inverses every 100 steps. Medians over rounds, with quartiles.
+    Autoencoder: 784-1000-500-250-30, batch 500. kfc: the network of the KFC paper, and ResNet-20, batch 128. ResNet-50,
+    batch 256 of 224x224, and GPT-2 small, 8 texts of 1024 tokens. Whole steps have statistics every 10 and inverses
+    every 100 steps; on the large networks and on a GPU each kind of step is timed once and the mean made of them.
 
     [dim]kronfac bench --workloads kfc --rounds 10 --out runs/bench[/dim]
+
+    [dim]kronfac bench --device cuda --workloads resnet50,gpt2 --precision float32,bfloat16 --out runs/gpu[/dim]
     """  # noqa: DOC501 - a person reads this as help
-    if processor_time and threads != 1:
-        raise ExperimentError("--processor-time adds up the time of all threads: give --threads 1 with it")
-    names = words(workloads, "--workloads")
+    if processor_time and (threads != 1 or device != "cpu"):
+        raise ExperimentError(
+            "--processor-time adds up the time of all threads and sees no GPU: give --threads 1 with it, on the CPU"
+        )
+    names, precisions = words(workloads, "--workloads"), words(precision, "--precision")
     for name in names:
-        make(name)
+        check_name(name)
+    for form in precisions:
+        check(device, form)
+    asked = None if only is None else words(only, "--only")
+    plans = {name: _plan(name, device, asked, parts) for name in names}
     folder = None if out is None else make_folder(out)
     if folder is not None:
         need("matplotlib", "experiments")
     with threads_of(threads):
         machine = {**environment(), "threads": torch.get_num_threads()}
-        results = _measure(names, rounds, parts, processor_time)
+        setting = {
+            "machine": machine,
+            "device": device,
+            "rounds": rounds,
+            "clock": "processor" if processor_time else "wall",
+        }
+        results: Results = {}
+        for name, one in _run(plans, rounds, device, precisions, processor_time):
+            results[name] = one
+            if folder is not None:  # a machine that is lent may be gone before the last one
+                _write(folder, setting | _found(results), results)
     if busy := warning(machine):
         print(f"note: {busy}", file=sys.stderr)
-    found = {
-        "machine": machine,
-        "rounds": rounds,
-        "clock": "processor" if processor_time else "wall",
-        "over forward+backward": {
-            name: {part: spread.as_dict() for part, spread in rows.items()} for name, rows in results.items()
-        },
-    }
-    if folder is not None:
-        _write(folder, found, results)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(setting | _found(results), indent=2))
         return
-    print_table(_table(results), f"Cost over forward+backward, {machine['threads']} threads, float32")
-    if folder is not None:
+    place = f"{machine['threads']} threads" if device == "cpu" else str(machine.get("gpu"))
+    if any(one.rows for one in results.values()):
+        forms = "" if precisions != ["float32"] else ", float32"
+        print_table(over_base(results), f"Cost over forward+backward, {place}{forms}")
+    for table, title in extra_tables(results):
+        print()
+        print_table(table, title)
+    if folder is not None and any(one.rows for one in results.values()):
         print(f"picture: {folder / 'bench.png'}")
 
 
-def _measure(names: list[str], rounds: int, parts: bool, processor_time: bool) -> Results:
+def _plan(name: str, device: str, only: list[str] | None, parts: bool) -> tuple[str, ...]:
+    plan = chosen(name, device, only)
+    return tuple(part for part in plan if not (parts and part in _TRAINING))
+
+
+def _run(
+    plans: dict[str, tuple[str, ...]], rounds: int, device: str, precisions: list[str], processor_time: bool
+) -> Iterator[tuple[str, Found]]:
+    """Yield what is found of each workload in each precision, as soon as it is."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(names) * advances(rounds, not parts))
-        results = {}
-        for name in names:
-            if not console.is_terminal:
-                print(f"{name} ...", file=sys.stderr, flush=True)
-            results[name] = measure(
-                name,
-                rounds,
-                whole_steps=not parts,
-                processor_time=processor_time,
-                advance=lambda note: bar.update(task, advance=1, description=note),
-            )
-    return results
+        total = len(precisions) * sum(advances(rounds, plan) for plan in plans.values())
+        task = bar.add_task("", total=total)
+        for name, plan in plans.items():
+            for precision in precisions:
+                label = name if precision == "float32" else f"{name}, {precision}"
+                if not console.is_terminal:
+                    print(f"{label} ...", file=sys.stderr, flush=True)
+                found = run(
+                    name,
+                    rounds,
+                    only=plan,
+                    device=device,
+                    precision=precision,
+                    processor_time=processor_time,
+                    advance=lambda note: bar.update(task, advance=1, description=note),
+                )
+                yield label, found
 
 
-def _table(results: Results) -> Table:
-    rows = [[part, *(str(found[part]) for found in results.values())] for part in next(iter(results.values()))]
-    return Table(["over forward+backward", *results], rows)
+def _found(results: Results) -> dict[str, object]:
+    """Times, and what was asked for beside them, by kind and workload."""
+    kinds: dict[str, dict[str, object]] = {
+        "ceilings": {name: one.ceilings.as_dict() for name, one in results.items() if one.ceilings},
+        "roofline": {
+            name: {part: floor.as_dict() for part, floor in one.roofline.items()}
+            for name, one in results.items()
+            if one.roofline
+        },
+        "memory, bytes": {name: one.memory for name, one in results.items() if one.memory},
+        "profile": {
+            name: {part: [operator.as_dict() for operator in rows] for part, rows in one.profile.items()}
+            for name, one in results.items()
+            if one.profile
+        },
+    }
+    times = {name: {part: spread.as_dict() for part, spread in one.rows.items()} for name, one in results.items()}
+    return {"over forward+backward": times} | {kind: values for kind, values in kinds.items() if values}
 
 
 def _write(folder: Path, found: dict[str, object], results: Results) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["workload", "part", "median", "low", "high"])
-    for name, rows in results.items():
-        writer.writerows([name, part, s.median, s.low, s.high] for part, s in rows.items())
+    for name, one in results.items():
+        writer.writerows([name, part, s.median, s.low, s.high] for part, s in one.rows.items())
     write_text(folder / "bench.csv", text.getvalue())
     write_json(folder / "bench.json", found)
-    write_picture(folder / "bench.png", _draw(results))
+    timed = {name: one for name, one in results.items() if one.rows}
+    if timed:
+        write_picture(folder / "bench.png", _draw(timed))
 
 
 def _draw(results: Results) -> Axes:
@@ -127,7 +200,8 @@ def _draw(results: Results) -> Axes:
     from kronfac.plots.panels import new_panels
 
     panels = new_panels(len(results), columns=len(results), width=5.2, height=4.2)
-    for axes, (name, rows) in zip(panels, results.items(), strict=True):
+    for axes, (name, one) in zip(panels, results.items(), strict=True):
+        rows = one.rows
         shown = {part: spread for part, spread in rows.items() if part != _FIRST}
         bars(
             list(shown),

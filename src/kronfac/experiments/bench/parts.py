@@ -7,182 +7,203 @@ medians over rounds, as ratios to forward+backward of the same model and batch, 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 
-import torch
+from torch import Tensor
 
-from kronfac.experiments.bench.workloads import Workload, make
+from kronfac.experiments.bench.steps import KINDS, combine, make_kfac, single, whole_rounds, whole_steps
+from kronfac.experiments.bench.timing import Spread, clock_of, timed
+from kronfac.experiments.bench.workloads import LARGE, Workload, make
+from kronfac.experiments.errors import ExperimentError
 from kronfac.optim import KFAC, TKFAC
 from kronfac.optim.background import submit
 from kronfac.optim.preconditioning import refresh, snapshot
 
+#: What can be asked for by name. ``whole`` takes hundreds of steps, ``step`` one of each kind.
+PARTS = (
+    "statistics",
+    "tkfac",
+    "inverse",
+    "asynchronous",
+    "precondition",
+    "whole",
+    "step",
+    "roofline",
+    "memory",
+    "profile",
+)
+#: The parts whose time the roofline is beside.
+BOUNDED = ("statistics", "inverse", "precondition")
+#: What is timed in rounds.
+TIMED = (*BOUNDED, "tkfac", "asynchronous", "whole", "step")
 #: Forwards and backwards beside which an asynchronous inverse is computed.
 BESIDE = 10
 #: Rounds before those that count.
 _WARM_UP = 3
 
-Clock = Callable[[], float]
 
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles over rounds.
-
-    Attributes:
-        median: The median.
-        low: The lower quartile.
-        high: The upper quartile.
-    """
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        """Summarise values.
-
-        Args:
-            values: One for each round.
-
-        Returns:
-            Their quartiles.
-        """
-        low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-        return cls(middle, low, high)
-
-    def as_dict(self) -> dict[str, float]:
-        """Return the three numbers by name."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
-
-
-def timed(function: Callable[[], object], clock: Clock) -> float:
-    """Measure one call.
+def chosen(name: str, device: str = "cpu", only: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Which parts to measure.
 
     Args:
-        function: What to call.
-        clock: Gives seconds.
+        name: The workload.
+        device: Where to compute.
+        only: Names of :data:`PARTS`; by default what fits workload and device.
 
     Returns:
-        Seconds.
+        Names, in the order of :data:`PARTS`.
+
+    Raises:
+        ExperimentError: A name is unknown, or the part is not to be had on the device.
     """
-    start = clock()
-    function()
-    return clock() - start
+    if only is None:
+        if device == "cuda":
+            only = (*BOUNDED, "step", "roofline", "memory")
+        elif name.removesuffix("-small") in LARGE:
+            only = (*BOUNDED, "step")
+        else:
+            only = (*BOUNDED, "tkfac", "asynchronous", "whole")
+    if unknown := [part for part in only if part not in PARTS]:
+        raise ExperimentError(f"there is no part {unknown[0]!r}; known are {', '.join(PARTS)}")
+    if device != "cuda" and "memory" in only:
+        raise ExperimentError("memory is read from CUDA's allocator; benchmarks/memory.py measures it on the CPU")
+    return tuple(part for part in PARTS if part in only or (part in BOUNDED and "roofline" in only))
 
 
-def parts(work: Workload) -> dict[str, Callable[[], object]]:
+def gradients_only(work: Workload, optimizer: KFAC) -> None:
+    """Run forward and backward without statistics.
+
+    Args:
+        work: The workload.
+        optimizer: Its KFAC.
+    """
+    with optimizer.paused():
+        work.forward_backward()
+
+
+def with_statistics(work: Workload, optimizer: KFAC) -> None:
+    """Run forward and backward with statistics.
+
+    Args:
+        work: The workload.
+        optimizer: Its KFAC.
+    """
+    optimizer._steps = KINDS["kfac with statistics"][0]
+    work.forward_backward()
+    optimizer._gatherer.reset()
+
+
+def inverse(optimizer: KFAC) -> None:
+    """Invert all factors.
+
+    Args:
+        optimizer: A KFAC with statistics.
+    """
+    found = optimizer._estimator.statistics
+    refresh({}, found, dict.fromkeys(found, 1.0).__getitem__, optimizer._rule)
+
+
+def started(work: Workload) -> KFAC:
+    """Make a KFAC that has taken its first step.
+
+    Args:
+        work: The workload; its parameters have gradients afterwards.
+
+    Returns:
+        The optimiser.
+    """
+    optimizer = make_kfac(work)
+    work.forward_backward()
+    optimizer.step()
+    return optimizer
+
+
+def gradients_of(work: Workload) -> dict[str, Tensor]:
+    """Gradients by parameter name.
+
+    Args:
+        work: The workload, after a backward.
+
+    Returns:
+        Those that there are.
+    """
+    return {name: p.grad for name, p in work.model.named_parameters() if p.grad is not None}
+
+
+def parts(work: Workload, wanted: Sequence[str]) -> dict[str, Callable[[], object]]:
     """Make the parts to time.
 
     Args:
         work: The workload.
+        wanted: Names of :data:`PARTS`.
 
     Returns:
         Functions by name.
     """
-    optimizer = KFAC(work.model, work.likelihood, lr=0.0, momentum=0.9, damping=1.0, stats_every=1, burn_in=0)
-
-    def with_statistics() -> None:
-        work.forward_backward()
-        optimizer._gatherer.reset()
+    optimizer = started(work)
+    gradients = gradients_of(work)
 
     def without() -> None:
-        with optimizer.paused():
-            work.forward_backward()
-
-    other = make(work.name)
-    paired = TKFAC(other.model, other.likelihood, lr=0.0, damping=1.0, stats_every=1, burn_in=0)
-
-    def with_paired_statistics() -> None:
-        other.forward_backward()
-        paired._gatherer.reset()
-
-    with_statistics()
-    optimizer.step()
-    gradients = {name: p.grad for name, p in work.model.named_parameters() if p.grad is not None}
-    damping = dict.fromkeys(optimizer._estimator.statistics, 1.0)
-
-    def inverse() -> None:
-        refresh({}, optimizer._estimator.statistics, damping.__getitem__, optimizer._rule)
-
-    def inverse_beside() -> None:
-        statistics, rule = optimizer._estimator.statistics, optimizer._rule
-        pending = submit(lambda: snapshot(statistics, damping.__getitem__, rule), 0, BESIDE)
-        for _ in range(BESIDE):
-            without()
-        pending.result()
+        gradients_only(work, optimizer)
 
     def alone() -> None:
         for _ in range(BESIDE):
             without()
 
-    def precondition() -> None:
-        optimizer._directions(gradients)
+    def inverse_beside() -> None:
+        found, rule = optimizer._estimator.statistics, optimizer._rule
+        damping = dict.fromkeys(found, 1.0)
+        pending = submit(lambda: snapshot(found, damping.__getitem__, rule), 0, BESIDE)
+        for _ in range(BESIDE):
+            without()
+        pending.result()
 
-    return {
-        "forward+backward": without,
-        "with statistics": with_statistics,
-        "with statistics of TKFAC": with_paired_statistics,
-        "inverse": inverse,
-        "alone": alone,
-        "inverse beside": inverse_beside,
-        "precondition": precondition,
-    }
+    functions: dict[str, Callable[[], object]] = {"forward+backward": without}
+    if "statistics" in wanted:
+        functions["with statistics"] = lambda: with_statistics(work, optimizer)
+    if "tkfac" in wanted:
+        functions["with statistics of TKFAC"] = _paired(work)
+    if "inverse" in wanted:
+        functions["inverse"] = lambda: inverse(optimizer)
+    if "asynchronous" in wanted:
+        functions |= {"alone": alone, "inverse beside": inverse_beside}
+    if "precondition" in wanted:
+        functions["precondition"] = lambda: optimizer._directions(gradients)
+    if "step" in wanted:
+        functions |= {f"step, {kind}": function for kind, function in single(work, optimizer).items()}
+    return functions
 
 
-def whole(work: Workload, kind: str, steps: int, clock: Clock) -> Callable[[], float]:
-    """Make a measurement of whole training steps, over a whole period of KFAC's refreshes.
+def _paired(work: Workload) -> Callable[[], object]:
+    """Forward and backward with the statistics of TKFAC, on a twin of the model."""
+    other = make(work.name, device=work.device.type, precision=work.precision)
+    paired = TKFAC(other.model, other.likelihood, lr=0.0, damping=1.0, stats_every=1, burn_in=0)
 
-    Args:
-        work: The workload.
-        kind: The optimiser.
-        steps: How many steps.
-        clock: Gives seconds.
+    def run() -> None:
+        other.forward_backward()
+        paired._gatherer.reset()
 
-    Returns:
-        A function that takes the steps and gives the mean seconds of one.
-    """
-    make_optimizer = {
-        "sgd": lambda: torch.optim.SGD(work.model.parameters(), lr=0.0, momentum=0.9),
-        "adamw": lambda: torch.optim.AdamW(work.model.parameters(), lr=0.0),
-        "kfac": lambda: KFAC(work.model, work.likelihood, lr=0.0, damping=1.0, burn_in=0, kl_clip=None),
-        "kfac, asynchronous": lambda: KFAC(
-            work.model, work.likelihood, lr=0.0, damping=1.0, burn_in=0, kl_clip=None, asynchronous=20
-        ),
-        "kfac, default clip": lambda: KFAC(work.model, work.likelihood, lr=0.0, damping=1.0, burn_in=0),
-    }
-    optimizer = make_optimizer[kind]()
-
-    def one() -> None:
-        optimizer.zero_grad()
-        work.loss(work.model(work.inputs), work.targets).backward()
-        optimizer.step()
-
-    if isinstance(optimizer, KFAC):
-        one()
-        optimizer._steps = 100  # past the geometric start, at a multiple of the inverse period
-    return lambda: sum(timed(one, clock) for _ in range(steps)) / steps
+    return run
 
 
 def measure(
     name: str,
     rounds: int,
     *,
-    whole_steps: bool = True,
+    only: Sequence[str] | None = None,
+    device: str = "cpu",
+    precision: str = "float32",
     processor_time: bool = False,
     advance: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Spread]:
-    """Measure one workload.
+    """Time the parts of one workload.
 
     Args:
         name: The workload.
         rounds: How many rounds count.
-        whole_steps: Whether to time training steps of optimisers too.
+        only: Names of :data:`PARTS`; by default those of :func:`chosen`.
+        device: Where to compute.
+        precision: The number format.
         processor_time: Count what this process was given by the machine instead of the time that passed; right with one
             thread only, and blind to work beside it.
         advance: Called with a note after each round.
@@ -190,8 +211,9 @@ def measure(
     Returns:
         Milliseconds of forward+backward, and all other parts over it.
     """
-    clock = time.process_time if processor_time else time.perf_counter
-    functions = parts(make(name))
+    clock = clock_of(device, processor_time)
+    wanted = chosen(name, device, only)
+    functions = parts(make(name, device=device, precision=precision), wanted)
     times: dict[str, list[float]] = {part: [] for part in functions}
     for round_ in range(rounds + _WARM_UP):
         for part, function in functions.items():
@@ -199,50 +221,40 @@ def measure(
             if round_ >= _WARM_UP:
                 times[part].append(seconds)
         advance(f"{name}: parts")
+    rows = _over_base(times, visible=not processor_time)
+    if "whole" in wanted:
+        functions.clear()
+        rows |= whole_steps(name, rounds, clock, device, precision, advance)
+    return rows
+
+
+def _over_base(times: dict[str, list[float]], visible: bool) -> dict[str, Spread]:
+    """Turn seconds into rows."""
     base = times.pop("forward+backward")
     middle = statistics.median(base)
-    result = {"forward+backward, ms": Spread.of([1e3 * t for t in base])}
+    rows = {"forward+backward, ms": Spread.of([1e3 * t for t in base])}
 
     def extra(values: list[float], over: list[float]) -> Spread:
         return Spread.of([(v - o) / middle for v, o in zip(values, over, strict=True)])
 
-    result["statistics"] = extra(times.pop("with statistics"), base)
-    result["statistics of TKFAC"] = extra(times.pop("with statistics of TKFAC"), base)
-    result["inverse"] = Spread.of([t / middle for t in times.pop("inverse")])
-    alone, beside = times.pop("alone"), times.pop("inverse beside")
-    if not processor_time:
-        result["inverse, asynchronous, visible"] = extra(beside, alone)
-    result |= {part: Spread.of([t / middle for t in values]) for part, values in times.items()}
-    return result | (_whole_steps(name, rounds, clock, advance) if whole_steps else {})
+    for row in ("statistics", "statistics of TKFAC"):
+        if f"with {row}" in times:
+            rows[row] = extra(times.pop(f"with {row}"), base)
+    if "inverse" in times:
+        rows["inverse"] = Spread.of([t / middle for t in times.pop("inverse")])
+    if "alone" in times:
+        alone, beside = times.pop("alone"), times.pop("inverse beside")
+        if visible:
+            rows["inverse, asynchronous, visible"] = extra(beside, alone)
+    rows |= {part: Spread.of([t / middle for t in values]) for part, values in times.items()}
+    steps = {part.removeprefix("step, "): values for part, values in times.items() if part.startswith("step, ")}
+    if steps:
+        rows["whole step, kfac, from its steps"] = Spread.of([t / middle for t in combine(steps)])
+    return rows
 
 
-def _whole_steps(name: str, rounds: int, clock: Clock, advance: Callable[[str], None]) -> dict[str, Spread]:
-    steps = {
-        kind: whole(make(name), kind, 100 if kind.startswith("kfac") else 20, clock)
-        for kind in ("sgd", "adamw", "kfac", "kfac, asynchronous", "kfac, default clip")
-    }
-    plain = make(name)
-
-    def reference() -> float:
-        return statistics.median(timed(plain.forward_backward, clock) for _ in range(10))
-
-    ratios: dict[str, list[float]] = {kind: [] for kind in steps}
-    for _ in range(whole_rounds(rounds)):
-        here = reference()
-        for kind, run in steps.items():
-            seconds = run()
-            there = reference()
-            ratios[kind].append(seconds / (0.5 * (here + there)))
-            here = there
-            advance(f"{name}: whole steps, {kind}")
-    return {f"whole step, {kind}": Spread.of(values) for kind, values in ratios.items()}
-
-
-def whole_rounds(rounds: int) -> int:
-    """Rounds of whole steps, each of which takes hundreds of steps, for a number of rounds of the parts."""
-    return max(2, rounds // 10)
-
-
-def advances(rounds: int, whole_steps: bool) -> int:
-    """How often :func:`measure` calls ``advance`` for a workload."""
-    return rounds + _WARM_UP + (5 * whole_rounds(rounds) if whole_steps else 0)
+def advances(rounds: int, wanted: Sequence[str]) -> int:
+    """How often :func:`measure` calls ``advance`` for the parts of a workload."""
+    if not set(TIMED).intersection(wanted):
+        return 0
+    return rounds + _WARM_UP + (5 * whole_rounds(rounds) if "whole" in wanted else 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from kronfac.experiments.models.autoencoder import autoencoder, logistic_autoencoder
+from kronfac.experiments.models.bottleneck import resnet50
+from kronfac.experiments.models.gpt import gpt2
 from kronfac.experiments.models.kfc import kfc_network
 from kronfac.experiments.models.puiu import puiu_network
 from kronfac.experiments.models.resnet import ResNet
@@ -13,9 +15,11 @@ __all__ = [
     "ResNet",
     "RowTransformer",
     "autoencoder",
+    "gpt2",
     "kfc_network",
     "logistic_autoencoder",
     "perceptron",
     "puiu_network",
+    "resnet50",
     "small_convolutional",
 ]
