@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kronfac.layers.base import LayerAdapter, flat_weights, require_float, with_ones
+from kronfac.layers.base import LayerAdapter, flat_weights, operand, require_float, with_ones
 from kronfac.layers.conv_moments import add_conv_gram_
 from kronfac.layers.conv_weighted import add_weighted_conv_gram_, row_norms
 from kronfac.layers.geometry import Geometry, im2col, reads
@@ -36,8 +36,9 @@ class ConvAdapter(LayerAdapter):
         """Return the weight with its columns flattened."""
         return weight.reshape(*self.stack, self.d_out, self._columns)
 
-    def _image(self, x: Tensor) -> Tensor:
-        x = require_float(x)
+    def _image(self, x: Tensor, *, plain: bool = False) -> Tensor:
+        # Plain products of ungrouped maps alone take what has 16 bits.
+        x = operand(x) if plain and not self.stack else require_float(x)
         if x.ndim != self._dims + 2:
             raise ValueError(
                 f"Convolution {self.name!r}: its input of shape {tuple(x.shape)} has no batch dimension; add one."
@@ -68,7 +69,7 @@ class ConvAdapter(LayerAdapter):
         """Add the patches' second moment by the cheapest exact form."""
         if self.sharing == "reduce" or not self.has_weight:
             return super().add_input_gram_(total, x, weights, alpha)
-        stacked, x = total if self.stack else total.unsqueeze(0), self._image(x)
+        stacked, x = total if self.stack else total.unsqueeze(0), self._image(x, plain=weights is None)
         if weights is not None:
             return add_weighted_conv_gram_(stacked, x, self.geometry, weights, ones=self.has_bias, alpha=alpha)
         return add_conv_gram_(stacked, x, self.geometry, ones=self.has_bias, alpha=alpha)
@@ -78,7 +79,7 @@ class ConvAdapter(LayerAdapter):
         if self.sharing == "reduce":
             super().add_output_gram_(total, g, scale, weights)
             return
-        columns = self._image(g).reshape(g.shape[0], *self.stack, self.d_out, -1)
+        columns = self._image(g, plain=weights is None).reshape(g.shape[0], *self.stack, self.d_out, -1)
         if weights is None and columns.shape[-1] >= self.d_out and total.device.type == "cpu":
             # One small product for each example, where it lies.
             columns = columns.flatten(0, -3)

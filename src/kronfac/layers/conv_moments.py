@@ -63,21 +63,21 @@ def _correlate(left: Tensor, right: Tensor, symmetric: bool, channels: int) -> T
     if a.shape[0] > 1:
         return a.mT @ b
     a, b, width = a[0], b[0], left.shape[-1]
-    out = a.new_zeros(width, width)
+    out = torch.zeros(width, width, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
     if channels == 0:
         add_product_(out, a, b, symmetric=symmetric)
         return (out.triu() + out.triu(1).mT if symmetric else out).unsqueeze(0)
-    torch.mm(a[:, :channels].T, b, out=out[:channels])
+    add_product_(out[:channels], a[:, :channels], b)
     if symmetric:
         out[:, :channels] = out[:channels].T
     else:
-        torch.mm(a.T, b[:, :channels], out=out[:, :channels])
+        add_product_(out[channels:, :channels], a[:, channels:], b[:, :channels])
     edge = width - channels
     first, after = (0, slice(0, edge)), (left.shape[3] - 1, slice(channels, width))
-    change = a.new_zeros(edge, edge)
+    change = out.new_zeros(edge, edge)
     for (position, taps), sign in ((first, -1.0), (after, 1.0)):
         column, other = (side[0, :, :, position, taps].flatten(0, 1) for side in (left, right))
-        change.addmm_(column.T, other, alpha=sign)
+        add_product_(change, column, other, alpha=sign)
     for start in range(channels, width, channels):
         lines = slice(start, start + channels)
         before = slice(start - channels, start)
@@ -155,6 +155,29 @@ def add_row_correlation_(total: Tensor, x: Tensor, geometry: Geometry, alpha: fl
             add_block_(total, current, pair, geometry, alpha)
 
 
+def add_whole_patches_(
+    total: Tensor, x: Tensor, geometry: Geometry, alpha: float = 1.0, *, ones: bool = False
+) -> Tensor | None:
+    """Add ``alpha Σ_r a_r a_rᵀ`` over all rows (without ones) to the upper triangle of ``total``, from the rows.
+
+    Args:
+        total: Running sum ``[groups, d, d]``.
+        x: Input ``[N, C, *size]``.
+        geometry: The convolution.
+        alpha: Factor of what is added.
+        ones: Whether the sum of the rows is wanted.
+
+    Returns:
+        ``Σ_r a_r``, ``[groups, d]``, or None.
+    """
+    rows = im2col(x, geometry).flatten(0, 1).movedim(1, 0)
+    if rows.shape[0] == 1:
+        add_gram_(total[0], rows[0], alpha=alpha)
+    else:
+        add_gram_(total, rows, alpha=alpha)
+    return rows.sum(1, dtype=total.dtype) if ones else None
+
+
 def add_conv_gram_(total: Tensor, x: Tensor, geometry: Geometry, *, ones: bool, alpha: float = 1.0) -> float:
     """Add ``alpha Σ_r ā_r ā_rᵀ`` of a convolution to the upper triangle of ``total``, in the cheapest exact form.
 
@@ -177,12 +200,7 @@ def add_conv_gram_(total: Tensor, x: Tensor, geometry: Geometry, *, ones: bool, 
         add_row_correlation_(inner, x, geometry, alpha)
         sums = column_sums(x, geometry) if ones else None
     else:
-        rows = im2col(x, geometry).flatten(0, 1).movedim(1, 0)
-        sums = rows.sum(1) if ones else None
-        if rows.shape[0] == 1:
-            add_gram_(inner[0], rows[0], alpha=alpha)
-        else:
-            add_gram_(inner, rows, alpha=alpha)
+        sums = add_whole_patches_(inner, x, geometry, alpha, ones=ones)
     if sums is not None:
         total[:, :-1, -1].add_(sums, alpha=alpha)
         total[:, -1, -1] += alpha * count

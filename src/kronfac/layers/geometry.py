@@ -79,7 +79,8 @@ def im2col(x: Tensor, geometry: Geometry) -> Tensor:
 
 def column_sums(x: Tensor, geometry: Geometry) -> Tensor:
     """Sum of all rows, ``[groups, (C/groups)·prod(kernel)]``, from the input's batch sum alone."""
-    return im2col(x.sum(0, keepdim=True), geometry).sum((0, 1))
+    total = x.sum(0, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return im2col(total, geometry).sum((0, 1))
 
 
 def reads(geometry: Geometry, size: tuple[int, ...], stuffing: tuple[int, ...] | None = None) -> tuple[Tensor, ...]:

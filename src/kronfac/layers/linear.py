@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kronfac.layers.base import LayerAdapter, UnsupportedLayer, require_float, with_ones
+from kronfac.layers.base import LayerAdapter, UnsupportedLayer, operand, require_float, with_ones
 from kronfac.layers.registry import adapt
 from kronfac.linalg.symmetric import add_gram_
 
@@ -38,13 +38,20 @@ class LinearAdapter(LayerAdapter):
         """Add the rows' second moment without copying the input to append its ones."""
         if self.sharing == "reduce" or not (self.has_weight and self.has_bias):
             return super().add_input_gram_(total, x, weights, alpha)
-        rows = require_float(x).reshape(-1, self._features)
+        rows = (operand(x) if weights is None else require_float(x)).reshape(-1, self._features)
         flat = None if weights is None else weights.reshape(-1).to(rows.dtype)
         count = float(rows.shape[0]) if flat is None else flat.sum()
         add_gram_(total[:-1, :-1], rows, weights=flat, alpha=alpha)
-        total[:-1, -1].add_(rows.sum(0) if flat is None else flat @ rows, alpha=alpha)
+        total[:-1, -1].add_(rows.sum(0, dtype=total.dtype) if flat is None else flat @ rows, alpha=alpha)
         total[-1, -1] += alpha * count
         return count
+
+    def add_output_gram_(self, total: Tensor, g: Tensor, scale: float = 1.0, weights: Tensor | None = None) -> None:
+        """Add the cotangents' second moment."""
+        if self.sharing == "reduce" or weights is not None:
+            super().add_output_gram_(total, g, scale, weights)
+        else:
+            add_gram_(total, operand(g).reshape(-1, self.d_out), alpha=scale)
 
     def input_norms(self, x: Tensor) -> Tensor:
         """Return ``|ā|²`` as ``[B, S]``, without copying the input to append its ones."""
