@@ -60,7 +60,7 @@ def perceptron(norm: bool = False) -> nn.Module:
     return double(nn.Sequential(nn.Linear(4, 6), *middle, nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)))
 
 
-def images(seed: int = 0, count: int = 12) -> tuple[Tensor, Tensor]:
+def images(seed: int = 0, count: int = 40) -> tuple[Tensor, Tensor]:
     return draw(count, 2, 6, 6, seed=seed), torch.randint(3, (count,), generator=torch.Generator().manual_seed(seed))
 
 
@@ -180,8 +180,7 @@ OPTIMISERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "kfac, asynchronous": _kfac(asynchronous=2),
     "kfac, dense": _kfac(approximation="dense"),
     "kfac, diagonal": _kfac(approximation="diagonal"),
-    # New eigenvectors every step: within a null space they are arbitrary, and values in old ones would show it.
-    "ekfac": _other("EKFAC", lr=0.1, damping=0.1, source="exact", stats_every=1, invert_every=1),
+    "ekfac": _other("EKFAC", lr=0.1, damping=0.1, source="exact", stats_every=1, invert_every=2),
     "tkfac": _other("TKFAC", lr=0.1, damping=0.1, source="exact", stats_every=1, invert_every=2),
     "so": _kldwrm("so"),
     "q": _kldwrm("q"),

@@ -21,7 +21,10 @@ from torch import Tensor
 from kronfac.layers.conv_lags import add_by_lags_, lags_pay
 from kronfac.layers.conv_lines import LinePair, add_block_, examples_at_once, line_pairs, unfold_lines, zero_padded
 from kronfac.layers.geometry import Geometry, column_sums, im2col
-from kronfac.linalg.symmetric import add_gram_, add_product_
+from kronfac.linalg.symmetric import add_gram_, add_product_, summed_in_float32
+
+#: Entries of whole patches held at once on an accelerator: 1 GB in float32.
+PATCHES_ACCELERATOR = 1 << 28
 
 
 def _chain_cost(previous: LinePair | None, pair: LinePair) -> tuple[int, bool]:
@@ -170,12 +173,34 @@ def add_whole_patches_(
     Returns:
         ``Σ_r a_r``, ``[groups, d]``, or None.
     """
-    rows = im2col(x, geometry).flatten(0, 1).movedim(1, 0)
-    if rows.shape[0] == 1:
-        add_gram_(total[0], rows[0], alpha=alpha)
-    else:
-        add_gram_(total, rows, alpha=alpha)
-    return rows.sum(1, dtype=total.dtype) if ones else None
+    sums = None
+    for part in x.split(_patches_at_once(x, geometry)):
+        rows = im2col(part, geometry).flatten(0, 1).movedim(1, 0)
+        if rows.shape[0] == 1:
+            add_gram_(total[0], rows[0], alpha=alpha)
+        else:
+            add_gram_(total, rows, alpha=alpha)
+        if ones:
+            found = rows.sum(1, dtype=total.dtype)
+            sums = found if sums is None else sums.add_(found)
+    return sums
+
+
+def _patches_at_once(x: Tensor, geometry: Geometry) -> int:
+    """Number of examples whose patches are held together: all on a CPU, where they are formed for small maps alone."""
+    if x.device.type == "cpu":
+        return max(1, x.shape[0])
+    entries = math.prod(geometry.output_size(tuple(x.shape[2:]))) * x.shape[1] * math.prod(geometry.kernel)
+    return max(1, PATCHES_ACCELERATOR // entries)
+
+
+def _lines_pay(x: Tensor, geometry: Geometry) -> bool:
+    """Whether kernel lines are cheaper than whole patches."""
+    if not row_correlation_pays(geometry, tuple(x.shape[2:])):
+        return False
+    # On a GPU (benchmarks/gpu_forms.py) the matrix units are through with patches of 16 bits before lines are cut out,
+    # and lines of few channels are too narrow for it.
+    return x.device.type == "cpu" or (x.shape[1] // geometry.groups >= 16 and not summed_in_float32(x))
 
 
 def add_conv_gram_(total: Tensor, x: Tensor, geometry: Geometry, *, ones: bool, alpha: float = 1.0) -> float:
@@ -196,7 +221,7 @@ def add_conv_gram_(total: Tensor, x: Tensor, geometry: Geometry, *, ones: bool, 
     if lags_pay(x, geometry):
         add_by_lags_(inner[0], x, geometry, alpha)
         sums = column_sums(x, geometry) if ones else None
-    elif row_correlation_pays(geometry, tuple(x.shape[2:])):
+    elif _lines_pay(x, geometry):
         add_row_correlation_(inner, x, geometry, alpha)
         sums = column_sums(x, geometry) if ones else None
     else:

@@ -20,6 +20,8 @@ from kronfac.layers.registry import adapt
 
 #: Entries of an input that are centred at once: they stay in the cache.
 CENTRED = 1 << 19
+#: The same for an accelerator: 512 MB.
+CENTRED_ACCELERATOR = 1 << 27
 
 
 class NormAdapter(LayerAdapter):
@@ -110,7 +112,8 @@ class ChannelNorm(NormAdapter):
         if self.has_weight:
             count = x.shape[0] * x.shape[2]
             mean = (x.sum(2).sum(0) / count).unsqueeze(1)
-            at_once = max(1, CENTRED // x[0].numel())
+            entries = CENTRED if x.device.type == "cpu" else CENTRED_ACCELERATOR
+            at_once = max(1, entries // x[0].numel())
             products, variance = [], torch.zeros_like(mean[:, 0])
             for a, b in zip(x.split(at_once), g.split(at_once), strict=True):
                 a = a - mean

@@ -8,8 +8,10 @@ The work is done in place on one copy that becomes the result, so nothing but th
 CPU (float32, one thread): small matrices gain from one batched call (64 matrices of size 10: 0.08 ms against 0.66 ms in
 a loop), large ones do not (size 128: equal), and the batched call of `torch.cholesky_inverse` that is *not* in place is
 slower than the loop by 3-5 times. Hence the two thresholds below; on an accelerator equal shapes always share a call.
-Inverting the triangle by halves and multiplying it by itself in panels, all in matrix products, is no faster than
-LAPACK's routine: 25.5 ms against 21.8 at size 1001 (Cholesky included).
+On a GPU inverting the triangle and one product of it with itself takes half the time of `torch.cholesky_inverse`
+(benchmarks/gpu_forms.py), unless products are made in TF32. On a CPU, the triangle inverted by halves and multiplied
+by itself in panels, all in matrix products, is no faster than LAPACK's routine: 25.5 ms against 21.8 at size 1001
+(Cholesky included).
 """
 
 from __future__ import annotations
@@ -22,10 +24,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kronfac.linalg.symmetric import mirror_
+
 #: Up to this size a stack on the CPU goes to LAPACK in one batched call, beyond it one by one.
 _BATCH_UP_TO = 128
 #: Up to this size separate matrices on the CPU are copied together for the sake of one batched call.
 _GROUP_UP_TO = 32
+#: Entries that are inverted at once on a GPU, with twice as many beside them: 512 MB in float32.
+_ENTRIES_GPU = 1 << 27
 
 
 #: Where the names of matrices go that took float64.
@@ -235,6 +241,10 @@ def _invert_in_place(work: Tensor) -> tuple[Tensor, Tensor]:
     """Replace matrices by their inverses; give log-determinants and a mask of success. What failed is garbage."""
     n = work.shape[-1]
     flat = work.view(-1, n, n)
+    if work.device.type == "cuda" and not torch.backends.cuda.matmul.allow_tf32:
+        parts = [_invert_by_triangle(part) for part in flat.split(max(1, _ENTRIES_GPU // (n * n)))]
+        logdet, success = (torch.cat(found).view(work.shape[:-2]) for found in zip(*parts, strict=True))
+        return logdet, success
     one_by_one = work.device.type == "cpu" and n > _BATCH_UP_TO
     logdets, goods = [], []
     for piece in flat.split(1 if one_by_one else max(len(flat), 1)):
@@ -252,6 +262,22 @@ def _invert_in_place(work: Tensor) -> tuple[Tensor, Tensor]:
         goods.append(good & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1))
     stack = work.shape[:-2]
     return torch.cat(logdets).view(stack), torch.cat(goods).view(stack)
+
+
+def _invert_by_triangle(work: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`_invert_in_place`, for ``[count, n, n]``."""
+    factor, info = torch.linalg.cholesky_ex(work)
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    good = (info == 0) & pivots.isfinite().all(-1)
+    eye = torch.eye(work.shape[-1], dtype=work.dtype, device=work.device)
+    if not bool(good.all()):
+        factor[~good] = eye
+    logdets = 2 * pivots.log().sum(-1)
+    root = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    with torch.autocast(work.device.type, enabled=False):
+        torch.bmm(root.mT, root, out=work)
+    mirror_(work)
+    return logdets, good & work.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
 
 
 def _repair(result: Inverted, good: Tensor, matrix: Tensor, shift: Tensor | float, name: str) -> None:

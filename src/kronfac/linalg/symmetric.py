@@ -99,6 +99,8 @@ def _add_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
 
 def mirror_(matrix: Tensor) -> Tensor:
     """Copy the upper triangle of ``[*stack, d, d]`` onto the lower one, in place, and return it."""
+    if matrix.device.type != "cpu":
+        return matrix.triu_().add_(matrix.triu(1).mT)
     width = matrix.shape[-1]
     # Panel by panel: one temporary of PANEL rows instead of two of the whole matrix.
     for start in range(0, width, PANEL):
