@@ -182,3 +182,14 @@ def test_the_worker_is_made_anew_in_a_forked_process() -> None:
     first = background._worker()
     background._forget_worker()
     assert background._worker() is not first
+
+
+def test_the_thread_keeps_to_one_core_and_leaves_the_number_of_others_alone() -> None:
+    before = torch.get_num_threads()
+    assert background._worker().submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == before
+    found: list[int] = []
+    other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    assert found == [before]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, require_no_moment, zeros
 from kronfac.blocks import Block, Dense
 from kronfac.layers import LayerAdapter
-from kronfac.linalg.symmetric import add_gram_, mirror_
+from kronfac.linalg.symmetric import add_gram_, all_finite, mirror_
 from kronfac.sources import Sample, require_examples
 
 #: Largest block kept densely: 2 GiB in float64.
@@ -57,7 +55,7 @@ class DenseStatistic(Statistic):
     def block(self) -> Block:
         """Return the dense block."""
         moment = mirror_(self.moment.value())
-        if not bool(torch.isfinite(moment).all()):
+        if not all_finite(moment):
             raise FloatingPointError(f"The block of layer {self.layer.name!r} overflowed to NaN or Inf.")
         return Dense(moment, self.layer.shape)
 

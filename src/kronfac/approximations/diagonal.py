@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, zeros
 from kronfac.blocks import Block, Diagonal
 from kronfac.layers import LayerAdapter
-from kronfac.linalg.symmetric import add_product_
+from kronfac.linalg.symmetric import add_product_, all_finite
 from kronfac.sources import Sample, require_examples
 
 #: Entries of per-example gradients held at once.
@@ -57,7 +56,7 @@ class DiagonalStatistic(Statistic):
     def block(self) -> Block:
         """Return the diagonal block."""
         value = self.squares.value()
-        if not bool(torch.isfinite(value).all()):
+        if not all_finite(value):
             raise FloatingPointError(f"The diagonal of layer {self.layer.name!r} overflowed to NaN or Inf.")
         return Diagonal(value)
 

@@ -14,7 +14,7 @@ from kronfac.blocks import Block, Eigenbasis, EigenKronecker
 from kronfac.blocks.eigen_kronecker import change_basis
 from kronfac.layers import LayerAdapter
 from kronfac.layers.base import stack_first
-from kronfac.linalg.symmetric import add_product_
+from kronfac.linalg.symmetric import add_product_, all_finite
 from kronfac.sources import Sample, Source, require_examples
 
 #: Entries of rows and per-example gradients held at once.
@@ -146,7 +146,7 @@ class EKFACStatistic(Statistic):
             basis, values = found, found.values
         else:
             basis, values = self.basis, self.moments.value()
-        if not bool(torch.isfinite(values).all()):
+        if not all_finite(values):
             raise FloatingPointError(f"The second moments of layer {self.layer.name!r} overflowed to NaN or Inf.")
         assert basis.output is not None
         return EigenKronecker(values, basis.output, basis.input)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, zeros
 from kronfac.approximations.dense import DenseStatistic
 from kronfac.blocks import Block, DiagonalKronecker, Kronecker
 from kronfac.layers import LayerAdapter
-from kronfac.linalg.symmetric import mirror_
+from kronfac.linalg.symmetric import all_finite, mirror_
 from kronfac.sources import Sample
 
 
@@ -60,7 +59,7 @@ class KFACStatistic(Statistic):
         """Return the Kronecker block."""
         a, g = self.factors()
         for what, factor in (("input", a), ("output", g)):
-            if not bool(torch.isfinite(factor).all()):
+            if not all_finite(factor):
                 raise FloatingPointError(f"The {what} factor of layer {self.layer.name!r} overflowed to NaN or Inf.")
         return DiagonalKronecker(a, g) if self.layer.diagonal_input else Kronecker(a, g)
 

@@ -15,7 +15,7 @@ from kronfac.coupling import Coupling
 from kronfac.layers import LayerAdapter
 from kronfac.layers.base import require_float
 from kronfac.layers.linear import LinearAdapter
-from kronfac.linalg.symmetric import add_gram_, mirror_
+from kronfac.linalg.symmetric import add_gram_, all_finite, mirror_
 from kronfac.sources import Sample, Source, require_examples
 from kronfac.tape import Tape
 
@@ -93,7 +93,7 @@ class KKFACStatistic(JointStatistic):
         """
         found = {key: mirror_(getattr(self, key).value()) for key in ("input", "input_mean", "output", "output_sum")}
         for what, moment in found.items():
-            if not bool(torch.isfinite(moment).all()):
+            if not all_finite(moment):
                 raise FloatingPointError(f"The {what.replace('_', ' ')} factor of all layers overflowed to NaN or Inf.")
         shapes = {name: (layer.d_out, layer.d_in) for name, layer in self.linear.items()}
         first, second = (found["input"], found["output"]), (found["input_mean"], found["output_sum"])

@@ -11,7 +11,7 @@ from kronfac.approximations.sua import ChannelInput, reads_patches
 from kronfac.blocks import Block, DiagonalKronecker, Kronecker
 from kronfac.layers import LayerAdapter
 from kronfac.layers.conv import ConvAdapter
-from kronfac.linalg.symmetric import mirror_
+from kronfac.linalg.symmetric import all_finite, mirror_
 from kronfac.sources import Sample
 
 
@@ -71,7 +71,7 @@ class PRONGStatistic(Statistic):
         """Return the block ``A ⊗ (tr G / d_out) I``."""
         layer, a, trace = self.layer, self._input(), self.trace.value()
         for what, factor in (("input", a), ("output", trace)):
-            if not bool(torch.isfinite(factor).all()):
+            if not all_finite(factor):
                 raise FloatingPointError(f"The {what} factor of layer {layer.name!r} overflowed to NaN or Inf.")
         g = trace / layer.d_out * torch.eye(layer.d_out).to(trace)
         return DiagonalKronecker(a, g) if layer.diagonal_input else Kronecker(a, g)

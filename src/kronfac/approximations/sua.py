@@ -15,7 +15,7 @@ from kronfac.blocks import Block, Kronecker
 from kronfac.layers import LayerAdapter
 from kronfac.layers.base import require_float
 from kronfac.layers.conv import ConvAdapter
-from kronfac.linalg.symmetric import add_gram_, mirror_
+from kronfac.linalg.symmetric import add_gram_, all_finite, mirror_
 from kronfac.sources import Sample
 
 
@@ -144,7 +144,7 @@ class ChannelInput:
             one = bias.new_ones(*bias.shape[:-1], 1)
             side = torch.cat((bias, one), -1).unsqueeze(-1)
             weight = torch.cat((torch.cat((weight, bias.unsqueeze(-2)), -2), side), -1)
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise FloatingPointError(f"The input factor of layer {self.layer.name!r} overflowed to NaN or Inf.")
         return weight
 
@@ -199,7 +199,7 @@ class SUAStatistic(Statistic):
     def block(self) -> Block:
         """Return the Kronecker block."""
         input, output = self.input.factor(), mirror_(self.output.value())
-        if not bool(torch.isfinite(output).all()):
+        if not all_finite(output):
             raise FloatingPointError(f"The output factor of layer {self.layer.name!r} overflowed to NaN or Inf.")
         return Kronecker(input, output)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, zeros
 from kronfac.approximations.dense import DenseStatistic
 from kronfac.blocks import Block, ScaledKronecker
 from kronfac.layers import LayerAdapter
-from kronfac.linalg.symmetric import mirror_
+from kronfac.linalg.symmetric import all_finite, mirror_
 from kronfac.sources import Sample
 
 
@@ -73,7 +72,7 @@ class TKFACStatistic(Statistic):
         """
         input, output = self.input.value(), mirror_(self.output.value())
         for what, moment in (("input", input), ("output", output)):
-            if not bool(torch.isfinite(moment).all()):
+            if not all_finite(moment):
                 raise FloatingPointError(f"The {what} factor of layer {self.layer.name!r} overflowed to NaN or Inf.")
         return ScaledKronecker.from_moments(input if self.layer.diagonal_input else mirror_(input), output)
 

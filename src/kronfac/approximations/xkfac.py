@@ -16,7 +16,7 @@ from kronfac.blocks import Block, Kronecker, KroneckerSum
 from kronfac.coupling import Coupling, couplings
 from kronfac.layers import LayerAdapter
 from kronfac.layers.base import require_float
-from kronfac.linalg.symmetric import add_gram_, mirror_
+from kronfac.linalg.symmetric import add_gram_, all_finite, mirror_
 from kronfac.sources import Sample, Source, require_examples
 from kronfac.tape import Tape, couples_examples
 
@@ -142,7 +142,7 @@ class XKFACStatistic(KFACStatistic):
             found["second_input"] = mirror_(self.input_mean.value())
             found["second_output"] = mirror_(self.output_sum.value())
         for what, factor in found.items():
-            if not bool(torch.isfinite(factor).all()):
+            if not all_finite(factor):
                 raise FloatingPointError(
                     f"The {what.replace('_', ' ')} factor of layer {self.layer.name!r} overflowed to NaN or Inf."
                 )

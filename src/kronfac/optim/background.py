@@ -11,12 +11,14 @@ On a GPU the copies and the factorisations are queued on a stream of their own, 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -169,11 +171,20 @@ if hasattr(os, "register_at_fork"):
 def _on_one_core() -> None:
     """Keep this thread's linear algebra on one core: two teams of threads on the same cores wait for each other.
 
-    PyTorch keeps the number for each thread, and the last one set as the default of threads to come; that one is put
-    back by a thread of its own.
+    Where the libraries can be told so for one thread, they are. `torch.set_num_threads` sets MKL's number for all
+    threads, after which torch 2.13's `torch.linalg.inv` of several matrices hangs. Elsewhere it keeps a number for each
+    thread, and the last one set as the default of threads to come, which a thread of its own puts back.
     """
-    before = torch.get_num_threads()  # this thread is set up by the question, and would be set up anew later
-    torch.set_num_threads(1)
-    restore = threading.Thread(target=torch.set_num_threads, args=(before,))
-    restore.start()
-    restore.join()
+    try:
+        libraries = ctypes.CDLL(None), ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        calls = libraries[0].omp_set_num_threads, libraries[1].MKL_Set_Num_Threads_Local
+    except (AttributeError, OSError, TypeError):  # other libraries, or another system
+        before = torch.get_num_threads()  # this thread is set up by the question, and would be set up anew later
+        torch.set_num_threads(1)
+        restore = threading.Thread(target=torch.set_num_threads, args=(before,))
+        restore.start()
+        restore.join()
+        return
+    torch.get_num_threads()
+    for call in calls:
+        call(1)
