@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.exactness_helpers import draw
 
-from kronfac.linalg.symmetric import PANEL, add_gram_, add_product_, all_finite, mirror_
+from kronfac.linalg.symmetric import PANEL, add_gram_, add_product_, all_finite, mirror_, row_step, with_even_rows
 
 WIDTHS = [1, 5, PANEL - 1, PANEL, 2 * PANEL - 1, 2 * PANEL, 2 * PANEL + 1, 3 * PANEL + 77]
 
@@ -68,3 +68,14 @@ def test_all_finite_is_not_fooled_by_an_overflowing_sum() -> None:
     assert all_finite(large)
     assert not all_finite(torch.tensor([1.0, torch.nan]))
     assert not all_finite(torch.tensor([torch.inf, -torch.inf]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_even_rows(dtype: torch.dtype) -> None:
+    matrix = torch.randn(251, 251, dtype=dtype)
+    even = with_even_rows(matrix)
+    assert torch.equal(even, matrix)
+    assert even.stride(0) * even.element_size() % 64 == 0
+    assert with_even_rows(even) is even
+    assert with_even_rows(matrix[:50, :50]).stride() == matrix[:50, :50].stride()
+    assert row_step(1024, torch.float32) == 1040

@@ -44,6 +44,11 @@ class Words(nn.Module):
         return self.head(self.embedding(x).mean(1)) * self.scale
 
 
+def wide() -> nn.Module:
+    """Factors whose rows are laid out at multiples of 64 bytes."""
+    return double(nn.Sequential(nn.Linear(3, 250), nn.Tanh(), nn.Linear(250, 3)), scale=0.1)
+
+
 def images(step: int) -> Tensor:
     return draw(6, 1, 4, 4, seed=step)
 
@@ -75,6 +80,7 @@ RUNS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], dict[str
     "embedding, exact": (Words, words, {"damping_rule": "exact"}),
     "fallback": (Words, words, {"average": 0.6, "fallback": lambda ps: torch.optim.Adam(ps, lr=0.01)}),
     "forward only": (network, vectors, {"source": "forward_only"}),
+    "even rows": (wide, vectors, {}),
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kronfac.blocks import Block
 from kronfac.layers import LayerAdapter
-from kronfac.linalg.symmetric import all_finite
+from kronfac.linalg.symmetric import all_finite, with_even_rows
 from kronfac.sources import Sample, Source, not_finite
 from kronfac.tape import Tape
 
@@ -61,9 +61,10 @@ class Mean:
             return
         weight = self.total.new_tensor(self.weight, dtype=torch.float64)
         self.total.mul_(self.scale)
-        distributed.all_reduce(self.total)
+        total = self.total.contiguous()
+        distributed.all_reduce(total)
         distributed.all_reduce(weight)
-        self.total.div_(distributed.get_world_size())
+        self.total.copy_(total.div_(distributed.get_world_size()))
         self.weight, self.scale = weight.item() / distributed.get_world_size(), 1.0
 
 
@@ -195,9 +196,9 @@ def statistics_dtype(layer: LayerAdapter) -> torch.dtype:
 
 
 def zeros(layer: LayerAdapter, *shape: int) -> Tensor:
-    """Zeros on the layer's device in the statistics' dtype."""
+    """Zeros on the layer's device in the statistics' dtype, in memory that products are added to fast."""
     parameter = next(iter(layer.parameters.values()))
-    return torch.zeros(shape, dtype=statistics_dtype(layer), device=parameter.device)
+    return with_even_rows(torch.zeros(shape, dtype=statistics_dtype(layer), device=parameter.device))
 
 
 def require_finite(sample: Sample) -> None:

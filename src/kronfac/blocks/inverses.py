@@ -13,6 +13,7 @@ from kronfac.blocks.base import Inverse
 from kronfac.blocks.checks import check_pair, check_square, check_vector
 from kronfac.blocks.eigenbasis import Eigenbasis
 from kronfac.linalg.factorise import cholesky
+from kronfac.linalg.symmetric import with_even_rows
 
 
 class KroneckerInverse(Inverse):
@@ -42,8 +43,8 @@ class KroneckerInverse(Inverse):
         check_pair(("input", "output"), input, output)
         if input.shape[:-2] != output.shape[:-2]:
             raise ValueError(f"input {tuple(input.shape)} and output {tuple(output.shape)} have different stacks")
-        self.input = input
-        self.output = output
+        self.input = with_even_rows(input)
+        self.output = with_even_rows(output)
         self.shape = torch.Size([*output.shape[:-1], input.shape[-1]])
         self._logdet = logdet
 

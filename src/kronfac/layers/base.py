@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kronfac.linalg.symmetric import add_gram_, summed_in_float32
+from kronfac.linalg.symmetric import add_gram_
 
 
 class UnsupportedLayer(Exception):
@@ -235,8 +235,3 @@ def with_ones(rows: Tensor, has_weight: bool, has_bias: bool) -> Tensor:
 def require_float(tensor: Tensor) -> Tensor:
     """Return the tensor in float32 at least."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-
-
-def operand(tensor: Tensor) -> Tensor:
-    """Return the tensor as a second moment may multiply it: see `symmetric.summed_in_float32`."""
-    return tensor if summed_in_float32(tensor) else require_float(tensor)

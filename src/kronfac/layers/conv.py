@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kronfac.layers.base import LayerAdapter, flat_weights, operand, require_float, with_ones
+from kronfac.layers.base import LayerAdapter, flat_weights, require_float, with_ones
 from kronfac.layers.conv_moments import add_conv_gram_
 from kronfac.layers.conv_weighted import add_weighted_conv_gram_, row_norms
 from kronfac.layers.geometry import Geometry, im2col, reads
 from kronfac.layers.registry import adapt
-from kronfac.linalg.symmetric import add_product_
+from kronfac.linalg.symmetric import add_product_, summed_in_float32
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -36,9 +36,14 @@ class ConvAdapter(LayerAdapter):
         """Return the weight with its columns flattened."""
         return weight.reshape(*self.stack, self.d_out, self._columns)
 
-    def _image(self, x: Tensor, *, plain: bool = False) -> Tensor:
+    def _image(self, x: Tensor) -> Tensor:
+        return self._batched(require_float(x))
+
+    def _operand(self, x: Tensor) -> Tensor:
         # Plain products of ungrouped maps alone take what has 16 bits.
-        x = operand(x) if plain and not self.stack else require_float(x)
+        return self._batched(x) if summed_in_float32(x) and not self.stack else self._image(x)
+
+    def _batched(self, x: Tensor) -> Tensor:
         if x.ndim != self._dims + 2:
             raise ValueError(
                 f"Convolution {self.name!r}: its input of shape {tuple(x.shape)} has no batch dimension; add one."
@@ -69,7 +74,10 @@ class ConvAdapter(LayerAdapter):
         """Add the patches' second moment by the cheapest exact form."""
         if self.sharing == "reduce" or not self.has_weight:
             return super().add_input_gram_(total, x, weights, alpha)
-        stacked, x = total if self.stack else total.unsqueeze(0), self._image(x, plain=weights is None)
+        stacked, x = (
+            total if self.stack else total.unsqueeze(0),
+            self._operand(x) if weights is None else self._image(x),
+        )
         if weights is not None:
             return add_weighted_conv_gram_(stacked, x, self.geometry, weights, ones=self.has_bias, alpha=alpha)
         return add_conv_gram_(stacked, x, self.geometry, ones=self.has_bias, alpha=alpha)
@@ -79,7 +87,8 @@ class ConvAdapter(LayerAdapter):
         if self.sharing == "reduce":
             super().add_output_gram_(total, g, scale, weights)
             return
-        columns = self._image(g, plain=weights is None).reshape(g.shape[0], *self.stack, self.d_out, -1)
+        g = self._operand(g) if weights is None else self._image(g)
+        columns = g.reshape(g.shape[0], *self.stack, self.d_out, -1)
         if weights is None and columns.shape[-1] >= self.d_out and total.device.type == "cpu":
             # One small product for each example, where it lies.
             columns = columns.flatten(0, -3)

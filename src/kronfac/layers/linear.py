@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kronfac.layers.base import LayerAdapter, UnsupportedLayer, operand, require_float, with_ones
+from kronfac.layers.base import LayerAdapter, UnsupportedLayer, require_float, with_ones
 from kronfac.layers.registry import adapt
-from kronfac.linalg.symmetric import add_gram_
+from kronfac.linalg.symmetric import add_gram_, summed_in_float32
 
 
 class LinearAdapter(LayerAdapter):
@@ -38,7 +38,7 @@ class LinearAdapter(LayerAdapter):
         """Add the rows' second moment without copying the input to append its ones."""
         if self.sharing == "reduce" or not (self.has_weight and self.has_bias):
             return super().add_input_gram_(total, x, weights, alpha)
-        rows = (operand(x) if weights is None else require_float(x)).reshape(-1, self._features)
+        rows = (x if weights is None and summed_in_float32(x) else require_float(x)).reshape(-1, self._features)
         flat = None if weights is None else weights.reshape(-1).to(rows.dtype)
         count = float(rows.shape[0]) if flat is None else flat.sum()
         add_gram_(total[:-1, :-1], rows, weights=flat, alpha=alpha)
@@ -48,10 +48,10 @@ class LinearAdapter(LayerAdapter):
 
     def add_output_gram_(self, total: Tensor, g: Tensor, scale: float = 1.0, weights: Tensor | None = None) -> None:
         """Add the cotangents' second moment."""
-        if self.sharing == "reduce" or weights is not None:
+        if self.sharing == "reduce" or weights is not None or not summed_in_float32(g):
             super().add_output_gram_(total, g, scale, weights)
         else:
-            add_gram_(total, operand(g).reshape(-1, self.d_out), alpha=scale)
+            add_gram_(total, g.reshape(-1, self.d_out), alpha=scale)
 
     def input_norms(self, x: Tensor) -> Tensor:
         """Return ``|ā|²`` as ``[B, S]``, without copying the input to append its ones."""

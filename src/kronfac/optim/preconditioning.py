@@ -13,6 +13,7 @@ from kronfac.blocks import INVERSES, Block, Inverse, Kronecker, KroneckerInverse
 from kronfac.damping import Rule
 from kronfac.layers import LayerAdapter
 from kronfac.linalg.factorise import invert, retries
+from kronfac.linalg.symmetric import row_step
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def _factored(
         return {layer.weight_key: (inverse.output @ matrix @ inverse.input).view_as(weight)}
     # [W b] is never put together: the left product is written into one temporary, the right one read by columns.
     columns = matrix.shape[1]
-    left = matrix.new_empty(matrix.shape[0], columns + 1)
+    left = matrix.new_empty(matrix.shape[0], row_step(columns + 1, matrix.dtype))[:, : columns + 1]
     torch.mm(inverse.output, matrix, out=left[:, :columns])
     left[:, columns] = inverse.output @ gradients[layer.bias_key]
     solved = left @ inverse.input[:, :columns]

@@ -102,7 +102,9 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
                 raise ValueError(
                     f"Layer {layer!r}: the state's {key} has shape {shape}, not {tuple(mean.total.shape)}."
                 )
-            total = torch.empty_like(mean.total).copy_(entry["total"])
+            like = mean.total
+            total = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+            total.copy_(entry["total"])
             weight, scale = (_number(f"{what} of {layer}.{key}", entry[what]) for what in ("weight", "scale"))
             means.append((mean, total, weight, scale))
     fixed = {layer: statistic for layer, statistic in mine.items() if statistic.constant_shapes()}
