@@ -59,6 +59,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     libraries = options.libraries.split(",")
+    if unknown := sorted(set(libraries) - set(cost_peers.LIBRARIES)):
+        parser.error(f"--libraries: no {', '.join(unknown)}; known are {', '.join(cost_peers.LIBRARIES)}")
     results = {name: measure(name, libraries, options.rounds) for name in options.workloads.split(",")}
     versions = {cost_peers.LIBRARIES[library]: cost_peers.version(library) for library in libraries}
     cost_report.show(results, versions)

@@ -280,13 +280,14 @@ def _invert_in_place(work: Tensor) -> tuple[Tensor, Tensor]:
         factor = piece.mT
         info = torch.empty(factor.shape[:-2], dtype=torch.int32, device=factor.device)
         torch.linalg.cholesky_ex(factor, out=(factor, info))
-        pivots = factor.diagonal(dim1=-2, dim2=-1)
-        good = (info == 0) & pivots.isfinite().all(-1)
+        diagonal = factor.diagonal(dim1=-2, dim2=-1)
+        logdet = 2 * diagonal.log().sum(-1)
+        good = (info == 0) & logdet.isfinite()
         if not bool(good.all()):
             factor[~good] = torch.eye(n, dtype=work.dtype, device=work.device)
-        logdets.append(2 * pivots.log().sum(-1))
+        logdets.append(logdet)
         torch.cholesky_inverse(factor, out=factor)
-        goods.append(good & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1))
+        goods.append(good & diagonal.sum(-1).isfinite())
     stack = work.shape[:-2]
     return torch.cat(logdets).view(stack), torch.cat(goods).view(stack)
 
@@ -294,17 +295,16 @@ def _invert_in_place(work: Tensor) -> tuple[Tensor, Tensor]:
 def _invert_by_triangle(work: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`_invert_in_place`, for ``[count, n, n]``."""
     factor, info = torch.linalg.cholesky_ex(work)
-    pivots = factor.diagonal(dim1=-2, dim2=-1)
-    good = (info == 0) & pivots.isfinite().all(-1)
+    logdets = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    good = (info == 0) & logdets.isfinite()
     eye = torch.eye(work.shape[-1], dtype=work.dtype, device=work.device)
     if not bool(good.all()):
         factor[~good] = eye
-    logdets = 2 * pivots.log().sum(-1)
     root = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
     with torch.autocast(work.device.type, enabled=False):
         torch.bmm(root.mT, root, out=work)
     mirror_(work)
-    return logdets, good & work.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+    return logdets, good & work.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
 
 
 def _repair(result: Inverted, good: Tensor, matrix: Tensor, shift: Tensor | float, name: str) -> None:
