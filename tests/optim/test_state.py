@@ -80,6 +80,7 @@ RUNS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], dict[str
     "embedding, exact": (Words, words, {"damping_rule": "exact"}),
     "fallback": (Words, words, {"average": 0.6, "fallback": lambda ps: torch.optim.Adam(ps, lr=0.01)}),
     "forward only": (network, vectors, {"source": "forward_only"}),
+    "drift": (network, vectors, {"drift": 0.02, "stats_every": 1}),
     "even rows": (wide, vectors, {}),
 }
 

@@ -21,6 +21,7 @@ from kronfac.likelihoods import Likelihood
 from kronfac.optim.averaging import swapped_in, update_average
 from kronfac.optim.background import Pending, submit
 from kronfac.optim.clipping import KLClip, clip_scale
+from kronfac.optim.drift import largest_drift
 from kronfac.optim.gathering import Gatherer, eager_root
 from kronfac.optim.health import LayerHealth, Record, condition
 from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator
@@ -115,7 +116,7 @@ class KFAC(Optimizer):
         self._periods, self._ema, self._average = (stats_every, invert_every), ema, average
         self._steps = 0
         self._inverses: dict[str, Inverse] = {}
-        self._check_asynchronous()
+        self._check_renewal()
         self._record = Record()
         self._pending: Pending | None = None
         self._clip = KLClip()
@@ -191,13 +192,15 @@ class KFAC(Optimizer):
     def _own_groups(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if "kl_clip" in group]
 
-    def _check_asynchronous(self) -> None:
-        """Refuse asynchronous inverses where they cannot be."""
-        delay, kind = self._options["asynchronous"], type(self)
+    def _check_renewal(self) -> None:
+        """Refuse asynchronous inverses, and drift as their trigger, where they cannot be."""
+        delay, drift, kind = self._options["asynchronous"], self._options["drift"], type(self)
+        if kind.step is not KFAC.step or kind._renew_inverses is not KFAC._renew_inverses:
+            for name, value in (("asynchronous", delay), ("drift", drift)):
+                if value:
+                    raise ValueError(f"{name}={value} does not fit {kind.__name__}, which renews inverses its own way.")
         if not delay:
             return
-        if kind.step is not KFAC.step or kind._renew_inverses is not KFAC._renew_inverses:
-            raise ValueError(f"asynchronous={delay} does not fit {kind.__name__}, which renews inverses its own way.")
         if any(s.keeps_basis for s in self._estimator.statistics.values()):
             name = self._estimator.approximation.name
             raise ValueError(
@@ -215,6 +218,14 @@ class KFAC(Optimizer):
     def _inverses_due(self) -> bool:
         step, period = self._steps, self._periods[1]
         return not self._inverses or step % period == 0 or (step < period and step & (step - 1) == 0)
+
+    def _drifted(self) -> bool:
+        """Whether statistics that were just gathered are too far from those that were inverted."""
+        bound = self._options["drift"]
+        if bound is None or not (self._gatherer.gathered and self._inverses) or self._pending is not None:
+            return False
+        ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
+        return largest_drift(self._inverses, ready, self._damping, self._rules()) > bound
 
     def _forget(self) -> None:
         if self._pending is not None:
@@ -318,7 +329,7 @@ class KFAC(Optimizer):
 
     def _renew_inverses(self) -> None:
         """Bring the inverses up to date with the statistics, where that is due."""
-        due = self._inverses_due
+        due = self._drifted() or self._inverses_due
         pending, delay = self._pending, self._options["asynchronous"]
         if pending is not None and (due or pending.due <= self._steps):
             self._pending = None  # a failure is raised once; the old inverses stay

@@ -19,6 +19,8 @@ class KFACOptions(TypedDict, total=False):
         asynchronous: After how many steps the inverses that are due every ``invert_every`` steps take effect; meanwhile
             a thread computes them from copies of the factors. 0 computes them within the step. The step at which they
             take effect is fixed, so that runs repeat and resume bit for bit.
+        drift: Renew inverses before they are due, whenever new statistics have moved further than this from those that
+            were inverted: :func:`kronfac.optim.drift.largest_drift`, say 0.3. None never does.
         burn_in: Statistics are gathered on each of the first so many steps.
         sharing: ``"expand"`` or ``"reduce"`` for weights shared over positions.
         norm: ``"unitwise"`` or ``"full"`` blocks of normalisation layers.
@@ -28,6 +30,7 @@ class KFACOptions(TypedDict, total=False):
 
     decoupled_weight_decay: bool
     asynchronous: int
+    drift: float | None
     burn_in: int
     sharing: str
     norm: str
@@ -38,6 +41,7 @@ class KFACOptions(TypedDict, total=False):
 DEFAULTS = KFACOptions(
     decoupled_weight_decay=False,
     asynchronous=0,
+    drift=None,
     burn_in=10,
     sharing="expand",
     norm="unitwise",
@@ -64,6 +68,8 @@ def complete(options: KFACOptions) -> KFACOptions:
     merged = KFACOptions(**{**DEFAULTS, **options})
     for name in ("burn_in", "asynchronous"):
         at_least(name, merged[name], 0, integer=True)
+    if merged["drift"] is not None:
+        at_least("drift", merged["drift"], 0.0, open_=True)
     return merged
 
 
