@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Unpack
 
 import torch
@@ -19,19 +19,19 @@ from kronfac.estimation import Estimator
 from kronfac.forwards import batches_of, call_model, pick_outputs
 from kronfac.likelihoods import Likelihood
 from kronfac.optim.averaging import swapped_in, update_average
-from kronfac.optim.background import Pending, submit
+from kronfac.optim.background import Pending
 from kronfac.optim.clipping import KLClip, clip_scale
-from kronfac.optim.drift import largest_drift
 from kronfac.optim.gathering import Gatherer, eager_root
-from kronfac.optim.health import LayerHealth, Record, condition
+from kronfac.optim.health import Record
 from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator
-from kronfac.optim.preconditioning import directions, refresh, renew_values, snapshot
+from kronfac.optim.preconditioning import directions
+from kronfac.optim.renewal import Renewal
 from kronfac.optim.state import gather_generators, load_curvature_state, save_curvature_state
 from kronfac.sources import Source
 from kronfac.tape import frozen_buffers, record
 
 
-class KFAC(Optimizer):
+class KFAC(Renewal):
     """Natural gradient descent with Kronecker factors: KFC-pre, Algorithm 1 of Grosse & Martens 2016.
 
     Each step forms ``v = -lr (F̂ + λI)⁻¹ ∇h``, clips it to ``vᵀFv ≤ kl_clip`` if asked to, and updates
@@ -116,7 +116,7 @@ class KFAC(Optimizer):
         self._periods, self._ema, self._average = (stats_every, invert_every), ema, average
         self._steps = 0
         self._inverses: dict[str, Inverse] = {}
-        self._check_renewal()
+        self._check_renewal(plain=type(self).step is KFAC.step)
         self._record = Record()
         self._pending: Pending | None = None
         self._clip = KLClip()
@@ -192,46 +192,7 @@ class KFAC(Optimizer):
     def _own_groups(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if "kl_clip" in group]
 
-    def _check_renewal(self) -> None:
-        """Refuse asynchronous inverses, and drift as their trigger, where they cannot be."""
-        delay, drift, kind = self._options["asynchronous"], self._options["drift"], type(self)
-        if kind.step is not KFAC.step or kind._renew_inverses is not KFAC._renew_inverses:
-            for name, value in (("asynchronous", delay), ("drift", drift)):
-                if value:
-                    raise ValueError(f"{name}={value} does not fit {kind.__name__}, which renews inverses its own way.")
-        if not delay:
-            return
-        if any(s.keeps_basis for s in self._estimator.statistics.values()):
-            name = self._estimator.approximation.name
-            raise ValueError(
-                f"asynchronous={delay} does not fit approximation={name!r}, whose statistics need the eigenvectors."
-            )
-        if delay >= self._periods[1]:
-            raise ValueError(f"asynchronous={delay} must be less than invert_every={self._periods[1]}.")
-
     # ---------------------------------------------------------------- statistics
-    @property
-    def _stats_due(self) -> bool:
-        return self._steps % self._periods[0] == 0 or self._steps < self._options["burn_in"]
-
-    @property
-    def _inverses_due(self) -> bool:
-        step, period = self._steps, self._periods[1]
-        return not self._inverses or step % period == 0 or (step < period and step & (step - 1) == 0)
-
-    def _drifted(self) -> bool:
-        """Whether statistics that were just gathered are too far from those that were inverted."""
-        bound = self._options["drift"]
-        if bound is None or not (self._gatherer.gathered and self._inverses) or self._pending is not None:
-            return False
-        ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
-        return largest_drift(self._inverses, ready, self._damping, self._rules()) > bound
-
-    def _forget(self) -> None:
-        if self._pending is not None:
-            self._pending.copied.wait()
-        self._estimator.decay(self._ema)
-
     def paused(self) -> AbstractContextManager[None]:
         """Gather no statistics from forwards within the block."""
         return self._gatherer.paused()
@@ -322,61 +283,6 @@ class KFAC(Optimizer):
             if id(parameter) in own:
                 return float(group["damping"]) + (0.0 if group["decoupled_weight_decay"] else group["weight_decay"])
         return float(self.defaults["damping"])
-
-    def _rules(self) -> Rule | Mapping[str, Rule]:
-        """How damping is added: one rule for all layers, or one for each by name."""
-        return self._rule
-
-    def _renew_inverses(self) -> None:
-        """Bring the inverses up to date with the statistics, where that is due."""
-        due = self._drifted() or self._inverses_due
-        pending, delay = self._pending, self._options["asynchronous"]
-        if pending is not None and (due or pending.due <= self._steps):
-            self._pending = None  # a failure is raised once; the old inverses stay
-            with self._noting_failures():
-                found = pending.result()
-            self._inverses |= found.inverses
-            self._record.renewed(found.inverses, pending.started, found.retried)
-        renew = refresh if due else renew_values if self._gatherer.gathered else None
-        if renew is None:
-            return
-        ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
-        if due and delay and self._inverses and self._steps >= self._periods[1]:
-            damping, rules = {name: self._damping(name) for name in ready}, self._rules()
-            device = next(self._estimator.model.parameters()).device
-            self._pending = submit(lambda: snapshot(ready, damping.__getitem__, rules), self._steps, delay, device)
-            return
-        with self._noting_failures():
-            retried = renew(self._inverses, ready, self._damping, self._rules())
-        layers = [n for n, s in ready.items() if due or s.keeps_basis]
-        self._record.renewed(layers, self._steps, retried)
-
-    @contextmanager
-    def _noting_failures(self) -> Iterator[None]:
-        try:
-            yield
-        except (torch.linalg.LinAlgError, FloatingPointError) as error:
-            self._record.failed(error, self._estimator.statistics)
-            raise
-
-    def health(self) -> dict[str, LayerHealth]:
-        """How the inverse of each layer is: condition number, age in steps, retries in float64, failures.
-
-        Condition numbers take an eigendecomposition of each factor, as dear as several refreshes: ask now and then.
-
-        Returns:
-            By layer.
-        """
-        record, taken = self._record, self._steps
-        return {
-            name: LayerHealth(
-                condition(self._inverses[name]) if name in self._inverses else None,
-                taken - record.made[name] if name in self._inverses and name in record.made else None,
-                record.retries[name],
-                record.failures[name],
-            )
-            for name in self._estimator.statistics
-        }
 
     def _check_statistics(self) -> None:
         if self._stats_due and self._gatherer.gathered == 0:
