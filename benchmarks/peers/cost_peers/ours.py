@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from cost_peers.base import BASE, Cells, Everything, Part, Rows, Steps, training_step
 from kronfac.experiments.bench import Workload, make
-from kronfac.experiments.bench.parts import parts
+from kronfac.experiments.bench.parts import BOUNDED, parts
 from kronfac.optim import KFAC
 
 
 def cells(work: Workload) -> Cells:
     """Cells of KFAC with its own periods."""
-    calls = parts(work)
+    calls = parts(work, BOUNDED)
     return {
         "statistics": Part(calls["with statistics"], less=BASE, note="sampled labels, one a term"),
         "inverse": Part(calls["inverse"]),

@@ -153,7 +153,7 @@ def parts(work: Workload, wanted: Sequence[str]) -> dict[str, Callable[[], objec
     def inverse_beside() -> None:
         found, rule = optimizer._estimator.statistics, optimizer._rule
         damping = dict.fromkeys(found, 1.0)
-        pending = submit(lambda: snapshot(found, damping.__getitem__, rule), 0, BESIDE)
+        pending = submit(lambda: snapshot(found, damping.__getitem__, rule), 0, BESIDE, work.device)
         for _ in range(BESIDE):
             without()
         pending.result()
