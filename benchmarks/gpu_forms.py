@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from kronfac.experiments.bench.timing import clock_of, timed
 from kronfac.layers import adapt_model
 from kronfac.layers.conv import ConvAdapter
 from kronfac.layers.conv_moments import add_row_correlation_, add_whole_patches_
@@ -26,21 +26,10 @@ MODEL_SIZE = 224
 
 
 def milliseconds(rounds: int, device: str, function: Callable[..., object], *arguments: object) -> float:
-    """Median time of a call."""
-    times = []
-    for number in range(rounds + 2):
-        _wait(device)
-        start = time.perf_counter()
-        function(*arguments)
-        _wait(device)
-        if number >= 2:
-            times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    """Median time of a call, after two that warm up."""
+    clock = clock_of(device)
+    times = [timed(lambda: function(*arguments), clock) for _ in range(rounds + 2)]
+    return 1e3 * statistics.median(times[2:])
 
 
 def convolutions(batch: int) -> dict[tuple[object, ...], tuple[int, ConvAdapter, tuple[int, ...]]]:

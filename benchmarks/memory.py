@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 
 from kronfac.experiments.bench import NAMES, make
+from kronfac.experiments.bench.roofline import factor_bytes
 from kronfac.optim import KFAC
 
 
@@ -33,8 +34,7 @@ def child(name: str, kind: str) -> dict[str, int]:
         optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
     else:
         optimizer = KFAC(work.model, work.likelihood, lr=0.0, damping=1.0, stats_every=1, invert_every=1)
-        statistics = optimizer._estimator.statistics.values()
-        factors = sum(m.total.numel() * m.total.element_size() for s in statistics for m in s.means().values())
+        factors = int(factor_bytes(optimizer))
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=False)  # no gradient is allocated within the step, so that both peaks compare

@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from kronfac.experiments.bench.timing import clock_of
 from kronfac.experiments.bench.workloads import make
 from kronfac.optim import KFAC
 
@@ -164,17 +164,17 @@ def main() -> None:
     prepared = layers(options.device, options.damping, options.batches)
     names = [name for name in FORMS if name != "tf32" or options.device != "cpu"]
     times: dict[str, list[float]] = {name: [] for name in names}
+    clock = clock_of(options.device)
     found: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for number in range(options.rounds + 3):
             for name in names:
                 torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-                _wait(options.device)
-                start = time.perf_counter()
+                start = clock()
                 found[name] = [FORMS[name](layer) for layer in prepared]
-                _wait(options.device)
+                seconds = clock() - start
                 if number >= 3:
-                    times[name].append(time.perf_counter() - start)
+                    times[name].append(seconds)
     print(f"{'form':22} {'cosine, all':>12} {'least of a layer':>17} {'over float32':>13} {'ms':>8}")
     truth = [layer.truth for layer in prepared]
     for name in names:
@@ -182,11 +182,6 @@ def main() -> None:
         ratio = statistics.median(a / b for a, b in zip(times[name], times["float32"], strict=True))
         ms = 1e3 * statistics.median(times[name])
         print(f"{name:22} {_cosine(found[name], truth):12.6f} {min(each):17.6f} {ratio:13.2f} {ms:8.2f}")
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
 
 
 def _cosine(found: list[Tensor], truth: list[Tensor]) -> float:

@@ -159,7 +159,7 @@ def test_health_counts_retries_and_knows_the_condition() -> None:
 
 def test_statistics_wait_until_they_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow worker changes nothing: the next statistics and the hand-over wait for it."""
-    original = preconditioning._damped
+    original = preconditioning.damped_blocks
 
     def slow(*args: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
@@ -169,7 +169,7 @@ def test_statistics_wait_until_they_are_copied(monkeypatch: pytest.MonkeyPatch) 
     runs = []
     for late in (False, True):
         if late:
-            monkeypatch.setattr(preconditioning, "_damped", slow)
+            monkeypatch.setattr(preconditioning, "damped_blocks", slow)
         model = network()
         optimizer = make(model, **OPTIONS)
         train(model, optimizer, vectors, range(13))

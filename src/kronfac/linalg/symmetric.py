@@ -37,19 +37,6 @@ def summed_in_float32(rows: Tensor) -> bool:
     return rows.dtype in _HALF and rows.device.type == "cuda"
 
 
-def multiply(left: Tensor, right: Tensor) -> Tensor:
-    """Product of two matrices, in float32 at least.
-
-    Args:
-        left: Shape ``[m, R]``.
-        right: Shape ``[R, n]``; of 16 bits only where :func:`summed_in_float32` says so.
-
-    Returns:
-        Shape ``[m, n]``.
-    """
-    return torch.mm(left, right, out_dtype=torch.float32) if summed_in_float32(right) else torch.mm(left, right)
-
-
 def add_gram_(total: Tensor, rows: Tensor, *, weights: Tensor | None = None, alpha: float = 1.0) -> Tensor:
     """Add ``alpha * rowsᵀ diag(weights) rows`` to the upper triangle of ``total``, in place.
 
@@ -93,7 +80,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1
 
 def _add_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
     if summed_in_float32(right):
-        return total.add_(multiply(left.T, right), alpha=alpha)
+        return total.add_(torch.mm(left.T, right, out_dtype=torch.float32), alpha=alpha)
     return total.addmm_(left.T, right, alpha=alpha)
 
 

@@ -9,6 +9,7 @@ import torch
 from kronfac.approximations import Statistic
 from kronfac.blocks import Inverse, Kronecker, KroneckerInverse, PerFactor
 from kronfac.damping import Rule
+from kronfac.optim.preconditioning import damped_blocks
 
 
 def largest_drift(
@@ -39,8 +40,7 @@ def largest_drift(
     for name, inverse in inverses.items():
         if not isinstance(inverse, KroneckerInverse) or name not in statistics:
             continue
-        block = statistics[name].block()
-        shift = (rule[name] if isinstance(rule, Mapping) else rule)(block, damping(name))
+        block, shift = damped_blocks([name], statistics, damping, rule)[name]
         if not (isinstance(block, Kronecker) and isinstance(shift, PerFactor)):
             continue
         for new, old, added in (

@@ -214,7 +214,7 @@ class KLDWRM(KFAC):
             return
         else:
             self._model = {}  # B_k = F̄ between two gatherings (20)
-        ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
+        ready = self._ready()
         self._sums = bool(self._model)
         if not self._sums:
             refresh(self._inverses, ready, lambda name: self._dampings[name], self._rule)

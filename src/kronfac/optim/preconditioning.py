@@ -54,7 +54,7 @@ def refresh(
         for name in names:
             inverses.pop(name, None)
             statistics[name].rebase()
-        found = _factorise(_damped(names, statistics, damping, rule))
+        found = _factorise(damped_blocks(names, statistics, damping, rule))
         inverses |= found.inverses
         retried += found.retried
     return retried
@@ -73,7 +73,7 @@ def snapshot(
     Returns:
         A function that factorises the copies, to be called once.
     """
-    groups = [_damped(names, statistics, damping, rule) for names in _groups(statistics)]
+    groups = [damped_blocks(names, statistics, damping, rule) for names in _groups(statistics)]
 
     def factorise() -> Refreshed:
         inverses: dict[str, Inverse] = {}
@@ -107,7 +107,7 @@ def renew_values(
     names = [name for name, statistic in statistics.items() if statistic.keeps_basis and name in inverses]
     if not names:
         return ()
-    found = _factorise(_damped(names, statistics, damping, rule))
+    found = _factorise(damped_blocks(names, statistics, damping, rule))
     inverses |= found.inverses
     return found.retried
 
@@ -125,12 +125,23 @@ def _groups(statistics: Mapping[str, Statistic]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _damped(
+def damped_blocks(
     names: list[str],
     statistics: Mapping[str, Statistic],
     damping: Callable[[str], float],
     rule: Rule | Mapping[str, Rule],
 ) -> _Damped:
+    """Blocks of layers, and what is added to them.
+
+    Args:
+        names: The layers.
+        statistics: Their running statistics.
+        damping: Damping of a layer.
+        rule: How it is added: a rule for all layers, or one for each by name.
+
+    Returns:
+        Block and shift by layer.
+    """
     blocks = {name: statistics[name].block() for name in names}
     rules = rule if isinstance(rule, Mapping) else dict.fromkeys(names, rule)
     return {name: (block, rules[name](block, damping(name))) for name, block in blocks.items()}

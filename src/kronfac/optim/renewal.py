@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch.optim import Optimizer
 
+from kronfac.approximations import Statistic
 from kronfac.blocks import Inverse
 from kronfac.damping import Rule
 from kronfac.estimation import Estimator
@@ -74,13 +75,16 @@ class Renewal(Optimizer):
         step, period = self._steps, self._periods[1]
         return not self._inverses or step % period == 0 or (step < period and step & (step - 1) == 0)
 
+    def _ready(self) -> dict[str, Statistic]:
+        """Statistics that hold anything, by layer."""
+        return {name: s for name, s in self._estimator.statistics.items() if not s.empty}
+
     def _drifted(self) -> bool:
         """Whether statistics that were just gathered are too far from those that were inverted."""
         bound = self._options["drift"]
         if bound is None or not (self._gatherer.gathered and self._inverses) or self._pending is not None:
             return False
-        ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
-        return largest_drift(self._inverses, ready, self._damping, self._rules()) > bound
+        return largest_drift(self._inverses, self._ready(), self._damping, self._rules()) > bound
 
     def _forget(self) -> None:
         if self._pending is not None:
@@ -104,7 +108,7 @@ class Renewal(Optimizer):
         renew = refresh if due else renew_values if self._gatherer.gathered else None
         if renew is None:
             return
-        ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
+        ready = self._ready()
         if due and delay and self._inverses and self._steps >= self._periods[1]:
             damping, rules = {name: self._damping(name) for name in ready}, self._rules()
             device = next(self._estimator.model.parameters()).device

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 
 from kronfac.experiments.bench.roofline import factor_bytes
-from kronfac.experiments.bench.steps import step
+from kronfac.experiments.bench.steps import make_kfac, step
 from kronfac.experiments.bench.workloads import Workload, free
-from kronfac.optim import KFAC
 
 #: Steps before the one that counts: buffers are there after them, and each library has chosen its algorithms.
 _WARM_UP = 2
@@ -55,16 +54,7 @@ def peaks(work: Workload, peak: Peak = cuda_peak) -> dict[str, float]:
 
     found = {"forward+backward": settled(work.forward_backward), "step, sgd": first_order()}
     free(work.device.type)  # of the momentum, before KFAC's is made
-    kfac = KFAC(
-        work.model,
-        work.likelihood,
-        lr=0.0,
-        damping=1.0,
-        approximation=work.approximation,
-        stats_every=1,
-        invert_every=1,
-        kl_clip=None,
-    )
+    kfac = make_kfac(work, stats_every=1, invert_every=1)
     found["step, kfac with refresh"] = settled(lambda: step(work, kfac))
     factors = factor_bytes(kfac)
     above = (found["step, kfac with refresh"] - found["step, sgd"]) / factors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -16,24 +17,18 @@ from kronfac.optim import KFAC
 KINDS = {"kfac": (101, 90), "kfac with statistics": (110, 9), "kfac with refresh": (200, 1)}
 
 
-def make_kfac(work: Workload) -> KFAC:
-    """Make a KFAC with the default periods that moves nothing and does not clip.
+def make_kfac(work: Workload, **options: Any) -> KFAC:
+    """Make a KFAC that moves nothing, with the default periods and without a clip unless the options say otherwise.
 
     Args:
         work: The workload.
+        **options: Of KFAC.
 
     Returns:
         The optimiser, which has taken no step.
     """
-    return KFAC(
-        work.model,
-        work.likelihood,
-        lr=0.0,
-        damping=1.0,
-        approximation=work.approximation,
-        burn_in=0,
-        kl_clip=None,
-    )
+    options = {"approximation": work.approximation, "burn_in": 0, "kl_clip": None, **options}
+    return KFAC(work.model, work.likelihood, lr=0.0, damping=1.0, **options)
 
 
 def step(work: Workload, optimizer: torch.optim.Optimizer) -> None:
@@ -106,25 +101,12 @@ def whole(work: Workload, kind: str, steps: int, clock: Clock) -> Callable[[], f
     Returns:
         A function that takes the steps and gives the mean seconds of one.
     """
-
-    def kfac(asynchronous: int = 0, kl_clip: str | None = None) -> KFAC:
-        return KFAC(
-            work.model,
-            work.likelihood,
-            lr=0.0,
-            damping=1.0,
-            approximation=work.approximation,
-            burn_in=0,
-            kl_clip=kl_clip,
-            asynchronous=asynchronous,
-        )
-
     make_optimizer: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "sgd": lambda: torch.optim.SGD(work.model.parameters(), lr=0.0, momentum=0.9),
         "adamw": lambda: torch.optim.AdamW(work.model.parameters(), lr=0.0),
-        "kfac": kfac,
-        "kfac, asynchronous": lambda: kfac(asynchronous=20),
-        "kfac, default clip": lambda: kfac(kl_clip="auto"),
+        "kfac": lambda: make_kfac(work),
+        "kfac, asynchronous": lambda: make_kfac(work, asynchronous=20),
+        "kfac, default clip": lambda: make_kfac(work, kl_clip="auto"),
     }
     optimizer = make_optimizer[kind]()
     if isinstance(optimizer, KFAC):

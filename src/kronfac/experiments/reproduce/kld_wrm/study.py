@@ -160,26 +160,25 @@ def reproduce(
             found = environment() | {"threads": 1, "workers": workers or usable_cores()}
             write_json(folder / STUDY, {"study": asdict(study), "environment": found, "command": command})
             get_problem(DATA[data][0]).data()  # absent data are better known before processes are started
-            wanted = [_finished(folder, settings) or settings for settings in study.all_settings()]
+            wanted = [_where(folder, settings) for settings in study.all_settings()]
             train_all(wanted, folder, workers or usable_cores(), listener)
-        results = {key: [_read(folder, study.settings(ROWS[key], seed)) for seed in range(runs)] for key in study.rows}
+        results = {
+            key: [read_run(folder, _where(folder, study.settings(ROWS[key], seed))) for seed in range(runs)]
+            for key in study.rows
+        }
         summaries = [summarise(ROWS[key], runs_of) for key, runs_of in results.items()]
         write_tables(folder, summaries, study.epochs)
         write_pictures(folder, {key: _drawable(runs_of) for key, runs_of in results.items()})
     return Outcome(folder, study, summaries)
 
 
-def _finished(folder: Path, settings: RunSettings) -> RunSettings | None:
-    """Settings of the same run on whichever device it was finished, if it was."""
+def _where(folder: Path, settings: RunSettings) -> RunSettings:
+    """Settings of the same run on whichever device it was finished; as they are if it was on none."""
     for device in dict.fromkeys((settings.device, "cpu", "cuda")):
         there = replace(settings, device=device)
         if (run_folder(folder, there) / RESULT).exists():
             return there
-    return None
-
-
-def _read(folder: Path, settings: RunSettings) -> RunResult:
-    return read_run(folder, _finished(folder, settings) or settings)
+    return settings
 
 
 def _drawable(runs: Sequence[RunResult]) -> list[RunResult]:
