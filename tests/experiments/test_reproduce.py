@@ -31,9 +31,10 @@ def maps_with_ties() -> torch.Tensor:
     return torch.randint(-2, 3, (6, 3, 8, 10), generator=generator).float()
 
 
-def test_pooling_is_that_of_torch_bit_for_bit_with_ties() -> None:
-    maps = maps_with_ties()
-    weights = torch.randn(6, 3, 4, 5, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooling_is_that_of_torch_bit_for_bit_with_ties(dtype: torch.dtype) -> None:
+    maps = maps_with_ties().to(dtype)
+    weights = torch.randn(6, 3, 4, 5, generator=torch.Generator().manual_seed(1)).to(dtype)
     found = []
     for pool in (MaxPool2x2(), nn.MaxPool2d(2)):
         x = maps.clone().requires_grad_()

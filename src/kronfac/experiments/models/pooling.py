@@ -1,4 +1,4 @@
-"""2x2 maximum pooling that costs a CPU a tenth of `torch.nn.MaxPool2d` forward and half of it with its backward."""
+"""2x2 maximum pooling: the bits of `torch.nn.MaxPool2d`, at a small part of its cost on a CPU."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def forward(maps: Tensor) -> tuple[Tensor, Tensor]:
-        rows = torch.maximum(maps[..., ::2], maps[..., 1::2])
-        return torch.maximum(rows[..., ::2, :], rows[..., 1::2, :]), rows
+        columns = torch.maximum(maps[..., ::2, :], maps[..., 1::2, :])  # over pairs of rows first: these lie together
+        return torch.maximum(columns[..., ::2], columns[..., 1::2]), columns
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], outputs: tuple[Tensor, Tensor]) -> None:
@@ -48,15 +48,28 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
-        maps, rows = ctx.saved_tensors
-        upper = gradient * (rows[..., ::2, :] >= rows[..., 1::2, :])
-        along = torch.stack((upper, gradient - upper), -2).flatten(-3, -2)
-        left = along * (maps[..., ::2] >= maps[..., 1::2])
-        return torch.stack((left, along - left), -1).flatten(-2)
+        upper, on_left = _places(*ctx.saved_tensors)
+        left = gradient * on_left
+        along = _interleaved(left, gradient - left)
+        above = along * upper
+        return torch.stack((above, along - above), -2).flatten(-3, -2)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, None]:
-        maps, rows = ctx.saved_tensors
-        along = torch.where(maps[..., ::2] >= maps[..., 1::2], tangent[..., ::2], tangent[..., 1::2])
-        upper = rows[..., ::2, :] >= rows[..., 1::2, :]
-        return torch.where(upper, along[..., ::2, :], along[..., 1::2, :]), None
+        upper, on_left = _places(*ctx.saved_tensors)
+        along = torch.where(upper, tangent[..., ::2, :], tangent[..., 1::2, :])
+        return torch.where(on_left, along[..., ::2], along[..., 1::2]), None
+
+
+def _places(maps: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether a column's maximum is its upper value, and whether the whole one is in the left column."""
+    upper = maps[..., ::2, :] >= maps[..., 1::2, :]
+    left, right = columns[..., ::2], columns[..., 1::2]
+    # Of equal columns the right one comes first if it is above.
+    return upper, (left > right) | ((left == right) & (upper[..., ::2] >= upper[..., 1::2]))
+
+
+def _interleaved(left: Tensor, right: Tensor) -> Tensor:
+    if left.dtype in (torch.float32, torch.float64):  # complex numbers are written a third faster than a stack
+        return torch.view_as_real(torch.complex(left, right)).flatten(-2)
+    return torch.stack((left, right), -1).flatten(-2)
