@@ -142,6 +142,54 @@ def test_weights_merged_with_the_batch_are_those_of_the_function_in_train_mode(c
     assert not batch
 
 
+def test_tracked_statistics_are_means_over_batches_at_the_present_weights(case: tuple[nn.Module, Tensor]) -> None:
+    model, x = case
+    merged = merge_batchnorm(model.train())
+    pair = next(iter(merged.pairs.values()))
+    inputs: list[Tensor] = []
+    pair.layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].detach()))
+    with merged.tracked(momentum=0.3) as found:
+        for batch in (x, 2 * x + 1, -x):
+            model(batch)
+        model.eval()(100 * x)
+        model.train()(3 * x)
+        with torch.no_grad():
+            pair.layer.weight.add_(0.5)
+            means = [pair.layer.forward(given).transpose(0, 1).flatten(1).mean(1) for given in inputs]
+        mean, variance = found[pair.norm_name]
+        # Shares of 1, 1/2 and 1/3 make a plain average; the last batch has the momentum, that in eval mode no share.
+        torch.testing.assert_close(mean, 0.7 * sum(means[:3]) / 3 + 0.3 * means[4])
+        assert torch.equal(variance, pair.norm.running_var)
+        assert mean.requires_grad
+    assert not found
+
+
+def test_tracked_variances_have_the_derivatives_of_the_batchs(case: tuple[nn.Module, Tensor]) -> None:
+    model, x = case
+    merged = merge_batchnorm(model.train())
+    weights = [pair.layer.weight for pair in merged.pairs.values()]
+    gradients = []
+    for statistics in (merged.watched(), merged.tracked()):
+        with statistics as found:
+            model(x)
+            total = sum(variance.sum() for _, variance in found.values())
+            gradients.append(torch.autograd.grad(total, weights))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
+def test_tracked_refuses_what_it_cannot_average() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    merged = merge_batchnorm(model)
+    for momentum in (0.0, 1.5):
+        with pytest.raises(ValueError, match=r"momentum must be in \(0, 1\]"), merged.tracked(momentum):
+            pass
+    with merged.tracked():
+        model(torch.zeros(4, 1, 8, 8))
+        with pytest.raises(ValueError, match="inputs of '0' changed from"):
+            model(torch.zeros(4, 1, 9, 9))
+
+
 @pytest.mark.parametrize("layer", [0, 3, 5, 8])
 def test_the_coupled_copy_gathers_what_belongs_to_merged_weights(layer: int) -> None:
     """Moments of the derivatives in what comes out of a layer's batch norm, through all that lies behind it."""

@@ -131,7 +131,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(strategy: str, tmp_path: Path
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "result.json", "settings.json"]
 
 
-@pytest.mark.parametrize("strategy", ["online-xkfac", "fixed-bn", "merged-kfac"])
+@pytest.mark.parametrize("strategy", ["online-xkfac", "fixed-bn", "merged-kfac", "live-kfac", "live-xkfac"])
 def test_with_batch_norm_a_resumed_run_equals_an_uninterrupted_one(strategy: str, tmp_path: Path) -> None:
     options = {"tasks": 3, "budget": continual.Budget(steps=20, damping=0.1, balance="adaptive"), "threads": 1}
     with pytest.raises(KeyboardInterrupt):
@@ -163,6 +163,27 @@ def test_batch_norm_is_fixed_from_the_second_task_on(view: views.View) -> None:
         assert ("1.weight" in live) == isinstance(view, views.FixedView)
     subject = view.subject(model)
     torch.testing.assert_close(subject(x), before(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_live_batch_norm_stays_in_train_mode_and_ends_with_the_statistics_of_its_weights(coupled: bool) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)).train()
+    view, batches = views.LiveView(coupled), [torch.randn(50, 4) + 1, torch.randn(50, 4)]
+    for later in (False, True):
+        with view.learning(model, batches, later):
+            assert model[1].training
+            model(2 * batches[0])
+            with torch.no_grad():
+                model[0].weight.add_(1.0)
+            live = continual_base.live_parameters(view.live(model))
+            assert ("1.weight" in live) == (not later)
+        means = torch.stack([model[0](x).mean(0) for x in batches]).mean(0)
+        torch.testing.assert_close(model[1].running_mean, means)
+    subject = view.subject(model)
+    assert subject.training == coupled
+    x = batches[0]
+    torch.testing.assert_close(subject(x), model(x) if coupled else model.eval()(x), rtol=1e-5, atol=1e-5)
 
 
 def test_held_out_examples_are_not_trained_on() -> None:

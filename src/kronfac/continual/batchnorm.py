@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kronfac.continual.coupled import normalising
 from kronfac.continual.pairs import Pair, check_pair, find_pairs, statistic
-from kronfac.continual.statistics import BatchStatistics, measured
+from kronfac.continual.statistics import BatchStatistics, TrackedStatistics, measured
 
 
 class MergedBatchNorm:
@@ -117,6 +117,28 @@ class MergedBatchNorm:
             ``{batch norm's name: (mean, variance)}`` of the newest batch, differentiable.
         """
         with BatchStatistics({pair.norm_name: pair.norm for pair in self.pairs.values()}) as found:
+            yield found
+
+    @contextmanager
+    def tracked(self, momentum: float = 0.02) -> Iterator[TrackedStatistics]:
+        """Keep statistics of the live weights over many batches, to train with batch norm in train mode.
+
+        As `watched`, with less noise than one batch has: each layer's mean input is averaged over batches, and the
+        present weights are applied to it. Running means would do as well, if they were not those of weights that have
+        moved since. Variances have the value of the running ones and the derivatives of the newest batch's.
+
+        Args:
+            momentum: Share of the newest batch in the averages.
+
+        Yields:
+            ``{batch norm's name: (mean, variance)}``, differentiable; inputs must keep their size.
+
+        Raises:
+            ValueError: If the momentum is not in (0, 1].
+        """
+        if not 0.0 < momentum <= 1.0:
+            raise ValueError(f"momentum must be in (0, 1], got {momentum}")
+        with TrackedStatistics({pair.norm_name: pair for pair in self.pairs.values()}, momentum) as found:
             yield found
 
     def statistics(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from kronfac.continual.pairs import statistic
+from kronfac.continual.pairs import Pair, statistic
 
 
 class BatchStatistics(Mapping[str, tuple[Tensor, Tensor]]):
@@ -54,6 +54,56 @@ class BatchStatistics(Mapping[str, tuple[Tensor, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._found)
+
+
+class TrackedStatistics(BatchStatistics):
+    """Statistics of the live weights over many batches: without the noise of one batch, and without lagging behind.
+
+    Running means are those of weights that have moved since, and a layer's mean output moves most. Here a layer's mean
+    *input* is averaged over batches, and the present weights are applied to that. Variances are the running ones, with
+    the derivatives of the newest batch's.
+
+    Args:
+        pairs: Layers with their batch norms, by the batch norm's name.
+        momentum: Share of the newest batch in the average of inputs; the first batches share it alike.
+    """
+
+    def __init__(self, pairs: Mapping[str, Pair], momentum: float) -> None:
+        super().__init__({name: pair.norm for name, pair in pairs.items()})
+        self._pairs, self._momentum = dict(pairs), momentum
+        self._inputs: dict[str, tuple[Tensor, int]] = {}
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        for name, pair in self._pairs.items():
+
+            def average(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
+                if module.training:
+                    x = inputs[0].detach()
+                    self._average(name, x.mean(0, dtype=torch.promote_types(x.dtype, torch.float32)))
+
+            self._handles.append(pair.layer.register_forward_pre_hook(average))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._inputs.clear()
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        layer, norm = self._pairs[name].layer, self._norms[name]
+        _, variance = super().__getitem__(name)
+        # `forward` and not a call: hooks are for batches.
+        outputs = layer.forward(self._inputs[name][0].to(variance.dtype)[None])
+        return outputs.mean(_axes(outputs)), statistic(norm.running_var) + (variance - variance.detach())
+
+    def _average(self, name: str, mean: Tensor) -> None:
+        before, count = self._inputs.get(name, (mean, 0))
+        if before.shape != mean.shape:
+            raise ValueError(
+                f"the inputs of {self._pairs[name].layer_name!r} changed from {tuple(before.shape)} to "
+                f"{tuple(mean.shape)}: averages over batches need inputs of one size; use watched()"
+            )
+        self._inputs[name] = (before.lerp(mean, max(self._momentum, 1.0 / (count + 1))), count + 1)
 
 
 def measured(

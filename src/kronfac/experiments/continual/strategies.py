@@ -16,7 +16,7 @@ from kronfac import continual
 from kronfac.approximations import APPROXIMATIONS
 from kronfac.continual import Penalty, PenaltySum, QuadraticPenalty, RecentredDecay
 from kronfac.experiments.continual.streams import Task
-from kronfac.experiments.continual.views import FixedView, MergedView, View, estimation_batch
+from kronfac.experiments.continual.views import FixedView, LiveView, MergedView, View, estimation_batch
 from kronfac.experiments.errors import CheckpointError, ExperimentError, UnknownNameError
 
 #: Examples that a task's curvature is estimated on, at most.
@@ -347,6 +347,20 @@ STRATEGIES: dict[str, Strategy] = {
             "KFAC, batch norm merged",
             "online KFAC on weights merged with batch norm, which takes each task's statistics",
             lambda o: Quadratic(o, "kfac", online=True, combine="nearest", view=MergedView()),
+            10.0,
+        ),
+        Strategy(
+            "live-kfac",
+            "KFAC, live batch norm merged",
+            "online KFAC on weights merged with batch norm, which stays in train mode",
+            lambda o: Quadratic(o, "kfac", online=True, combine="nearest", view=LiveView(coupled=False)),
+            10.0,
+        ),
+        Strategy(
+            "live-xkfac",
+            "XK-FAC, live batch norm merged",
+            "the same with the curvature that batch norm makes between examples",
+            lambda o: Quadratic(o, "xkfac", online=True, combine="nearest", view=LiveView(coupled=True)),
             10.0,
         ),
         Strategy(

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
 from kronfac import continual
 from kronfac.continual import MergedBatchNorm
 from kronfac.continual.base import Parameters
+from kronfac.continual.statistics import TrackedStatistics
 
 
 class View:
@@ -99,8 +101,7 @@ class FixedView(View):
 class MergedView(View):
     """Weights merged with batch norm; each task begins with the old function under its own statistics, and keeps them.
 
-    With the statistics of each batch instead, or with running ones, the penalty pulls at noise or at what lags behind,
-    and neither task is learned well. Networks without batch norm are seen as they are.
+    Networks without batch norm are seen as they are.
     """
 
     def __init__(self) -> None:
@@ -159,6 +160,69 @@ class MergedView(View):
             Tensors by parameter name.
         """
         return continual.merge_batchnorm(model).parameters() if _norms(model) else model
+
+
+class LiveView(MergedView):
+    """Weights merged with batch norm, which stays in train mode.
+
+    With the statistics of each batch, or with running ones, the penalty would pull at noise or at what lags behind; it
+    sees those that `MergedBatchNorm.tracked` gives.
+
+    Args:
+        coupled: Estimate curvature in train mode, where examples act on each other, instead of in eval mode.
+    """
+
+    def __init__(self, coupled: bool) -> None:
+        super().__init__()
+        self._coupled = coupled
+        self._statistics: TrackedStatistics | None = None
+
+    @contextmanager
+    def learning(self, model: nn.Module, inputs: Sequence[Tensor], later: bool) -> Iterator[None]:
+        """Begin with the old function under the new task's statistics, and end with those of the weights learned.
+
+        Args:
+            model: The live network, in train mode.
+            inputs: Batches of the new task's inputs.
+            later: Whether a task was learned before.
+
+        Yields:
+            Nothing.
+        """
+        if not _norms(model):
+            yield
+            return
+        if later:
+            self._merged = continual.merge_batchnorm(model)
+            self._merged.restandardise(inputs)
+            with self._merged.tracked() as self._statistics:
+                yield
+            self._merged = self._statistics = None
+        else:
+            yield
+        update_bn(inputs, model)
+
+    def live(self, model: nn.Module) -> Parameters:
+        """Give the merged weights.
+
+        Args:
+            model: The live network.
+
+        Returns:
+            Tensors by parameter name.
+        """
+        return model if self._merged is None else self._merged.parameters(self._statistics)
+
+    def subject(self, model: nn.Module) -> nn.Module:
+        """Give a copy with merged weights.
+
+        Args:
+            model: The network at a task's optimum.
+
+        Returns:
+            The copy, in eval mode or, coupled, in train mode.
+        """
+        return continual.merge_batchnorm(model).coupled() if self._coupled and _norms(model) else super().subject(model)
 
 
 def estimation_batch(model: nn.Module) -> int:
