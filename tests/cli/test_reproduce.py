@@ -70,6 +70,10 @@ def test_the_study_ends_in_a_table_and_pictures(tmp_path: Path) -> None:
     assert found["rows"][0]["σ acc"] is None
     last = [records[-1]["test_error"] for name, records in before.items() if name.startswith("kldwrm_so")]
     assert found["rows"][0]["μ acc"] == pytest.approx(100 - last[0])
+    other = tmp_path / "other"
+    call(*SMALL, "--epochs", "2", "--out", str(other), "--known", str(tmp_path / "runs.csv"))
+    assert (other / "table.md").read_text() == (tmp_path / "table.md").read_text()
+    assert not list(other.glob("runs/*/settings.json"))  # nothing was trained
 
 
 def uninterrupted(folder: Path, epochs: int) -> None:

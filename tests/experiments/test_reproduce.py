@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from kronfac.experiments.errors import ExperimentError, UnknownNameError
 from kronfac.experiments.models import puiu_network
 from kronfac.experiments.models.pooling import MaxPool2x2
 from kronfac.experiments.problems import get_problem
+from kronfac.experiments.reproduce.kld_wrm.archive import take_runs, write_runs
 from kronfac.experiments.reproduce.kld_wrm.rows import COLUMNS, ROWS, choose
 from kronfac.experiments.reproduce.kld_wrm.study import make_study, reproduce
 from kronfac.experiments.reproduce.kld_wrm.table import as_rows, summarise, view, write_tables
-from kronfac.experiments.results import RunResult
+from kronfac.experiments.results import RunResult, read_run
 
 
 def test_the_network_has_the_papers_size() -> None:
@@ -121,6 +123,57 @@ def test_thresholds_count_when_met_twice_and_moments_are_of_the_last_epoch(tmp_p
 def test_a_table_without_runs_is_dashes() -> None:
     summary = summarise(ROWS["kfac-ours"], [run_of("unfinished")])
     assert view([summary]).rows[0][2:] == ["–"] * len(COLUMNS)
+
+
+# ----------------------------------------------------------------------------------------------------------- archive
+def finished(seed: int, last: float = 1.0) -> RunResult:
+    settings = make_study(["so-0.33"], 3, 2, "digits").all_settings()[seed]
+    records = [
+        {
+            "step": step,
+            "epoch": step / 2,
+            "seconds": 0.1 + step,
+            "train_loss": 1 / 3,
+            "test_loss": last,
+            "test_error": 2.0,
+        }
+        for step in (2, settings.steps)
+    ]
+    return RunResult(settings, "done", "", records)
+
+
+def test_published_runs_count_elsewhere_with_every_digit(tmp_path: Path) -> None:
+    runs = [finished(0), finished(1, 2 / 3)]
+    unfinished = RunResult(finished(2).settings, "unfinished", "", finished(2).evaluations)
+    write_runs(tmp_path, {"so-0.33": [*runs, unfinished]})
+    wanted, other = [run.settings for run in (*runs, unfinished)], tmp_path / "other"
+    assert take_runs(tmp_path / "runs.csv", other, wanted) == 2
+    taken = [read_run(other, settings) for settings in wanted]
+    assert [run.status for run in taken] == ["done", "done", "unfinished"]
+    assert taken[0].note == "taken from runs.csv"
+    assert [run.evaluations for run in taken[:2]] == [run.evaluations for run in runs]
+    assert take_runs(tmp_path / "runs.csv", other, wanted) == 0
+    write_runs(tmp_path / "none", {"so-0.33": [unfinished]})
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("test_loss", "loss"), "is no table of runs: it has no columns test_loss"),
+        (lambda text: text.replace("0.3333333333333333", "a third", 1), "line 2: could not convert"),
+        (lambda text: "\n".join(text.splitlines()[:2]), "ends at step 2, not"),
+    ],
+)
+def test_a_damaged_table_of_runs_is_refused(change: Callable[[str], str], message: str, tmp_path: Path) -> None:
+    write_runs(tmp_path, {"so-0.33": [finished(0)]})
+    path = tmp_path / "runs.csv"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ExperimentError, match=message):
+        take_runs(path, tmp_path / "other", [finished(0).settings])
+    with pytest.raises(ExperimentError, match="cannot read"):
+        take_runs(tmp_path / "absent.csv", tmp_path / "other", [])
+    assert not (tmp_path / "other").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- runs

@@ -38,12 +38,17 @@ def kld_wrm(
     table_only: Annotated[
         bool, typer.Option("--table-only", help="Train nothing: table and pictures of the finished runs.")
     ] = False,
+    known: Annotated[
+        Path | None,
+        typer.Option(help="A runs.csv that this command wrote: runs in it are not trained again.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare K-FAC with SO-, Q- and QE-KLD-WRM on MNIST as Puiu (2022) did: its Table 1 and figures.
 
     Stopped by Ctrl-C or killed, [bold]the same command goes on[/bold] where each run was; with more rows or runs it
-    adds theirs. The folder then holds table.md, table.csv, accuracy.png, loss.png and a picture for each solver.
+    adds theirs. The folder then holds table.md, table.csv, runs.csv, accuracy.png, loss.png and a picture for each
+    solver.
     A step of QE costs about ten of the others: its rows take most of the time.
 
     [dim]kronfac reproduce kld-wrm --rows best --runs 3 --out runs/kld-wrm[/dim]
@@ -60,6 +65,7 @@ def kld_wrm(
             device=device,
             workers=workers,
             table_only=table_only,
+            known=known,
             command=this_command(),
             listener=listener,
         )

@@ -13,6 +13,7 @@ from kronfac.experiments.lock import locked
 from kronfac.experiments.optimizers import get_optimizer
 from kronfac.experiments.plan import check_device
 from kronfac.experiments.problems import get_problem
+from kronfac.experiments.reproduce.kld_wrm.archive import take_runs, write_runs
 from kronfac.experiments.reproduce.kld_wrm.pictures import write_pictures
 from kronfac.experiments.reproduce.kld_wrm.rows import ROWS, Row, choose
 from kronfac.experiments.reproduce.kld_wrm.table import Summary, summarise, write_tables
@@ -24,6 +25,8 @@ from kronfac.experiments.settings import RunSettings, check_settings
 STUDY = "study.json"
 #: Problem and number of training examples by the word that asks for them.
 DATA = {"mnist": ("mnist-puiu", 60_000), "digits": ("digits-puiu", 1_500)}
+#: Where runs may have been finished.
+_DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def reproduce(
     device: str = "cpu",
     workers: int | None = None,
     table_only: bool = False,
+    known: str | Path | None = None,
     command: str = "",
     listener: Listener | None = None,
 ) -> Outcome:
@@ -139,6 +143,7 @@ def reproduce(
         device: Torch device of the runs. A run that was finished on another device is not trained again.
         workers: Processes, of one thread each; by default one for each core.
         table_only: Whether to train nothing, and look at the runs that are there.
+        known: A ``runs.csv`` that such a study wrote: its runs are not trained again.
         command: How this was asked for.
         listener: Hears how it goes.
 
@@ -156,6 +161,9 @@ def reproduce(
         need(module, "experiments")
     folder = make_folder(Path(out))
     with locked(folder):
+        if known is not None:
+            devices = dict.fromkeys((device, *_DEVICES))
+            take_runs(Path(known), folder, [replace(s, device=d) for s in study.all_settings() for d in devices])
         if not table_only:
             found = environment() | {"threads": 1, "workers": workers or usable_cores()}
             write_json(folder / STUDY, {"study": asdict(study), "environment": found, "command": command})
@@ -168,13 +176,14 @@ def reproduce(
         }
         summaries = [summarise(ROWS[key], runs_of) for key, runs_of in results.items()]
         write_tables(folder, summaries, study.epochs)
+        write_runs(folder, results)
         write_pictures(folder, {key: _drawable(runs_of) for key, runs_of in results.items()})
     return Outcome(folder, study, summaries)
 
 
 def _where(folder: Path, settings: RunSettings) -> RunSettings:
     """Settings of the same run on whichever device it was finished; as they are if it was on none."""
-    for device in dict.fromkeys((settings.device, "cpu", "cuda")):
+    for device in dict.fromkeys((settings.device, *_DEVICES)):
         there = replace(settings, device=device)
         if (run_folder(folder, there) / RESULT).exists():
             return there
