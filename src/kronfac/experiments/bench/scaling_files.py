@@ -9,6 +9,7 @@ from pathlib import Path
 from kronfac.experiments.bench.families import BASE, FAMILIES, get_family
 from kronfac.experiments.bench.parts import BOUNDED
 from kronfac.experiments.bench.scaling import Point
+from kronfac.experiments.bench.timing import Spread
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.files import read_json, write_csv, write_json, write_text
 from kronfac.experiments.pictures import save_figure
@@ -115,7 +116,7 @@ def view(points: Sequence[Point], axis: str, wanted: Sequence[str] = BOUNDED) ->
     for point in own:
         if not point.rows:
             marks[len(rows)] = "bad"
-        cells = [str(point.rows[part]) if part in point.rows else "–" for part in (_MS, *wanted)]
+        cells = [_spread(point.rows.get(part)) for part in (_MS, *wanted)]
         cells[1:] = [
             f"{cell} [{number(point.counted.get(part, math.nan), '.3g')}]"
             for cell, part in zip(cells[1:], wanted, strict=True)
@@ -123,6 +124,13 @@ def view(points: Sequence[Point], axis: str, wanted: Sequence[str] = BOUNDED) ->
         rows.append([str(point.size), *cells, str(point.rounds) if point.rows else f"skipped: {point.skipped}"])
     rows.append(["growth", number(_growth(own, _MS), ".2f"), *(_both(own, part) for part in wanted), ""])
     return Table([axis, _MS, *wanted, "rounds"], rows, marks, words=())
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return "–"
+    middle, low, high = (f"{value:.3g}" for value in (spread.median, spread.low, spread.high))
+    return f"{middle} ({low} to {high})"
 
 
 def _both(points: Sequence[Point], part: str) -> str:
