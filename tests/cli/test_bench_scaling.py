@@ -26,7 +26,7 @@ def test_points_are_written_printed_and_gone_on_from(tmp_path: Path) -> None:
     rows = list(csv.DictReader((out / "scaling.csv").read_text().splitlines()))
     assert len(rows) == 3 * 4
     assert {row["part"] for row in rows} == {"forward+backward, ms", "statistics", "inverse", "precondition"}
-    assert "## Width: perceptron of 3 layers, batch 128" in (out / "scaling.md").read_text()
+    assert "**Width**: perceptron of 3 layers, batch 128" in (out / "scaling.md").read_text()
     assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 

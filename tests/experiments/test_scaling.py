@@ -131,6 +131,17 @@ def test_tables_have_growth_and_what_was_skipped() -> None:
     assert view(points()[3:], "width").rows[-1][1:3] == ["–", "– [–]"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_points_on_a_gpu(precision: str) -> None:
+    plan = {"width": [16, 1 << 20], "kernel": [3]}
+    small, large, convolution = scale(plan, 2, device="cuda", precision=precision, limits=Limits(60.0))
+    assert small.rows["inverse"].low > 0
+    assert convolution.rows["inverse"].low > 0
+    assert large.skipped
+
+
 def test_bad_plans_are_refused() -> None:
     with pytest.raises(ExperimentError, match="unknown axis of scaling 'height'; known: width, depth"):
         planned(["height"])

@@ -176,14 +176,19 @@ def write_points(
     write_csv(folder / CSV, rows)
     about = {axis: get_family(axis).about for axis in axes}
     tables = [
-        f"## {axis.capitalize()}: {title}\n\n{as_markdown(view(points, axis, wanted))}" for axis, title in about.items()
+        f"**{axis.capitalize()}**: {title}\n\n{as_markdown(view(points, axis, wanted))}"
+        for axis, title in about.items()
     ]
-    write_text(folder / MARKDOWN, "\n".join([_NOTE, *tables]))
+    write_text(folder / MARKDOWN, "\n".join([_about(setting), *tables]))
     drawn = [row for row in rows if row["part"] != _MS]
     save_figure(scaling_panels(drawn, about=about)[0], folder / PICTURE)
     return [folder / name for name in (POINTS, CSV, MARKDOWN, PICTURE)]
 
 
-_NOTE = """Over forward+backward of the same network and batch: medians with quartiles, and in square brackets the ratio
-of FLOPs. *Growth* is the power of the size over the last three points measured.
-"""
+def _about(setting: Mapping[str, object]) -> str:
+    facts = [f"{name} {setting[name]}" for name in ("torch", "precision", "threads", "clock") if name in setting]
+    place = f"{setting['processor']}, " if "processor" in setting else ""
+    return (
+        "Over forward+backward of the same network and batch: medians with quartiles, and in square brackets the ratio "
+        f"of FLOPs. *Growth* is the power of the size over the last three points measured. {place}{', '.join(facts)}.\n"
+    )
