@@ -14,15 +14,18 @@ import torch
 import typer
 
 from kronfac.cli.analyse.work import Out, Threads, threads_of, write_picture
+from kronfac.cli.bench_scaling import Asked, bench_scaling
 from kronfac.cli.bench_tables import extra_tables, over_base
 from kronfac.cli.display import print_table
-from kronfac.cli.options import Json, words
+from kronfac.cli.options import Fresh, Json, words
 from kronfac.experiments.bench import (
+    FAMILIES,
     LARGE,
     NAMES,
     PARTS,
     PRECISIONS,
     Found,
+    Limits,
     advances,
     check,
     check_name,
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
 _FIRST = "forward+backward, ms"
 _TRAINING = ("whole", "step")
 
+_SCALING, _ALL = "Scaling", ",".join(NAMES)
+_BUDGET = Limits().seconds
+
 Results = dict[str, Found]
 
 
@@ -49,7 +55,7 @@ def bench(
             help=f"Workloads, with commas between them: {', '.join(NAMES)}; {', '.join(LARGE)} for a GPU; "
             "or small for a quick look."
         ),
-    ] = ",".join(NAMES),
+    ] = _ALL,
     rounds: Annotated[int, typer.Option(help="Rounds; each runs every part once, in turn.", min=2)] = 30,
     parts: Annotated[bool, typer.Option("--parts", help="Leave training steps out.")] = False,
     only: Annotated[
@@ -71,6 +77,43 @@ def bench(
             help="Count the processor's time of this process, for a machine that is shared. Needs --threads 1.",
         ),
     ] = False,
+    scaling: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of workloads, families of networks of which one thing alone grows, with commas between "
+            f"them: {', '.join(FAMILIES)}.",
+            show_default=False,
+            rich_help_panel=_SCALING,
+        ),
+    ] = None,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Other sizes of a family: --sizes width=256,512. Repeatable.",
+            show_default=False,
+            rich_help_panel=_SCALING,
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Seconds for a point, {_BUDGET:g} by default: it takes fewer rounds if need be, and is skipped and "
+            "listed as such if not even three would fit.",
+            min=0.0,
+            show_default=False,
+            rich_help_panel=_SCALING,
+        ),
+    ] = None,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option(
+            help="GiB that a point may take; by default three quarters of what is free.",
+            min=0.001,
+            show_default=False,
+            rich_help_panel=_SCALING,
+        ),
+    ] = None,
+    fresh: Fresh = False,
     threads: Threads = None,
     out: Out = None,
     as_json: Json = False,
@@ -83,7 +126,12 @@ def bench(
 
     [dim]kronfac bench --workloads kfc --rounds 10 --out runs/bench[/dim]
 
+    With --scaling the figures are of one family of networks after the other. Tables and picture are written after each
+    point, and [bold]the same command goes on[/bold] where it was.
+
     [dim]kronfac bench --device cuda --workloads resnet50,gpt2 --precision float32,bfloat16 --out runs/gpu[/dim]
+
+    [dim]kronfac bench --scaling width,kernel --rounds 10 --out runs/scaling[/dim]
     """  # noqa: DOC501 - a person reads this as help
     if processor_time and (threads != 1 or device != "cpu"):
         raise ExperimentError(
@@ -94,6 +142,15 @@ def bench(
         check_name(name)
     for form in precisions:
         check(device, form)
+    if scaling is not None:
+        if workloads != _ALL or len(precisions) > 1:
+            raise ExperimentError("--scaling has networks of its own and takes one --precision; leave --workloads out")
+        seconds = _BUDGET if budget is None else budget
+        given = (device, precisions[0], processor_time, threads, seconds, memory_limit, out, fresh, as_json)
+        bench_scaling(Asked(scaling, sizes or [], rounds, only, *given))
+        return
+    if sizes or fresh or budget is not None or memory_limit is not None:
+        raise ExperimentError("--sizes, --budget, --memory-limit and --fresh belong to --scaling")
     asked = None if only is None else words(only, "--only")
     plans = {name: _plan(name, device, asked, parts) for name in names}
     folder = None if out is None else make_folder(out)

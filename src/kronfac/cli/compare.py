@@ -25,6 +25,7 @@ from kronfac.cli.options import (
     Steps,
     Threads,
     by_optimizer,
+    numbers,
     seed_numbers,
     words,
 )
@@ -59,6 +60,14 @@ def compare(
         int | None, typer.Option(help="Steps of a tuning run; by default the whole budget.", show_default=False)
     ] = None,
     metric: Metric = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Values of the metric with commas between them: a table says in how many steps and seconds each "
+            "optimiser reaches them.",
+            show_default=False,
+        ),
+    ] = None,
     out: Out = None,
     as_json: Json = False,
     fresh: Fresh = False,
@@ -74,6 +83,8 @@ def compare(
     and report.html, a page that needs nothing else.
 
     [dim]kronfac compare digits-autoencoder --optimizers sgd,adam,kfac --steps 500 --out runs/digits[/dim]
+
+    [dim]kronfac compare mnist-autoencoder --optimizers sgd,adamw,soap,kfac --seconds 120 --target 6,4[/dim]
     """
     with progress_display() as display:
         results = experiments.compare(
@@ -91,6 +102,7 @@ def compare(
             },
             grid_steps=grid_steps,
             metric=metric,
+            targets=[] if target is None else numbers(target, "--target"),
             evaluate_every=evaluate_every,
             device=device,
             threads=threads,

@@ -95,6 +95,27 @@ def words(text: str, what: str) -> list[str]:
     return members
 
 
+def numbers(text: str, option: str) -> list[float]:
+    """Read ``6,3.5``.
+
+    Args:
+        text: The list.
+        option: The option it was given to, for the error.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        ExperimentError: If one is no number.
+    """
+    try:
+        return [float(member) for member in words(text, option)]
+    except ExperimentError:
+        raise
+    except ValueError:
+        raise ExperimentError(f"{option} must be numbers with commas between them, got {text!r}") from None
+
+
 def seed_numbers(text: str) -> list[int]:
     """Read ``0,1,2``.
 

@@ -11,6 +11,7 @@ from kronfac.experiments.present import grid_view, reach_view, settings_table, s
 from kronfac.experiments.report import REPORT, as_json
 from kronfac.experiments.results import Results
 from kronfac.experiments.tables import headlines
+from kronfac.experiments.targets import target_view
 
 
 def print_outcome(results: Results, as_text: bool) -> None:
@@ -35,6 +36,9 @@ def print_outcome(results: Results, as_text: bool) -> None:
         if len(results.plan.optimizers) > 1:
             print()
             print_table(reach_view(results), "When each reaches what another has in the end")
+        if results.plan.targets:
+            print()
+            print_table(target_view(results), "When each reaches a stated value")
         print()
         for line in headlines(results):
             print(line)

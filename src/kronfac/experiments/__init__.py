@@ -19,6 +19,7 @@ from kronfac.experiments.problems import PROBLEMS, Problem, get_problem
 from kronfac.experiments.report import write_report
 from kronfac.experiments.results import Results, read_results
 from kronfac.experiments.tables import curves, headlines, reaches, summary
+from kronfac.experiments.targets import targets
 
 __all__ = [
     "OPTIMIZERS",
@@ -35,5 +36,6 @@ __all__ = [
     "reaches",
     "read_results",
     "summary",
+    "targets",
     "write_report",
 ]

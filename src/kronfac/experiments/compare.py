@@ -13,6 +13,7 @@ from kronfac.experiments.environment import environment, warning
 from kronfac.experiments.errors import need
 from kronfac.experiments.files import make_folder, remove_leftovers, write_json
 from kronfac.experiments.lock import locked
+from kronfac.experiments.optimizers import get_optimizer
 from kronfac.experiments.plan import Grid, Plan, make_plan
 from kronfac.experiments.problems import get_problem
 from kronfac.experiments.progress import Progress
@@ -46,6 +47,7 @@ def compare(
     evaluate_every: int | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    targets: Sequence[float] = (),
     progress: Progress | None = None,
     checkpoint_every: float = 5.0,
     command: str | None = None,
@@ -73,6 +75,7 @@ def compare(
         evaluate_every: Steps between evaluations; the problem's by default.
         device: Torch device.
         threads: Torch threads; those in use by default.
+        targets: Values of the metric; the report says in how many steps and seconds each optimiser reaches them.
         progress: Hears how it goes.
         checkpoint_every: Seconds between checkpoints.
         command: How this was asked for, to be printed in the report; the Python call by default.
@@ -98,6 +101,7 @@ def compare(
         "evaluate_every": evaluate_every,
         "device": device,
         "threads": threads,
+        "targets": targets,
     }
     for module in (
         "pandas",
@@ -107,6 +111,9 @@ def compare(
         need(module, "experiments")
     # Checked before the data are loaded (which may be a download) and before anything is written.
     make_plan(task, optimizers, examples=task.batch_size, **arguments)  # type: ignore[arg-type]
+    for library in (get_optimizer(name).library for name in optimizers):
+        if library is not None:
+            need(*library)
     folder = make_folder(Path(out))
     data = task.data()
     plan = make_plan(task, optimizers, examples=len(data.train_inputs), **arguments)  # type: ignore[arg-type]
@@ -175,5 +182,5 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def _call(problem: str, optimizers: Sequence[str], out: str | Path, arguments: Mapping[str, object]) -> str:
-    given = {"out": str(out), **{name: value for name, value in arguments.items() if value is not None}}
+    given = {"out": str(out), **{name: value for name, value in arguments.items() if value not in (None, ())}}
     return f"compare({problem!r}, {list(optimizers)!r}, {', '.join(f'{k}={v!r}' for k, v in given.items())})"

@@ -61,6 +61,26 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def free_memory(device: str = "cpu") -> int | None:
+    """Say how much memory there is to be had now.
+
+    Args:
+        device: Where.
+
+    Returns:
+        Bytes; None where the system does not say.
+    """
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return None
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
@@ -36,6 +37,7 @@ class Plan:
         device: Torch device.
         threads: Torch threads; results are reproducible for a given number of them.
         examples: Size of the training set, once it is loaded.
+        targets: Values of the metric; when each optimiser reaches them is in the report.
     """
 
     problem: str
@@ -52,6 +54,7 @@ class Plan:
     device: str
     threads: int
     examples: int
+    targets: tuple[float, ...] = ()
 
     def settings(self, optimizer: str, values: Mapping[str, object], seed: int, tuning: bool = False) -> RunSettings:
         """Give the settings of one run.
@@ -120,9 +123,10 @@ class Plan:
             ExperimentError: If it is something else.
         """
         names = {field.name for field in fields(cls)}
-        if not isinstance(value, dict) or set(value) != names:
+        value = {"targets": (), **value} if isinstance(value, dict) else {}  # plans of earlier versions have none
+        if set(value) != names:
             raise ExperimentError("this is no plan of a kronfac comparison")
-        return cls(**{**value, "optimizers": tuple(value["optimizers"]), "seeds": tuple(value["seeds"])})
+        return cls(**{**value, **{name: tuple(value[name]) for name in ("optimizers", "seeds", "targets")}})
 
 
 def make_plan(
@@ -140,6 +144,7 @@ def make_plan(
     evaluate_every: int | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    targets: Sequence[float] = (),
     examples: int,
 ) -> Plan:
     """Complete and check what `kronfac.experiments.compare` is asked to do.
@@ -158,6 +163,7 @@ def make_plan(
         evaluate_every: Steps between evaluations; the problem's by default.
         device: Torch device.
         threads: Torch threads; those in use by default.
+        targets: Values of the metric to reach.
         examples: Size of the training set.
 
     Returns:
@@ -189,6 +195,9 @@ def make_plan(
     for name, value in (("threads", threads), ("grid_steps", grid_steps)):
         if value is not None and value < 1:
             raise ExperimentError(f"{name} must be a whole number of at least 1, got {value!r}")
+    for target in targets:
+        if not math.isfinite(target):
+            raise ExperimentError(f"targets must be finite numbers, got {target!r}")
     check_device(device)
     plan = Plan(
         problem=problem.name,
@@ -207,6 +216,7 @@ def make_plan(
         device=device,
         threads=threads or torch.get_num_threads(),
         examples=examples,
+        targets=tuple(float(target) for target in targets),
     )
     for name in plan.optimizers:
         for seed in plan.seeds:

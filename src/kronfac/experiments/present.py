@@ -42,6 +42,20 @@ def number(value: object, form: str = ".4g") -> str:
     return str(value)
 
 
+def as_markdown(table: Table) -> str:
+    """Write a table as Markdown.
+
+    Args:
+        table: The table.
+
+    Returns:
+        Its lines.
+    """
+    rules = ["---" if index in table.words else "---:" for index in range(len(table.columns))]
+    lines = (table.columns, rules, *table.rows)
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
 def summary_view(results: Results) -> Table:
     """Show `tables.summary`.
 

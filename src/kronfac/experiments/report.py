@@ -18,12 +18,13 @@ from kronfac.experiments.present import Table, environment_table, grid_view, rea
 from kronfac.experiments.problems import get_problem
 from kronfac.experiments.results import Results
 from kronfac.experiments.tables import headlines, reaches, summary
+from kronfac.experiments.targets import target_view, targets, write_targets
 
 REPORT, SUMMARY = "report.html", "summary.json"
 
 
 def write_report(results: Results) -> Path:
-    """Write pictures, ``summary.json`` and ``report.html`` into the comparison's folder.
+    """Write pictures, ``summary.json``, ``report.html`` and, where values to reach were stated, their table.
 
     Args:
         results: The comparison, finished or not.
@@ -32,6 +33,7 @@ def write_report(results: Results) -> Path:
         The path of the page.
     """
     pictures = write_pictures(results)
+    write_targets(results)
     write_text(results.folder / SUMMARY, json.dumps(as_json(results), indent=2) + "\n")
     path = results.folder / REPORT
     write_text(path, _page(results, [picture for picture in pictures if picture.name.startswith("grid-")]))
@@ -45,7 +47,7 @@ def as_json(results: Results) -> dict[str, object]:
         results: The comparison.
 
     Returns:
-        What ``--json`` prints: the plan, the chosen hyper-parameters, both tables and the headlines; NaN is null.
+        What ``--json`` prints: the plan, the chosen hyper-parameters, the tables and the headlines; NaN is null.
     """
     return {
         "folder": str(results.folder),
@@ -55,6 +57,7 @@ def as_json(results: Results) -> dict[str, object]:
         "chosen": results.chosen,
         "summary": [without_nan(row) for row in summary(results).to_dict("records")],
         "reaches": [without_nan(row) for row in reaches(results).to_dict("records")],
+        "targets": [without_nan(row) for row in targets(results).to_dict("records")],
         "headlines": headlines(results),
     }
 
@@ -82,6 +85,7 @@ def _page(results: Results, grid_pictures: Iterable[Path]) -> str:
 {f'<ul class="headlines">{told}</ul>' if told else ""}
 <h2>Results</h2>
 {_table(summary_view(results))}
+{_targets(results)}
 <h2>When each optimiser reaches what another has in the end</h2>
 {_table(reach_view(results))}
 <p class="note">Ratios are to the steps and seconds at which the other optimiser first had that value itself. Seconds
@@ -111,6 +115,16 @@ what the command changed.</p>
 </body>
 </html>
 """
+
+
+def _targets(results: Results) -> str:
+    if not results.plan.targets:
+        return ""
+    what = escape(results.plan.metric.replace("_", " "))
+    return f"""<h2>When each optimiser reaches a stated {what}</h2>
+{_table(target_view(results))}
+<p class="note">At the first evaluation at or below the value, in seconds of training; means over seeds, least and
+greatest in brackets.</p>"""
 
 
 def _curve_data(results: Results) -> dict[str, object]:

@@ -14,6 +14,9 @@ from kronfac.experiments.results import Results, RunResult, best_point
 if TYPE_CHECKING:
     import pandas as pd
 
+#: How far a run has come: columns of tables, and what an evaluation calls them.
+EXTENT = {"steps": "step", "epochs": "epoch", "seconds": "seconds"}
+
 
 def curves(results: Results) -> pd.DataFrame:
     """List every evaluation of every final run.
@@ -59,19 +62,16 @@ def summary(results: Results) -> pd.DataFrame:
         last = [run.evaluations[-1] for run in runs]
         values = [record[metric] for record in last]
         row: dict[str, object] = {"optimizer": get_optimizer(name).title, "status": _status(results, name)}
-        row |= {key: _mean([record[key] for record in last]) for key in get_problem(results.plan.problem).metrics}
+        row |= {key: mean([record[key] for record in last]) for key in get_problem(results.plan.problem).metrics}
         row["spread"] = _deviation(values)
         at_shared = [_value_at(run, metric, shared[run.settings.seed]) for run in runs]
-        row["at_equal_seconds"] = _mean(at_shared)
-        row["equal_seconds"] = _mean([shared[run.settings.seed] for run in runs])
-        row |= {key: _mean([record[source] for record in last]) for key, source in _EXTENT.items()}
+        row["at_equal_seconds"] = mean(at_shared)
+        row["equal_seconds"] = mean([shared[run.settings.seed] for run in runs])
+        row |= {key: mean([record[source] for record in last]) for key, source in EXTENT.items()}
         steps, seconds = row["steps"], row["seconds"]
         row["ms_per_step"] = 1000 * seconds / steps if steps else math.nan  # type: ignore[operator]
         rows.append(row)
     return need("pandas", "experiments").DataFrame(rows)
-
-
-_EXTENT = {"steps": "step", "epochs": "epoch", "seconds": "seconds"}
 
 
 def reaches(results: Results) -> pd.DataFrame:
@@ -102,8 +102,8 @@ def reaches(results: Results) -> pd.DataFrame:
     return need("pandas", "experiments").DataFrame(rows, columns=_REACH_COLUMNS)
 
 
-_RATIOS = [f"{key}_ratio" for key in _EXTENT]
-_REACH_COLUMNS = ["optimizer", "target_of", "target", "reached", "seeds", *_EXTENT, *_RATIOS]
+_RATIOS = [f"{key}_ratio" for key in EXTENT]
+_REACH_COLUMNS = ["optimizer", "target_of", "target", "reached", "seeds", *EXTENT, *_RATIOS]
 
 
 def grid_table(results: Results, optimizer: str) -> pd.DataFrame:
@@ -172,18 +172,28 @@ def _pairs(results: Results, name: str, other: str) -> list[tuple[RunResult, Run
 
 def _reach(pairs: Sequence[tuple[RunResult, RunResult]], metric: str) -> dict[str, object]:
     targets = [other.final(metric) for _, other in pairs]
-    own = [_first(run, metric, target) for (run, _), target in zip(pairs, targets, strict=True)]
-    others = [_first(other, metric, target) for (_, other), target in zip(pairs, targets, strict=True)]
+    own = [first_at(run, metric, target) for (run, _), target in zip(pairs, targets, strict=True)]
+    others = [first_at(other, metric, target) for (_, other), target in zip(pairs, targets, strict=True)]
     reached = [(a, b) for a, b in zip(own, others, strict=True) if a is not None and b is not None]
-    row: dict[str, object] = {"target": _mean(targets), "reached": len(reached), "seeds": len(pairs)}
-    for key, source in _EXTENT.items():
+    row: dict[str, object] = {"target": mean(targets), "reached": len(reached), "seeds": len(pairs)}
+    for key, source in EXTENT.items():
         complete = reached if len(reached) == len(pairs) else []
-        row[key] = _mean([a[source] for a, _ in complete])
-        row[f"{key}_ratio"] = _mean([a[source] / b[source] if b[source] else math.nan for a, b in complete])
+        row[key] = mean([a[source] for a, _ in complete])
+        row[f"{key}_ratio"] = mean([a[source] / b[source] if b[source] else math.nan for a, b in complete])
     return row
 
 
-def _first(run: RunResult, metric: str, target: float) -> Mapping[str, float] | None:
+def first_at(run: RunResult, metric: str, target: float) -> Mapping[str, float] | None:
+    """Find the first evaluation at or below a value.
+
+    Args:
+        run: The run.
+        metric: The metric.
+        target: The value.
+
+    Returns:
+        The evaluation, or None.
+    """
     return next((record for record in run.evaluations if record[metric] <= target), None)
 
 
@@ -210,12 +220,13 @@ def _status(results: Results, name: str) -> str:
     return ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Return the mean of the values; NaN if there are none."""
     return sum(values) / len(values) if values else math.nan
 
 
 def _deviation(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.nan
-    mean = _mean(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    middle = mean(values)
+    return math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1))

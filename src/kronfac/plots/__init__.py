@@ -17,6 +17,7 @@ from kronfac.plots.grids import grid_profile
 from kronfac.plots.matrices import matrix_images
 from kronfac.plots.rank import rank_curves
 from kronfac.plots.runs import run_lines
+from kronfac.plots.scaling import scaling_panels
 from kronfac.plots.scatter import scatters
 from kronfac.plots.spectrum import spectrum_panels
 from kronfac.plots.style import COLOURS, colour_of, new_axes
@@ -39,6 +40,7 @@ __all__ = [
     "new_axes",
     "rank_curves",
     "run_lines",
+    "scaling_panels",
     "scatters",
     "spectrum_panels",
     "step_reports",

@@ -7,12 +7,12 @@ medians over rounds, as ratios to forward+backward of the same model and batch, 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
 from kronfac.experiments.bench.steps import KINDS, combine, make_kfac, single, whole_rounds, whole_steps
-from kronfac.experiments.bench.timing import Spread, clock_of, timed
+from kronfac.experiments.bench.timing import Clock, Spread, clock_of, timed
 from kronfac.experiments.bench.workloads import LARGE, Workload, make
 from kronfac.experiments.errors import ExperimentError
 from kronfac.optim import KFAC, TKFAC
@@ -214,22 +214,58 @@ def measure(
     clock = clock_of(device, processor_time)
     wanted = chosen(name, device, only)
     functions = parts(make(name, device=device, precision=precision), wanted)
-    times: dict[str, list[float]] = {part: [] for part in functions}
-    for round_ in range(rounds + _WARM_UP):
-        for part, function in functions.items():
-            seconds = timed(function, clock)
-            if round_ >= _WARM_UP:
-                times[part].append(seconds)
-        advance(f"{name}: parts")
-    rows = _over_base(times, visible=not processor_time)
+    times = in_turn(functions, rounds, clock, advance=lambda: advance(f"{name}: parts"))
+    rows = over_base(times, visible=not processor_time)
     if "whole" in wanted:
         functions.clear()
         rows |= whole_steps(name, rounds, clock, device, precision, advance)
     return rows
 
 
-def _over_base(times: dict[str, list[float]], visible: bool) -> dict[str, Spread]:
-    """Turn seconds into rows."""
+def in_turn(
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Clock,
+    *,
+    warm_up: int = _WARM_UP,
+    advance: Callable[[], None] = lambda: None,
+    go_on: Callable[[int], bool] = lambda counted: True,
+) -> dict[str, list[float]]:
+    """Time functions in rounds, each of which runs every one of them once.
+
+    Args:
+        functions: By part.
+        rounds: How many rounds count, at most.
+        clock: Gives seconds.
+        warm_up: Rounds before those that count.
+        advance: Called after each round.
+        go_on: Whether another round is wanted after so many that count.
+
+    Returns:
+        Seconds by part, one for each round that counts.
+    """
+    times: dict[str, list[float]] = {part: [] for part in functions}
+    for counted in range(1 - warm_up, rounds + 1):
+        for part, function in functions.items():
+            seconds = timed(function, clock)
+            if counted > 0:
+                times[part].append(seconds)
+        advance()
+        if counted > 0 and not go_on(counted):
+            break
+    return times
+
+
+def over_base(times: dict[str, list[float]], visible: bool = True) -> dict[str, Spread]:
+    """Turn the seconds of :func:`parts` into rows.
+
+    Args:
+        times: Seconds by part, round by round; emptied of what has a row of its own.
+        visible: Whether the clock sees work beside this thread, without which asynchronous inverses have no row.
+
+    Returns:
+        Milliseconds of forward+backward, and all other parts over it.
+    """
     base = times.pop("forward+backward")
     middle = statistics.median(base)
     rows = {"forward+backward, ms": Spread.of([1e3 * t for t in base])}

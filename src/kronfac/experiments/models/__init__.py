@@ -8,7 +8,7 @@ from kronfac.experiments.models.gpt import gpt2
 from kronfac.experiments.models.kfc import kfc_network
 from kronfac.experiments.models.puiu import puiu_network
 from kronfac.experiments.models.resnet import ResNet
-from kronfac.experiments.models.small import perceptron, small_convolutional
+from kronfac.experiments.models.small import perceptron, plain_convolutional, small_convolutional
 from kronfac.experiments.models.transformer import RowTransformer
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "kfc_network",
     "logistic_autoencoder",
     "perceptron",
+    "plain_convolutional",
     "puiu_network",
     "resnet50",
     "small_convolutional",

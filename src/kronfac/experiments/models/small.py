@@ -1,4 +1,4 @@
-"""Two small classifiers for images of any size."""
+"""Small classifiers for images of any size."""
 
 from __future__ import annotations
 
@@ -51,3 +51,21 @@ def small_convolutional(maps: tuple[int, int] = (16, 32), classes: int = 10, siz
             mark_linear(nn.Linear(second * (size // 2 // 2) ** 2, classes)),
         )
     )
+
+
+def plain_convolutional(kernel: int = 3, maps: Sequence[int] = (32, 64, 64), classes: int = 10) -> nn.Sequential:
+    """Build a classifier whose convolutions all keep the size of the image: its mean is taken before the last layer.
+
+    Args:
+        kernel: Height and width of every kernel, an odd number.
+        maps: Maps of the convolutions.
+        classes: Number of outputs.
+
+    Returns:
+        A network from ``[N, 3, H, W]`` to logits ``[N, classes]``.
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise((3, *maps)):
+        layers += [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), nn.ReLU()]
+    last = mark_linear(nn.Linear(maps[-1], classes))
+    return initialise(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last))  # type: ignore[return-value]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kronfac.experiments.errors import UnknownNameError
-from kronfac.experiments.optimizers import adaptive, ekfac, first_order, kfac, kldwrm, tkfac
+from kronfac.experiments.optimizers import adaptive, ekfac, first_order, kfac, kldwrm, soap, tkfac
 from kronfac.experiments.optimizers.base import OptimizerSpec
 
 #: Every optimiser, by name.
@@ -16,6 +16,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         ekfac.FAMILY,
         tkfac.FAMILY,
         kldwrm.FAMILY,
+        soap.FAMILY,
     )
     for spec in family
 }

@@ -27,6 +27,7 @@ class OptimizerSpec:
         options: Its own hyper-parameters; those of `COMMON` come on top.
         build: Makes it.
         closure: Whether its step takes a closure that returns the loss, in place of a gradient.
+        library: The import name of a library that it needs beside torch, and the extra of kronfac that installs it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class OptimizerSpec:
     options: tuple[Option, ...]
     build: Builder
     closure: bool = False
+    library: tuple[str, str] | None = None
 
     def resolve(self, *layers: Mapping[str, object]) -> dict[str, object]:
         """Complete and check hyper-parameters.
