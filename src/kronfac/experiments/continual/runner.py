@@ -75,6 +75,10 @@ class Plan:
         return f"{self.strategy}-{self.seed}-{digest}"
 
 
+class RunError(ExperimentError):
+    """A run that comes to no end: it diverges, or its strategy refuses the network. Others may do well."""
+
+
 class Listener:
     """Hears how runs go; this one says nothing."""
 
@@ -108,6 +112,14 @@ class Listener:
             plan: The run.
             task: The task's name.
             accuracies: On each task, in order.
+        """
+
+    def failed(self, plan: Plan, reason: str) -> None:
+        """Hear that a run came to no end.
+
+        Args:
+            plan: The run.
+            reason: What went wrong.
         """
 
 
@@ -240,7 +252,7 @@ def _learn(
                 listener.stepped((step + 1) / plan.steps)
                 loss, value = float(task_loss.detach()), 0.0 if penalty is None else float(penalty.detach())
                 if not math.isfinite(loss + value):
-                    raise ExperimentError(
+                    raise RunError(
                         f"{plan.strategy} on {plan.stream}, seed {plan.seed}, diverged at step {step} of task "
                         f"{len(tasks)}; try a smaller strength or learning rate"
                     )
@@ -264,7 +276,7 @@ def _remember(plan: Plan, folder: Path, model: nn.Module, memory: Memory, task: 
         memory.remember(model, task, plan.seed * _STRIDE + index)
         memory.save(folder / _penalty(index + 1))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise ExperimentError(f"{plan.strategy} on {plan.stream}: {error}") from error
+        raise RunError(f"{plan.strategy} on {plan.stream}: {error}") from error
 
 
 def _penalty(learned: int) -> str:
