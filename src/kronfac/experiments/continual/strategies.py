@@ -223,7 +223,8 @@ class Quadratic(PenaltyMemory):
             seed: Of the examples chosen and the labels drawn.
         """
         order = torch.randperm(len(task.train_inputs), generator=torch.Generator().manual_seed(seed))
-        rows = order[:CURVATURE_EXAMPLES].split(estimation_batch(model))
+        # Of a single example there is no variance, which batch norm and what couples examples take.
+        rows = [part for part in order[:CURVATURE_EXAMPLES].split(estimation_batch(model)) if len(part) > 1]
         curvature = kf.estimate(
             self.view.subject(model),
             kf.Categorical(),
@@ -354,6 +355,20 @@ STRATEGIES: dict[str, Strategy] = {
             "online XK-FAC",
             "online KFAC's with the curvature that batch norm makes between examples",
             lambda o: Quadratic(o, "xkfac", online=True, combine="nearest"),
+            10.0,
+        ),
+        Strategy(
+            "kkfac",
+            "KK-FAC penalty",
+            "XK-FAC with blocks between linear layers, for each task",
+            lambda o: Quadratic(o, "kkfac"),
+            10.0,
+        ),
+        Strategy(
+            "online-kkfac",
+            "online KK-FAC",
+            "sum of KK-FACs around the newest optimum, each kept as it is",
+            lambda o: Quadratic(o, "kkfac", online=True),
             10.0,
         ),
     )
