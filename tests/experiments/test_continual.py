@@ -146,6 +146,18 @@ def test_with_batch_norm_a_resumed_run_equals_an_uninterrupted_one(strategy: str
     assert "damping 0.1, balanced" in table.rows[0][1]
 
 
+@pytest.mark.parametrize("balance", ["running", "gradients"])
+def test_every_way_to_balance_resumes(balance: str, tmp_path: Path) -> None:
+    options = {"tasks": 3, "budget": continual.Budget(steps=20, damping=0.1, balance=balance), "threads": 1}
+    with pytest.raises(KeyboardInterrupt):
+        continual.compare("permuted-digits-bn", ["merged-kfac"], out=tmp_path / "1", listener=Stops(2), **options)
+    stopped = continual.compare("permuted-digits-bn", ["merged-kfac"], out=tmp_path / "1", **options)
+    whole = continual.compare("permuted-digits-bn", ["merged-kfac"], out=tmp_path / "2", **options)
+    assert rows_of(tmp_path / "1") == rows_of(tmp_path / "2")
+    assert stopped.matrix("merged-kfac") == whole.matrix("merged-kfac")
+    assert "damping 0.1, balanced by" in continual.summary(whole).rows[0][1]
+
+
 @pytest.mark.parametrize("view", [views.FixedView(), views.MergedView()])
 def test_batch_norm_is_fixed_from_the_second_task_on(view: views.View) -> None:
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from kronfac.cli.options import Fresh, Json, Out, by_optimizer, seed_numbers, wo
 from kronfac.cli.stream_display import stream_display
 from kronfac.cli.stream_outcome import print_choices, print_summary
 from kronfac.experiments import continual as learning
+from kronfac.experiments.continual.balances import BALANCES
 from kronfac.experiments.errors import ExperimentError
 
 EPILOG = (
@@ -48,8 +49,10 @@ def continual(
     balance: Annotated[
         str,
         typer.Option(
-            help="How penalties are weighed: none, or adaptive (brought to the magnitude of the task's loss). A grid "
-            "may have both, with a comma between them."
+            help="How penalties are weighed: "
+            + "; ".join(f"{name}, {b.description}" for name, b in BALANCES.items())
+            + ". "
+            "A grid may have several, with commas between them."
         ),
     ] = "none",
     damping: Annotated[float, typer.Option(help="Added to every penalty's curvature.")] = 0.0,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from kronfac.experiments.continual.balances import BALANCES
 from kronfac.experiments.continual.points import Grid
 from kronfac.experiments.continual.results import Results
 from kronfac.experiments.continual.strategies import get_strategy
@@ -61,7 +62,7 @@ def grid_data(grid: Grid) -> dict[str, object]:
         title, chosen = get_strategy(strategy).title, grid.chosen(strategy, balance)
         series.append(
             {
-                "title": title if balance == "none" else f"{title}, balance {balance}",
+                "title": title if balance == "none" else f"{title}, {BALANCES[balance].title}",
                 "colour": colour_of(title, titles),
                 "symbol": _MARKS[balances.index(balance) % len(_MARKS)],
                 "target": [100 * point.target for point in points],

@@ -10,13 +10,14 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kronfac.experiments.continual.balances import BALANCES
 from kronfac.experiments.continual.metrics import metrics_of
 from kronfac.experiments.continual.plans import Budget, call_of, carry_out, plans_of
 from kronfac.experiments.continual.points import Grid, Point, save_grid
 from kronfac.experiments.continual.report import need_for_report, write_report
 from kronfac.experiments.continual.results import Origin
 from kronfac.experiments.continual.runner import Listener
-from kronfac.experiments.continual.strategies import BALANCES, get_strategy
+from kronfac.experiments.continual.strategies import get_strategy
 from kronfac.experiments.errors import ExperimentError
 
 AXES = ("lr", "damping", "strength")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kronfac.experiments.continual.balances import BALANCES
 from kronfac.experiments.continual.points import Grid
 from kronfac.experiments.continual.results import Results
 from kronfac.experiments.continual.strategies import get_strategy
@@ -37,12 +38,11 @@ def draw_scatter(grid: Grid) -> None:
     need("matplotlib", "experiments")
     from kronfac.plots import scatters
 
-    titles = {"none": "fixed weights", "adaptive": "balanced"}
     balances = list(dict.fromkeys(point.balance for point in grid.points))
     panels = {}
     for (strategy, balance), points in grid.panels().items():
         pairs = [(100 * point.target, 100 * point.average) for point in points]
-        label = f"{get_strategy(strategy).title}, {titles[balance]}\nr = {number(correlation(points), '.2f')}"
+        label = f"{get_strategy(strategy).title}, {BALANCES[balance].title}\nr = {number(correlation(points), '.2f')}"
         panels[label] = pairs
     axes = scatters(panels, "target accuracy [%]", "average accuracy [%]", columns=max(1, len(panels) // len(balances)))
     save_figure(axes[0], grid.folder / SCATTER)

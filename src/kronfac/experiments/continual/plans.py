@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from kronfac.experiments.continual.balances import BALANCES
 from kronfac.experiments.continual.results import Failure
 from kronfac.experiments.continual.runner import Listener, Plan, RunError, run
-from kronfac.experiments.continual.strategies import BALANCES, Strategy, get_strategy
+from kronfac.experiments.continual.strategies import Strategy, get_strategy
 from kronfac.experiments.continual.streams import Stream, get_stream
 from kronfac.experiments.datasets import load
 from kronfac.experiments.errors import ExperimentError

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
+from kronfac.experiments.continual.balances import BALANCES
 from kronfac.experiments.continual.metrics import Metrics
 from kronfac.experiments.continual.points import Grid, Point
 from kronfac.experiments.continual.results import Failure, Results
@@ -140,7 +141,7 @@ def describe(settings: object) -> str:
     words = [f"lr {known['lr']:g}"]
     if known["strength"]:
         words += [f"{name} {known[name]:g}" for name in ("strength", "damping") if known[name]]
-        words += ["balanced"] if known["balance"] == "adaptive" else []
+        words += [BALANCES[str(known["balance"])].title] if known["balance"] != "none" else []
     return ", ".join(words)
 
 
