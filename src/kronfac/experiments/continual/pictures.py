@@ -42,7 +42,8 @@ def draw_scatter(grid: Grid) -> None:
     panels = {}
     for (strategy, balance), points in grid.panels().items():
         pairs = [(100 * point.target, 100 * point.average) for point in points]
-        label = f"{get_strategy(strategy).title}, {BALANCES[balance].title}\nr = {number(correlation(points), '.2f')}"
+        label = f"{get_strategy(strategy).title},\n{BALANCES[balance].title}\nr = {number(correlation(points), '.2f')}"
         panels[label] = pairs
-    axes = scatters(panels, "target accuracy [%]", "average accuracy [%]", columns=max(1, len(panels) // len(balances)))
+    columns = len(balances) if len(balances) > 1 else 4  # where there are several, a row for each strategy
+    axes = scatters(panels, "target accuracy [%]", "average accuracy [%]", columns=columns)
     save_figure(axes[0], grid.folder / SCATTER)
