@@ -12,9 +12,11 @@ import torch
 from tests.blocks.block_cases import random_psd
 from torch import Tensor, nn
 
+import kronfac as kf
 from kronfac import storage
 from kronfac.blocks import Block, Dense, Diagonal, DiagonalKronecker, Kronecker
 from kronfac.curvature import BlockDiagonal
+from kronfac.curvature_coupled import CoupledCurvature
 from kronfac.storage import StorageError, load, save
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -288,3 +290,49 @@ def test_without_safetensors_the_extra_is_named(
     for call in (lambda: save(curvature, saved), lambda: load(saved, Model())):
         with pytest.raises(ImportError, match=r"pip install 'kronfac\[io\]'"):
             call()
+
+
+@pytest.fixture
+def coupled(tmp_path: Path) -> tuple[CoupledCurvature, nn.Module, Path]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+    found = kf.estimate(model, kf.Categorical(), (torch.randn(9, 5), None), approximation="kkfac", seed=0)
+    path = tmp_path / "coupled.safetensors"
+    save(found, path)
+    return found, model, path
+
+
+def test_blocks_between_layers_come_back(coupled: tuple[CoupledCurvature, nn.Module, Path]) -> None:
+    found, model, path = coupled
+    again = load(path, model)
+    assert isinstance(again, CoupledCurvature)
+    assert list(again.blocks) == list(found.blocks)
+    assert again.options == found.options
+    assert torch.equal(again.to_dense(), found.to_dense())
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [("coupled.input", None), ("coupled.output", torch.zeros(7, 6)), ("coupled.input", torch.zeros(10, 10))],
+)
+def test_damaged_blocks_between_layers_are_refused(
+    coupled: tuple[CoupledCurvature, nn.Module, Path], name: str, tensor: Tensor | None
+) -> None:
+    _, model, path = coupled
+
+    def change(tensors: dict[str, Tensor], *_: object) -> None:
+        del tensors[name]
+        if tensor is not None:
+            tensors[name] = tensor
+
+    rewrite(path, change)
+    with pytest.raises(StorageError, match="does not fit the model"):
+        load(path, model)
+
+
+def test_unknown_coupled_layers_are_refused(coupled: tuple[CoupledCurvature, nn.Module, Path]) -> None:
+    _, model, path = coupled
+    for layers in (["9"], 3, ["0"]):
+        rewrite(path, lambda t, m, content, layers=layers: content.update(coupled=layers))
+        with pytest.raises(StorageError, match=r"damaged|does not fit"):
+            load(path, model)

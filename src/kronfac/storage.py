@@ -19,21 +19,25 @@ import torch
 from torch import Tensor, nn
 
 from kronfac.blocks import KINDS, Block
+from kronfac.blocks.khatri_rao import KhatriRao
 from kronfac.curvature import BlockDiagonal
+from kronfac.curvature_coupled import CoupledCurvature
 
 if TYPE_CHECKING:
     from kronfac.layers.base import LayerAdapter
 
+Curvature = BlockDiagonal | CoupledCurvature
 _FORMAT = "kronfac.curvature"
 _VERSION = 1
+_COUPLED = "coupled"
 
 
 class StorageError(ValueError):
     """A file that is no saved curvature, is damaged, or does not fit the model."""
 
 
-def save(curvature: BlockDiagonal, path: str | os.PathLike[str]) -> None:
-    """Save a curvature.
+def save(curvature: Curvature, path: str | os.PathLike[str]) -> None:
+    """Save a curvature, block-diagonal or KK-FAC's.
 
     The file appears whole or not at all: it is written beside its place and moved there. What was there before is
     replaced.
@@ -43,15 +47,13 @@ def save(curvature: BlockDiagonal, path: str | os.PathLike[str]) -> None:
         path: Where to; ``.safetensors`` is the customary ending.
 
     Raises:
-        TypeError: If it is no block-diagonal curvature.
-    """
-    if not isinstance(curvature, BlockDiagonal):
-        raise TypeError(f"only a block-diagonal curvature can be saved, got {type(curvature).__name__}")
+        TypeError: If it is neither.
+    """  # noqa: DOC502
     tensors, content = take_apart(curvature)
     write_file(path, tensors, content, _FORMAT)
 
 
-def take_apart(curvature: BlockDiagonal) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def take_apart(curvature: Curvature) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Give a curvature as tensors and a description of them; `put_together` is the inverse.
 
     Args:
@@ -59,16 +61,32 @@ def take_apart(curvature: BlockDiagonal) -> tuple[dict[str, Tensor], dict[str, A
 
     Returns:
         Tensors by name, and what JSON can hold.
+
+    Raises:
+        TypeError: If it is neither block-diagonal nor KK-FAC's.
     """
+    coupled: KhatriRao | None = None
+    if isinstance(curvature, CoupledCurvature) and isinstance(curvature.coupled, KhatriRao):
+        coupled = curvature.coupled
+    elif not isinstance(curvature, BlockDiagonal):
+        raise TypeError(
+            f"only a block-diagonal curvature, or that of KK-FAC, can be saved, got {type(curvature).__name__}"
+        )
+    names = () if coupled is None else coupled.coupled_layers
     tensors = {
         f"{i}.{name}": tensor
-        for i, block in enumerate(curvature.blocks.values())
+        for i, (layer, block) in enumerate(curvature.blocks.items())
+        if layer not in names
         for name, tensor in block.tensors().items()
     }
-    return tensors, {
+    content: dict[str, Any] = {
         "options": curvature.options,
         "layers": [_described(curvature, layer) for layer in curvature.blocks],
     }
+    if coupled is not None:
+        tensors |= {f"{_COUPLED}.{name}": tensor for name, tensor in coupled.tensors().items()}
+        content[_COUPLED] = list(names)
+    return tensors, content
 
 
 def write_file(
@@ -100,7 +118,7 @@ def write_file(
         raise
 
 
-def load(path: str | os.PathLike[str], model: nn.Module) -> BlockDiagonal:
+def load(path: str | os.PathLike[str], model: nn.Module) -> Curvature:
     """Load a curvature for a model with the layers it was saved from.
 
     Blocks come to the device of their layer's parameters, in the dtype they were saved in.
@@ -121,7 +139,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> BlockDiagonal:
 
 def put_together(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], content: Mapping[str, Any], model: nn.Module
-) -> BlockDiagonal:
+) -> Curvature:
     """Rebuild a curvature from what `take_apart` gave, after checking it against a model.
 
     Args:
@@ -142,6 +160,7 @@ def put_together(
     try:
         options = {str(key): str(value) for key, value in content["options"].items()}
         layers = [(str(entry["name"]), entry) for entry in content["layers"]]
+        coupled = [str(name) for name in content.get(_COUPLED, ())]
     except (KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"{path}: the description of the curvature is damaged ({error!r})") from error
     if unknown := sorted(options.keys() - {"sharing", "norm"}):
@@ -151,18 +170,27 @@ def put_together(
     except ValueError as error:
         raise StorageError(f"{path}: the model cannot be adapted as it was for saving: {error}") from error
     blocks: dict[str, Block] = {}
+
+    def parts(prefix: str, layer: str) -> dict[str, Tensor]:
+        device = parameters[adapters[layer].parameter_names[0]].device
+        return {key.removeprefix(prefix): tensors[key].to(device) for key in tensors if key.startswith(prefix)}
+
     for i, (layer, entry) in enumerate(layers):
         _check_layer(path, layer, entry, adapters, parameters)
-        device = parameters[adapters[layer].parameter_names[0]].device
-        prefix = f"{i}."
-        parts = {key.removeprefix(prefix): tensors[key].to(device) for key in tensors if key.startswith(prefix)}
+        if layer in coupled:
+            continue
         try:
-            blocks[layer] = KINDS[entry["kind"]].from_tensors(parts, torch.Size(entry["shape"]))
+            blocks[layer] = KINDS[entry["kind"]].from_tensors(parts(f"{i}.", layer), torch.Size(entry["shape"]))
         except (KeyError, TypeError, ValueError) as error:
             raise StorageError(f"{path}: the block of layer {layer!r} is damaged ({error})") from error
+    layouts = {layer: adapters[layer] for layer, _ in layers}
     try:
-        return BlockDiagonal(blocks, {layer: adapters[layer] for layer in blocks}, list(parameters), options)
-    except (TypeError, ValueError) as error:
+        if not coupled:
+            return BlockDiagonal(blocks, layouts, list(parameters), options)
+        widths = {layer: (adapters[layer].d_out, adapters[layer].d_in) for layer in coupled}
+        matrices = KhatriRao.from_tensors(parts(f"{_COUPLED}.", coupled[0]), widths, blocks)
+        return CoupledCurvature(matrices, layouts, list(parameters), options)
+    except (KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{path}: the curvature does not fit the model: {error}") from error
 
 
@@ -173,7 +201,7 @@ def _safetensors() -> Any:
         raise ImportError("saving and loading curvature needs safetensors: pip install 'kronfac[io]'") from error
 
 
-def _described(curvature: BlockDiagonal, layer: str) -> dict[str, Any]:
+def _described(curvature: Curvature, layer: str) -> dict[str, Any]:
     block = curvature.blocks[layer]
     names = curvature.layouts[layer].parameter_names
     return {

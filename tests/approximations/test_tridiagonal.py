@@ -251,7 +251,9 @@ def test_sources_damping_rules_and_consumers_that_do_not_fit(tmp_path: Path) -> 
     dead = estimated(model, (data[0] * torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64), None))
     with pytest.raises(torch.linalg.LinAlgError, match=r"damping 0: the input side of .* covariance of layer '0'"):
         dead.factorise(0.0)
-    with pytest.raises(TypeError, match="only a block-diagonal curvature can be saved, got BlockTridiagonal"):
+    with pytest.raises(
+        TypeError, match="only a block-diagonal curvature, or that of KK-FAC, can be saved, got BlockTridiagonal"
+    ):
         kf.save(curvature, tmp_path / "curvature.safetensors")
     with pytest.raises(ValueError, match=r"KFAC takes layers one by one.*'kfac_tridiagonal' couples them"):
         kf.optim.KFAC(model, kf.Categorical(), lr=0.1, approximation=NAME)

@@ -32,7 +32,19 @@ def test_a_penalty_beats_fine_tuning_on_permuted_digits(tmp_path: Path) -> None:
     finetune, kfac = json.loads(stdout)
     assert kfac["average_accuracy"] > finetune["average_accuracy"] + 0.02
     assert kfac["forgetting"] < finetune["forgetting"]
-    assert {path.name for path in tmp_path.iterdir()} >= {"accuracy-matrices.png", "results.jsonl", "runs"}
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "accuracy-matrices.png",
+        "results.jsonl",
+        "report.html",
+        "runs",
+    }
+    page = (tmp_path / "report.html").read_text()
+    assert "permuted-digits" in page
+    (tmp_path / "report.html").unlink()
+    result = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 0
+    assert result.stdout.endswith(f"report: {tmp_path / 'report.html'}\n")
+    assert (tmp_path / "report.html").read_text() == page
 
 
 @pytest.mark.parametrize(

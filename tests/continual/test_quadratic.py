@@ -329,6 +329,34 @@ def test_saved_penalties_come_back_bit_for_bit(tmp_path: Path) -> None:
     assert kf.continual.load(tmp_path / "several", model).tasks == 2
 
 
+def normed(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def test_penalties_that_couple_layers_are_dense_ones_add_up_and_are_saved(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    models = [normed(), moved(normed(), 1)]
+    first, second = (
+        kf.estimate(model, kf.Categorical(), data(i), approximation="kkfac", source="sampled", seed=i)
+        for i, model in enumerate(models)
+    )
+    both = QuadraticPenalty(first, strength=2.0).update(second, decay=0.5)
+    assert len(both.parts) == 2  # exactly: a sum of Khatri-Rao products is none
+    other = moved(models[1], 3)
+    delta = vector_of(other) - vector_of(models[1])
+    dense = 0.5 * first.to_dense() + second.to_dense()
+    gaps = dense.clone()
+    gaps[:24, :24] = gaps[-15:, -15:] = 0
+    assert gaps[:24, -15:].abs().max() > 1e-6  # the two linear layers are coupled
+    torch.testing.assert_close(both(other).item(), (delta @ dense @ delta).item(), rtol=1e-10, atol=0)
+    kf.continual.save(both + QuadraticPenalty(first), tmp_path / "sum")
+    again = kf.continual.load(tmp_path / "sum", normed(5))
+    assert torch.equal(again(other), (both + QuadraticPenalty(first))(other))
+    with pytest.raises(NotImplementedError, match='needs block-diagonal curvatures; combine="exact" takes all'):
+        both.update(second, combine="nearest")
+
+
 def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     model = network()
@@ -350,7 +378,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
         kf.continual.load(tmp_path / "penalty", nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 6)))
     with pytest.raises(FileNotFoundError, match="no file"):
         kf.continual.load(tmp_path / "nothing", model)
-    with pytest.raises(TypeError, match="BlockTridiagonal"):
+    with pytest.raises(TypeError, match="a penalty with a BlockTridiagonal cannot be saved: only"):
         kf.continual.save(QuadraticPenalty(curvature_of(model, "kfac_tridiagonal")), tmp_path / "coupled")
 
 

@@ -13,8 +13,9 @@ import torch
 from kronfac.continual import base as continual_base
 from kronfac.experiments import continual
 from kronfac.experiments.continual import runner, views
-from kronfac.experiments.continual.grid import Point, choices, correlation
+from kronfac.experiments.continual.points import Point
 from kronfac.experiments.continual.streams import rotate
+from kronfac.experiments.continual.tables import choices, correlation
 from kronfac.experiments.errors import CheckpointError, ExperimentError
 
 pytest.importorskip("sklearn")
@@ -131,7 +132,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(strategy: str, tmp_path: Path
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "result.json", "settings.json"]
 
 
-@pytest.mark.parametrize("strategy", ["online-xkfac", "fixed-bn", "merged-kfac", "live-kfac", "live-xkfac"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["l2", "kkfac", "online-kkfac", "online-xkfac", "fixed-bn", "merged-kfac", "live-kfac", "live-xkfac"],
+)
 def test_with_batch_norm_a_resumed_run_equals_an_uninterrupted_one(strategy: str, tmp_path: Path) -> None:
     options = {"tasks": 3, "budget": continual.Budget(steps=20, damping=0.1, balance="adaptive"), "threads": 1}
     with pytest.raises(KeyboardInterrupt):
@@ -143,6 +147,18 @@ def test_with_batch_norm_a_resumed_run_equals_an_uninterrupted_one(strategy: str
     table = continual.summary(whole)
     assert table.columns[-2] == "own statistics [%]"
     assert "damping 0.1, balanced" in table.rows[0][1]
+
+
+@pytest.mark.parametrize("balance", ["running", "gradients"])
+def test_every_way_to_balance_resumes(balance: str, tmp_path: Path) -> None:
+    options = {"tasks": 3, "budget": continual.Budget(steps=20, damping=0.1, balance=balance), "threads": 1}
+    with pytest.raises(KeyboardInterrupt):
+        continual.compare("permuted-digits-bn", ["merged-kfac"], out=tmp_path / "1", listener=Stops(2), **options)
+    stopped = continual.compare("permuted-digits-bn", ["merged-kfac"], out=tmp_path / "1", **options)
+    whole = continual.compare("permuted-digits-bn", ["merged-kfac"], out=tmp_path / "2", **options)
+    assert rows_of(tmp_path / "1") == rows_of(tmp_path / "2")
+    assert stopped.matrix("merged-kfac") == whole.matrix("merged-kfac")
+    assert "damping 0.1, balanced by" in continual.summary(whole).rows[0][1]
 
 
 @pytest.mark.parametrize("view", [views.FixedView(), views.MergedView()])
@@ -228,6 +244,21 @@ def test_a_damaged_penalty_is_named(tmp_path: Path) -> None:
     next(tmp_path.glob("runs/*/penalty-1.safetensors")).write_bytes(b"rubbish")
     with pytest.raises(CheckpointError, match="delete the run's folder"):
         continual.compare("permuted-digits", ["ewc"], out=tmp_path, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("stream", "strategy", "held_out"), [("permuted-digits-bn", "online-kfac", 99), ("permuted-digits", "kkfac", 499)]
+)
+def test_a_last_batch_of_one_example_is_left_out(stream: str, strategy: str, held_out: int, tmp_path: Path) -> None:
+    budget = continual.Budget(steps=5, held_out=held_out)  # of 1500
+    assert continual.compare(stream, [strategy], out=tmp_path, tasks=2, budget=budget, threads=1).done == [strategy]
+
+
+def test_what_couples_layers_refuses_convolutions_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match=r"kkfac on split-digits-cnn: .* does not take Conv2d '0', Conv2d '3'"):
+        continual.compare(
+            "split-digits-cnn", ["kkfac"], out=tmp_path, tasks=2, budget=continual.Budget(steps=2), threads=1
+        )
 
 
 def test_seeds_and_tasks_with_outputs_of_their_own(tmp_path: Path) -> None:

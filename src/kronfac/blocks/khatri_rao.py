@@ -44,13 +44,43 @@ class KhatriRao(CoupledBlocks):
         self._columns = _slices([shape[1] for shape in shapes.values()])
         widths = (self._columns[-1].stop, self._rows[-1].stop)
         for matrices in self._terms:
-            if tuple(len(matrix) for matrix in matrices) != widths:
-                raise ValueError(f"the layers need matrices of widths {widths}, got {[len(m) for m in matrices]}")
+            if tuple(tuple(matrix.shape) for matrix in matrices) != tuple((n, n) for n in widths):
+                given = [tuple(matrix.shape) for matrix in matrices]
+                raise ValueError(f"the layers need square matrices of widths {widths}, got shapes {given}")
         self.blocks: dict[str, Block] = {}
         for name, o, i in zip(shapes, self._rows, self._columns, strict=True):
             parts = [part for a, g in self._terms for part in (a[i, i].contiguous(), g[o, o].contiguous())]
             self.blocks[name] = KroneckerSum(*parts)
         self.blocks |= self._alone
+
+    @property
+    def coupled_layers(self) -> tuple[str, ...]:
+        """The layers that are coupled, in the order in which they share the matrices."""
+        return tuple(self._shapes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give the matrices over the coupled layers, as for `KroneckerSum`.
+
+        Returns:
+            ``input``, ``output``, ``second_input`` and ``second_output``.
+        """
+        (a, g), (b, h) = self._terms
+        return {"input": a, "output": g, "second_input": b, "second_output": h}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shapes: Shapes, alone: Mapping[str, Block]) -> Self:
+        """Rebuild from what `tensors` gave.
+
+        Args:
+            tensors: The matrices.
+            shapes: As in the constructor.
+            alone: As in the constructor.
+
+        Returns:
+            The matrix.
+        """
+        first, second = (tensors["input"], tensors["output"]), (tensors["second_input"], tensors["second_output"])
+        return cls(shapes, first, second, alone)
 
     def matmul(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Multiply by a vector: the diagonal blocks of ``G diag(V) A + G' diag(V) A'``.

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from kronfac.cli.display import print_table
+from kronfac.cli.compare import this_command
 from kronfac.cli.options import Fresh, Json, Out, by_optimizer, seed_numbers, words
+from kronfac.cli.stream_display import stream_display
+from kronfac.cli.stream_outcome import print_choices, print_summary
 from kronfac.experiments import continual as learning
-from kronfac.experiments.continual.compare import LINES, PICTURE
-from kronfac.experiments.continual.grid import SCATTER, choices
+from kronfac.experiments.continual.balances import BALANCES
 from kronfac.experiments.errors import ExperimentError
 
 EPILOG = (
@@ -54,8 +49,10 @@ def continual(
     balance: Annotated[
         str,
         typer.Option(
-            help="How penalties are weighed: none, or adaptive (brought to the magnitude of the task's loss). A grid "
-            "may have both, with a comma between them."
+            help="How penalties are weighed: "
+            + "; ".join(f"{name}, {b.description}" for name, b in BALANCES.items())
+            + ". "
+            "A grid may have several, with commas between them."
         ),
     ] = "none",
     damping: Annotated[float, typer.Option(help="Added to every penalty's curvature.")] = 0.0,
@@ -94,20 +91,21 @@ def continual(
     """Learn one task after the other with several strategies, and see what they remember.
 
     Every strategy starts from the same weights and sees the same tasks and batches. Stopped by Ctrl-C or killed, the
-    same command goes on after the last task that was finished. The folder then holds accuracies as JSON lines and their
-    matrices as a picture.
+    same command goes on after the last task that was finished. A run that diverges is named and the others go on. The
+    folder then holds accuracies as JSON lines, their matrices as a picture, and report.html, a page that needs nothing
+    else.
 
     [dim]kronfac continual permuted-digits --strategies finetune,ewc,kfac --seeds 0,1,2 --out runs/permuted[/dim]
     """  # noqa: DOC501 - a person reads this as help
     names, place = words(strategies, "--strategies"), out or Path("runs") / stream
     chosen = by_optimizer(settings or [], "--set")
-    common = {"out": place, "tasks": tasks, "fresh": fresh, "threads": threads}
+    common = {"out": place, "tasks": tasks, "fresh": fresh, "threads": threads, "command": this_command()}
     if grid:
         if chosen:
             raise ExperimentError("--set and --grid do not go together: a grid sets what it has as an axis")
         budget = learning.Budget(epochs, steps, lr, damping, held_out=100 if held_out is None else held_out)
         axes, balances = _axes(grid), words(balance, "--balance")
-        with _display() as listener:
+        with stream_display() as listener:
             found = learning.search(
                 stream,
                 names,
@@ -119,14 +117,10 @@ def continual(
                 listener=listener,
                 **common,  # type: ignore[arg-type]
             )
-        if as_json:
-            print(json.dumps([point._asdict() for point in found.points], indent=2))
-            return
-        print_table(choices(found), f"{stream}, {tasks} tasks, chosen by the newest task")
-        print(f"picture: {found.folder / SCATTER}")
+        print_choices(found, as_text=not as_json)
         return
     budget = learning.Budget(epochs, steps, lr, damping, balance, held_out or 0)
-    with _display() as listener:
+    with stream_display() as listener:
         results = learning.compare(
             stream,
             names,
@@ -136,11 +130,7 @@ def continual(
             listener=listener,
             **common,  # type: ignore[arg-type]
         )
-    if as_json:
-        print(json.dumps([json.loads(line) for line in (results.folder / LINES).read_text().splitlines()], indent=2))
-        return
-    print_table(learning.summary(results), f"{stream}, {tasks} tasks")
-    print(f"picture: {results.folder / PICTURE}")
+    print_summary(results, as_text=not as_json)
 
 
 def _axes(texts: Sequence[str]) -> dict[str, list[float]]:
@@ -152,52 +142,3 @@ def _axes(texts: Sequence[str]) -> dict[str, list[float]]:
         except ValueError as error:
             raise ExperimentError(f"--grid must look like lr=0.001,0.003, got {text!r}") from error
     return found
-
-
-class _Lines(learning.Listener):
-    """A plain line on standard error for each task that was learned."""
-
-    def learned(self, plan: learning.Plan, task: str, accuracies: Sequence[float]) -> None:
-        print(_line(plan, task, accuracies), file=sys.stderr, flush=True)
-
-
-class _Bars(learning.Listener):
-    """A bar over all tasks of all runs, and a line above it for each that was learned."""
-
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-        self._bar: TaskID = bars.add_task("tasks", total=None)
-        self._tasks, self._before, self._done = 1, -1, 0
-
-    def plan(self, runs: int, tasks: int) -> None:
-        self._tasks = tasks
-        self._bars.update(self._bar, total=runs * tasks)
-
-    def started(self, plan: learning.Plan, done: int) -> None:
-        self._before += 1
-        self._done = done
-        self._bars.update(self._bar, description=escape(f"{plan.strategy} seed {plan.seed}"))
-        self.stepped(0.0)
-
-    def stepped(self, fraction: float) -> None:
-        self._bars.update(self._bar, completed=self._before * self._tasks + self._done + fraction)
-
-    def learned(self, plan: learning.Plan, task: str, accuracies: Sequence[float]) -> None:
-        self._done += 1
-        self._bars.console.print(escape(_line(plan, task, accuracies)), highlight=False)
-
-
-def _line(plan: learning.Plan, task: str, accuracies: Sequence[float]) -> str:
-    shown = " ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies)
-    return f"{plan.strategy} seed {plan.seed}: learned {task}; accuracy [%] on each task: {shown}"
-
-
-@contextmanager
-def _display() -> Iterator[learning.Listener]:
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Lines()
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        yield _Bars(bars)

@@ -10,14 +10,22 @@ import typer
 from kronfac import experiments
 from kronfac.cli.options import Json
 from kronfac.cli.outcome import print_outcome
+from kronfac.cli.stream_outcome import is_stream, print_stream
+from kronfac.experiments import continual
 from kronfac.experiments.files import make_folder
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="A folder that train, compare or demo wrote.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="A folder that train, compare, demo or continual wrote.", show_default=False)
+    ],
     as_json: Json = False,
 ) -> None:
     """Draw the pictures and write report.html again from a folder of runs, finished or not."""
+    if is_stream(folder):
+        continual.write_report(make_folder(folder))
+        print_stream(folder, as_text=not as_json)
+        return
     results = experiments.read_results(folder)
     make_folder(folder)
     experiments.write_report(results)

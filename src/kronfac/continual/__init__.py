@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kronfac.continual.avalanche import AvalanchePlugin
-from kronfac.continual.balance import Balanced, balance
+from kronfac.continual.balance import Balanced, GradientNorms, RunningMeans, balance
 from kronfac.continual.base import Penalty, PenaltySum
 from kronfac.continual.batchnorm import MergedBatchNorm, merge_batchnorm
 from kronfac.continual.decay import RecentredDecay, recentred_decay
@@ -13,11 +13,13 @@ from kronfac.continual.quadratic import QuadraticPenalty
 __all__ = [
     "AvalanchePlugin",
     "Balanced",
+    "GradientNorms",
     "MergedBatchNorm",
     "Penalty",
     "PenaltySum",
     "QuadraticPenalty",
     "RecentredDecay",
+    "RunningMeans",
     "balance",
     "load",
     "merge_batchnorm",

@@ -13,7 +13,6 @@ from kronfac.continual.base import Penalty, PenaltySum
 from kronfac.continual.combine import Part, check_same
 from kronfac.continual.decay import RecentredDecay
 from kronfac.continual.quadratic import QuadraticPenalty
-from kronfac.curvature import BlockDiagonal
 from kronfac.storage import StorageError, put_together, read_file, take_apart, write_file
 
 _FORMAT = "kronfac.penalty"
@@ -29,7 +28,7 @@ def save(penalty: Penalty, path: str | os.PathLike[str]) -> None:
         path: Where to; ``.safetensors`` is the customary ending.
 
     Raises:
-        TypeError: If it is another penalty, or its curvature couples layers.
+        TypeError: If it is another penalty, or its curvature couples layers and is not KK-FAC's.
     """
     tensors: dict[str, Tensor] = {}
     entries = []
@@ -86,11 +85,10 @@ def _quadratic(penalty: QuadraticPenalty) -> tuple[dict[str, Tensor], dict[str, 
     tensors: dict[str, Tensor] = {}
     parts = []
     for p, (weight, curvature) in enumerate(penalty.parts):
-        if not isinstance(curvature, BlockDiagonal):
-            raise TypeError(
-                f"a penalty with a {type(curvature).__name__} cannot be saved: only block-diagonal ones can"
-            )
-        blocks, content = take_apart(curvature)
+        try:
+            blocks, content = take_apart(curvature)
+        except TypeError as error:
+            raise TypeError(f"a penalty with a {type(curvature).__name__} cannot be saved: {error}") from error
         tensors |= {f"part.{p}.{name}": tensor for name, tensor in blocks.items()}
         parts.append({"weight": weight, "curvature": content})
     tensors |= {f"anchor.{i}": matrix for i, matrix in enumerate(penalty.anchor_matrices.values())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kronfac.experiments.optimizers import get_optimizer
@@ -160,13 +161,13 @@ def settings_table(results: Results) -> Table:
     return Table(["optimiser", "hyper-parameters"], rows, words=(0, 1))
 
 
-def environment_table(results: Results) -> Table:
-    """Show on what the comparison was run.
+def environment_table(environment: Mapping[str, object]) -> Table:
+    """Show on what something was run.
 
     Args:
-        results: The comparison.
+        environment: Facts by name.
 
     Returns:
         A row per fact.
     """
-    return Table(["", ""], [[name, str(value)] for name, value in results.environment.items()], words=(0, 1))
+    return Table(["", ""], [[name, str(value)] for name, value in environment.items()], words=(0, 1))

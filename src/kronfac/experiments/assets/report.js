@@ -1,7 +1,6 @@
 "use strict";
-// The numbers are in the page; everything here is drawing.
 (() => {
-  const data = JSON.parse(document.getElementById("curves").textContent);
+  const data = charts.data("curves");
   const metric = document.getElementById("metric");
   const progress = document.getElementById("progress");
   const logarithmic = document.getElementById("logarithmic");
@@ -39,22 +38,15 @@
           "epoch %{customdata[1]:.2f}, %{customdata[2]:.2f} s<extra></extra>",
       };
     });
-    const layout = {
-      margin: { l: 64, r: 16, t: 16, b: 60 },
-      font: { family: "system-ui, sans-serif", size: 13, color: "#1d2433" },
-      xaxis: { title: { text: labels[x] }, gridcolor: "#e6e9ef", rangemode: "tozero", zeroline: false },
-      yaxis: {
-        title: { text: metric.value.replaceAll("_", " ") },
+    charts.draw(target, traces, {
+      xaxis: charts.axis(labels[x], { rangemode: "tozero" }),
+      yaxis: charts.axis(metric.value.replaceAll("_", " "), {
         type: logarithmic.checked ? "log" : "linear",
-        gridcolor: "#e6e9ef",
-        zeroline: false,
         ...(range() ? { range: range() } : { autorange: true }),
-      },
+      }),
       height: 396,
       legend: { x: 1, xanchor: "right", y: 1 },
-      hovermode: "closest",
-    };
-    Plotly.react(target, traces, layout, { responsive: true, displaylogo: false });
+    });
   }
 
   function redraw() {

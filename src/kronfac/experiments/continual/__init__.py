@@ -10,18 +10,23 @@
 
 from __future__ import annotations
 
-from kronfac.experiments.continual.compare import Results, compare, summary
-from kronfac.experiments.continual.grid import Grid, search
+from kronfac.experiments.continual.compare import compare
+from kronfac.experiments.continual.grid import search
 from kronfac.experiments.continual.metrics import Metrics, metrics_of
 from kronfac.experiments.continual.plans import Budget
+from kronfac.experiments.continual.points import Grid
+from kronfac.experiments.continual.report import write_report
+from kronfac.experiments.continual.results import Failure, Results
 from kronfac.experiments.continual.runner import Listener, Plan
 from kronfac.experiments.continual.strategies import STRATEGIES, Strategy, get_strategy
 from kronfac.experiments.continual.streams import STREAMS, Stream, Task, get_stream
+from kronfac.experiments.continual.tables import summary
 
 __all__ = [
     "STRATEGIES",
     "STREAMS",
     "Budget",
+    "Failure",
     "Grid",
     "Listener",
     "Metrics",
@@ -36,4 +41,5 @@ __all__ = [
     "metrics_of",
     "search",
     "summary",
+    "write_report",
 ]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from kronfac.experiments.continual.runner import Listener, Plan, run
-from kronfac.experiments.continual.strategies import BALANCES, Strategy, get_strategy
+from kronfac.experiments.continual.balances import BALANCES
+from kronfac.experiments.continual.results import Failure
+from kronfac.experiments.continual.runner import Listener, Plan, RunError, run
+from kronfac.experiments.continual.strategies import Strategy, get_strategy
 from kronfac.experiments.continual.streams import Stream, get_stream
 from kronfac.experiments.datasets import load
 from kronfac.experiments.errors import ExperimentError
@@ -104,8 +106,8 @@ def carry_out(
     fresh: bool = False,
     threads: int | None = None,
     listener: Listener | None = None,
-) -> tuple[Path, list[dict[str, object]]]:
-    """Run, or read the results of runs that are done.
+) -> tuple[Path, list[tuple[Plan, dict[str, object]]], list[Failure]]:
+    """Run, or read the results of runs that are done. A run that fails does not keep the others from being run.
 
     Args:
         plans: The runs, on one stream.
@@ -115,17 +117,17 @@ def carry_out(
         listener: Hears how it goes.
 
     Returns:
-        The folder, and the results in the order of the plans.
+        The folder, the runs that were done with their results, and those that failed.
 
     Raises:
-        ExperimentError: If the folder is in use, a run diverges, or what it asks for is refused.
+        ExperimentError: If the folder is in use, a checkpoint is damaged, or all runs fail.
     """
     listener = listener or Listener()
     if threads is not None and threads < 1:
         raise ExperimentError(f"threads must be at least 1, got {threads}")
     folder = make_folder(Path(out))
     before = torch.get_num_threads()
-    found = []
+    done, failures = [], []
     try:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -135,10 +137,35 @@ def carry_out(
                 place = folder / "runs" / plan.folder_name
                 if fresh:
                     shutil.rmtree(place, ignore_errors=True)
-                found.append(run(plan, place, listener))
+                try:
+                    done.append((plan, run(plan, place, listener)))
+                except RunError as error:
+                    failures.append(Failure(asdict(plan), str(error)))
+                    listener.failed(plan, str(error))
     finally:
         torch.set_num_threads(before)
-    return folder, found
+    if not done:
+        others = f" (all {len(failures)} runs failed; this is the first)" if failures[1:] else ""
+        raise ExperimentError(failures[0].reason + others)
+    return folder, done, failures
+
+
+def call_of(function: str, stream: str, strategies: Sequence[str], given: Mapping[str, object], out: str | Path) -> str:
+    """Write down how a function of this package was called.
+
+    Args:
+        function: Its name.
+        stream: Name of the stream.
+        strategies: Names of the strategies.
+        given: Further arguments; those that are None are left out.
+        out: The folder.
+
+    Returns:
+        Python.
+    """
+    shown = {**{name: value for name, value in given.items() if value is not None}, "out": str(out)}
+    words = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+    return f"continual.{function}({stream!r}, {list(strategies)!r}, {words})"
 
 
 def _steps(stream: Stream, tasks: int, seed: int, budget: Budget) -> int:

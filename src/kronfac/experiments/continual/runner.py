@@ -7,7 +7,6 @@ so that a run that was stopped gives the numbers of one that was not.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -19,10 +18,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from kronfac.experiments.checkpoint import load_checkpoint, save_checkpoint
-from kronfac.experiments.continual.strategies import Memory, Options, get_strategy
+from kronfac.experiments.continual.accuracy import accuracy, adapted
+from kronfac.experiments.continual.memories import Memory, Options
+from kronfac.experiments.continual.strategies import get_strategy
 from kronfac.experiments.continual.streams import Task, get_stream
 from kronfac.experiments.errors import CheckpointError, ExperimentError
 from kronfac.experiments.files import make_folder, read_json, remove_leftovers, write_json, write_text
@@ -75,6 +75,10 @@ class Plan:
         return f"{self.strategy}-{self.seed}-{digest}"
 
 
+class RunError(ExperimentError):
+    """A run that comes to no end: it diverges, or its strategy refuses the network. Others may do well."""
+
+
 class Listener:
     """Hears how runs go; this one says nothing."""
 
@@ -108,6 +112,14 @@ class Listener:
             plan: The run.
             task: The task's name.
             accuracies: On each task, in order.
+        """
+
+    def failed(self, plan: Plan, reason: str) -> None:
+        """Hear that a run came to no end.
+
+        Args:
+            plan: The run.
+            reason: What went wrong.
         """
 
 
@@ -174,48 +186,6 @@ def run(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[str,
     return result
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, task: Task) -> float:
-    """Share of a task's test set that is classified correctly, in eval mode.
-
-    Args:
-        model: The network.
-        task: The task.
-
-    Returns:
-        From 0 to 1.
-    """
-    training = model.training
-    model.eval()
-    right = 0
-    for inputs, targets in zip(task.test_inputs.split(1000), task.test_targets.split(1000), strict=True):
-        right += int((task.outputs(model(inputs)).argmax(1) == targets).sum())
-    model.train(training)
-    return right / len(task.test_targets)
-
-
-@torch.no_grad()
-def adapted(model: nn.Module, tasks: Sequence[Task]) -> list[float] | None:
-    """Accuracy on each task with the statistics of the test batches themselves: the function in train mode.
-
-    Running statistics are those of the newest task alone; these show what the weights still know of the others.
-
-    Args:
-        model: The network; its running statistics are left as they are.
-        tasks: The tasks.
-
-    Returns:
-        From 0 to 1 for each task; None without batch norm.
-    """
-    twin = copy.deepcopy(model)
-    norms = [module for module in twin.modules() if isinstance(module, _BatchNorm)]
-    if not norms:
-        return None
-    for norm in norms:  # in eval mode, too, a batch norm without running statistics takes the batch's
-        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
-    return [accuracy(twin, task) for task in tasks]
-
-
 def _learn(
     plan: Plan, model: nn.Module, memory: Memory, tasks: Sequence[Task], listener: Listener
 ) -> tuple[float, float]:
@@ -240,7 +210,7 @@ def _learn(
                 listener.stepped((step + 1) / plan.steps)
                 loss, value = float(task_loss.detach()), 0.0 if penalty is None else float(penalty.detach())
                 if not math.isfinite(loss + value):
-                    raise ExperimentError(
+                    raise RunError(
                         f"{plan.strategy} on {plan.stream}, seed {plan.seed}, diverged at step {step} of task "
                         f"{len(tasks)}; try a smaller strength or learning rate"
                     )
@@ -264,7 +234,7 @@ def _remember(plan: Plan, folder: Path, model: nn.Module, memory: Memory, task: 
         memory.remember(model, task, plan.seed * _STRIDE + index)
         memory.save(folder / _penalty(index + 1))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise ExperimentError(f"{plan.strategy} on {plan.stream}: {error}") from error
+        raise RunError(f"{plan.strategy} on {plan.stream}: {error}") from error
 
 
 def _penalty(learned: int) -> str:
