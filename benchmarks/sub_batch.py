@@ -1,7 +1,7 @@
 """Statistics of a part of the batch: how far they are from those of all of it, and what they save.
 
     OMP_NUM_THREADS=1 python benchmarks/sub_batch.py [--workloads autoencoder,kfc,resnet20] [--shares 8,4,2]
-        [--draws 3] [--rounds 10] [--wall-clock]
+        [--draws 3] [--running 40] [--rounds 10] [--wall-clock]
 
 The workloads of `kronfac bench` at their initial weights, on made-up data. For each share m/N of the batch:
 
@@ -10,7 +10,8 @@ The workloads of `kronfac bench` at their initial weights, on made-up data. For 
 - over √(1/m − 1/N): the mean of the two errors, over that of the first line, as the square root of the law of large
   numbers has it: 1 where it holds;
 - cosine: between the gradient preconditioned by these statistics and by those of the whole batch, with factored damping
-  of λ = 0.1 and 0.001 of the mean eigenvalue;
+  of λ = 0.1 and 0.001 of the mean eigenvalue; `running` is the same with the running averages of `--running` batches,
+  each of new data and labels, as an optimiser has them (ema 0.95);
 - extra: what gathering them, as the optimiser does, adds to forward+backward, over forward+backward; and over the extra
   of the whole batch. All of them run in turn in each round, by processor time unless `--wall-clock`; medians.
 
@@ -38,6 +39,7 @@ from kronfac.optim import KFAC
 from kronfac.optim.preconditioning import refresh
 
 DAMPINGS = (0.1, 0.001)
+WHOLE, AGAIN = "1", "1, new labels"
 WARM_UP = 2
 
 
@@ -49,12 +51,14 @@ class Line:
         input: Errors of the A of each draw.
         output: Errors of the G of each draw.
         cosines: Cosines of each draw, by damping.
+        running: Cosines of running averages, by damping.
         times: Seconds of each round.
     """
 
     input: list[float] = field(default_factory=list)
     output: list[float] = field(default_factory=list)
     cosines: dict[float, list[float]] = field(default_factory=lambda: {damping: [] for damping in DAMPINGS})
+    running: dict[float, list[float]] = field(default_factory=lambda: {damping: [] for damping in DAMPINGS})
     times: list[float] = field(default_factory=list)
 
 
@@ -106,7 +110,7 @@ def gather(work: Workload, optimizers: list[KFAC], only: KFAC | None) -> None:
 
 
 def errors(name: str, sizes: dict[str, int], draw: int, lines: dict[str, Line]) -> None:
-    """Measure errors and cosines of one draw of weights, data and labels.
+    """Measure errors of one draw of weights, data and labels.
 
     Args:
         name: The workload.
@@ -125,24 +129,60 @@ def errors(name: str, sizes: dict[str, int], draw: int, lines: dict[str, Line]) 
     one, other = (kf.estimate(work.model, work.likelihood, batch, seed=s, **options).blocks for s in (draw, draw + 100))
     factors = [(a.tensors(), b.tensors()) for a, b in zip(one.values(), other.values(), strict=True)]
     changes = [float((b["output"] - a["output"]).norm() / a["output"].norm()) for a, b in factors if "output" in a]
-    lines["1, new labels"].input.append(0.0)
-    lines["1, new labels"].output.append(statistics.fmean(changes))
+    lines[AGAIN].input.append(0.0)
+    lines[AGAIN].output.append(statistics.fmean(changes))
+
+
+def everyone(work: Workload, sizes: dict[str, int], draw: int) -> dict[str, KFAC]:
+    """Make an optimiser for each line.
+
+    Args:
+        work: The workload.
+        sizes: Examples by line.
+        draw: Seed of the labels.
+
+    Returns:
+        Optimisers of one model, by line.
+    """
 
     def seeded(seed: int, examples: int | None) -> KFAC:
-        return make_kfac(work, stats_examples=examples, generator=torch.Generator().manual_seed(seed))
+        return make_kfac(work, stats_examples=examples, stats_every=1, generator=torch.Generator().manual_seed(seed))
 
-    made = {"1": seeded(draw, None), "1, new labels": seeded(draw + 100, None)}
-    made |= {label: seeded(draw, size) for label, size in sizes.items()}
-    for optimizer in made.values():
-        gather(work, list(made.values()), optimizer)
+    made = {WHOLE: seeded(draw, None), AGAIN: seeded(draw + 100, None)}
+    return made | {label: seeded(draw, size) for label, size in sizes.items()}
+
+
+def cosines(name: str, sizes: dict[str, int], draw: int, batches: int) -> dict[str, dict[float, float]]:
+    """Compare preconditioned gradients.
+
+    Args:
+        name: The workload.
+        sizes: Examples by line.
+        draw: Seed of weights, data and labels.
+        batches: Of how many batches the running averages are; the gradient is the last one's.
+
+    Returns:
+        Cosines to the direction of the whole batch, by line and damping.
+    """
+    work = make(name, seed=draw)
+    made = everyone(work, sizes, draw)
+    for number in range(batches):
+        if number:
+            fresh = make(name, seed=1000 * (draw + 1) + number)
+            work.inputs, work.targets = fresh.inputs, fresh.targets
+        work.forward_backward()  # all of them gather
+        for optimizer in made.values():
+            optimizer._gatherer.reset()
     gradients = {key: p.grad for key, p in work.model.named_parameters() if p.grad is not None}
-    scale = mean_eigenvalue(made["1"].curvature())
+    scale = mean_eigenvalue(made[WHOLE].curvature())
+    found: dict[str, dict[float, float]] = {label: {} for label in made}
     with torch.no_grad():
         for damping in DAMPINGS:
-            truth = directions(made["1"], gradients, damping * scale)
+            truth = directions(made[WHOLE], gradients, damping * scale)
             for label, optimizer in made.items():
-                found = directions(optimizer, gradients, damping * scale)
-                lines[label].cosines[damping].append(float(found @ truth / (found.norm() * truth.norm())))
+                other = directions(optimizer, gradients, damping * scale)
+                found[label][damping] = float(other @ truth / (other.norm() * truth.norm()))
+    return found
 
 
 def costs(name: str, sizes: dict[str, int], rounds: int, wall_clock: bool, lines: dict[str, Line]) -> list[float]:
@@ -159,16 +199,16 @@ def costs(name: str, sizes: dict[str, int], rounds: int, wall_clock: bool, lines
         Seconds without statistics.
     """
     work, clock, base = make(name), clock_of("cpu", processor_time=not wall_clock), []
-    made = {"1": make_kfac(work)} | {label: make_kfac(work, stats_examples=size) for label, size in sizes.items()}
+    made = {WHOLE: make_kfac(work)} | {label: make_kfac(work, stats_examples=size) for label, size in sizes.items()}
     for optimizer in made.values():
         optimizer._steps = KINDS["kfac with statistics"][0]
-    everyone = list(made.values())
+    watching = list(made.values())
     for number in range(rounds + WARM_UP):
-        seconds = timed(lambda: gather(work, everyone, None), clock)
+        seconds = timed(lambda: gather(work, watching, None), clock)
         if number >= WARM_UP:
             base.append(seconds)
         for label, optimizer in made.items():
-            seconds = timed(lambda optimizer=optimizer: gather(work, everyone, optimizer), clock)  # type: ignore[misc]
+            seconds = timed(lambda optimizer=optimizer: gather(work, watching, optimizer), clock)  # type: ignore[misc]
             if number >= WARM_UP:
                 lines[label].times.append(seconds)
     return base
@@ -186,7 +226,8 @@ def report(name: str, sizes: dict[str, int], lines: dict[str, Line], base: list[
     """
     middle = statistics.median(base)
     print(f"\n{name}: batch {batch}, forward+backward {1e3 * middle:.1f} ms\n")
-    titles = ("m/N", "m", "A", "G", "over √(1/m − 1/N)", *(f"cosine, {d:g}" for d in DAMPINGS), "extra", "of all")
+    each = [f"{what}, {damping:g}" for what in ("cosine", "running") for damping in DAMPINGS]
+    titles = ("m/N", "m", "A", "G", "over √(1/m − 1/N)", *each, "extra", "of all")
     print("| " + " | ".join(titles) + " |\n" + "| --- " * len(titles) + "|")
 
     def extra(line: Line) -> float:
@@ -195,14 +236,15 @@ def report(name: str, sizes: dict[str, int], lines: dict[str, Line], base: list[
     first: float | None = None
     for label, line in lines.items():
         size = sizes.get(label, batch)
-        a, g = (statistics.fmean(each) if each else 0.0 for each in (line.input, line.output))
+        a, g = (statistics.fmean(values) if values else 0.0 for values in (line.input, line.output))
         law = "–"
         if size < batch:
             ratio = (a + g) / math.sqrt(1 / size - 1 / batch)
             first = ratio if first is None else first
             law = f"{ratio / first:.2f}"
-        cosines = [f"{statistics.fmean(line.cosines[damping]):.3f}" for damping in DAMPINGS]
-        times = [f"{extra(line):.2f}", f"{extra(line) / extra(lines['1']):.2f}"] if line.times else ["–", "–"]
+        figures = [*line.cosines.values(), *line.running.values()]
+        cosines = [f"{statistics.fmean(values):.3f}" if values else "–" for values in figures]
+        times = [f"{extra(line):.2f}", f"{extra(line) / extra(lines[WHOLE]):.2f}"] if line.times else ["–", "–"]
         print("| " + " | ".join((label, str(size), f"{a:.3f}", f"{g:.3f}", law, *cosines, *times)) + " |")
 
 
@@ -212,15 +254,23 @@ def main() -> None:
     parser.add_argument("--workloads", default="autoencoder,kfc,resnet20")
     parser.add_argument("--shares", default="8,4,2", help="N/m, one for each line")
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--running", type=int, default=40, help="batches of the running averages; 0: none")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--wall-clock", action="store_true")
     options = parser.parse_args()
     for name in options.workloads.split(","):
         batch = len(make(name).inputs)
         sizes = {f"1/{share}": max(1, batch // int(share)) for share in options.shares.split(",")}
-        lines = {label: Line() for label in (*sizes, "1", "1, new labels")}
+        lines = {label: Line() for label in (*sizes, WHOLE, AGAIN)}
         for draw in range(options.draws):
             errors(name, sizes, draw, lines)
+            for label, found in cosines(name, sizes, draw, 1).items():
+                for damping, value in found.items():
+                    lines[label].cosines[damping].append(value)
+        if options.running:
+            for label, found in cosines(name, sizes, 0, options.running).items():
+                for damping, value in found.items():
+                    lines[label].running[damping].append(value)
         base = costs(name, sizes, options.rounds, options.wall_clock, lines)
         report(name, sizes, lines, base, batch)
 

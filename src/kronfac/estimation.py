@@ -111,11 +111,11 @@ class Estimator:
         self.approximation.begin(self.model, self.source, tape, outputs, self.statistics)
         with torch.no_grad():
             values = outputs.detach()
+            cut = None if part is None else part.begin(self.likelihood, values, targets)
             count = self.likelihood.term_shape(values, targets).numel()
             terms = count / max(float(self.likelihood.denominator(values, targets)), 1e-12)
             terms *= 1.0 if part is None or part.cut else part.weight(self.likelihood)
             self.terms = self.terms + terms if adds else terms
-            cut = None if part is None else part.begin(self.likelihood, values, targets)
         if self.joint is not None:
             self.joint.check_graph(tape.feeders(outputs))
             add = whole_pulls(list(tape.calls), self.joint.add)

@@ -103,6 +103,39 @@ def test_arguments_that_are_no_tensors() -> None:
     same(tensors(optimizer.curvature().blocks), wanted[1.0], 1e-10)
 
 
+def test_outputs_of_several_rows_for_each_example() -> None:
+    """Examples are counted in what the model takes, not in what it returns."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(2, 4), nn.Linear(4, 3)
+            double(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x).tanh().flatten(0, 1))
+
+    x = draw(8, 5, 2)
+    options: dict[str, Any] = {"source": "sampled"}
+    for m, kept in ((1, 1), (CUT, CUT), (8, 8), (20, 8)):
+        model = Tokens()
+        optimizer = make(model, stats_examples=m, **options)
+        model(x)
+        for statistic in optimizer._estimator.statistics.values():
+            assert {mean.weight for mean in statistic.means().values()} == {kept * 5.0}
+        if kept != CUT:  # whose labels are drawn for all
+            wanted = kf.estimate(model, kf.Categorical(), (x[:kept], None), seed=0).blocks
+            same(tensors(optimizer.curvature().blocks), tensors(wanted), 1e-10)
+
+
+def test_layers_compiled_before_are_told_of_in_a_second_forward() -> None:
+    model = double(nn.Sequential(nn.Tanh(), nn.Linear(3, 3)))
+    optimizer = make(model, stats_examples=APART)
+    optimizer._estimator.adaptation.adapters["1"].module = nn.Linear(3, 3)  # hooks go elsewhere
+    with pytest.raises(kf.TapeError, match="No layer hook fired"):
+        model(draw(8, 3))
+
+
 @pytest.mark.parametrize("m", [APART, CUT])
 def test_two_optimisers_with_parts_share_a_model(m: int) -> None:
     model, x = network(), draw(8, 3)

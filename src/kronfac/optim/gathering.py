@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from kronfac.estimation import Estimator
 from kronfac.forwards import pick_outputs
 from kronfac.operators.passes import random_state, run, same_random_state
-from kronfac.optim.sub_batch import Apart, check_fits, part_of, planned
+from kronfac.optim.sub_batch import Plan, check_fits, part_of
 from kronfac.sources.part import Part
 from kronfac.tape import Tape, TapeError, is_apart_from_training, record
 
@@ -84,6 +84,14 @@ def _do_nothing(*args: Any) -> None:
     return None
 
 
+def _require_calls(tape: Tape) -> None:
+    if not tape.calls:
+        raise TapeError(
+            "No layer hook fired: either the forward calls none of the layers, or it was compiled before. Pass the "
+            "module that torch.compile returned to the optimiser."
+        )
+
+
 def _identities(model: nn.Module) -> list[int]:
     return [id(part) for part in (*model.modules(), *model.parameters())]
 
@@ -127,8 +135,7 @@ class Gatherer:
         self.beside: list[Estimator] = []
         self._due, self._begin, self._pick, self._keep = due, begin, outputs, keep
         self._examples = examples
-        self._part: Part | None = None  # of the forward that is under way
-        self._apart: Apart | None = None  # where its statistics need a forward of their own
+        self._plan: Plan | None = None  # of the forward that is under way
         self._tape = Tape(estimator.adaptation.adapters)
         self._identities = _identities(self.root)
         self._compiled = is_compiled(model)
@@ -198,33 +205,26 @@ class Gatherer:
                     f"{name} needs the targets, which the model's forward does not see. Write\n"
                     "    with optimizer.capture() as capture:\n        z = model(x)\n        capture(z, y)"
                 )
-        self._part = part = planned(self._examples, self.estimator, args, kwargs)
-        if self._compiled or (part is not None and not part.cut):
-            self._apart = Apart.of(args, kwargs, part)
-        else:
+        self._plan = Plan.of(self._examples, self.estimator, args, kwargs)
+        if not (self._compiled or self._plan.apart):
             self._tape.open()
 
     def _after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if is_apart_from_training():
             return
-        apart, self._apart = self._apart, None
-        if apart is not None and output is not None:
-            self._replay(apart, output)
-        if not self._tape.is_open:
-            return
+        plan, self._plan = self._plan, None
         self._tape.close()
-        if output is None:  # the forward raised
+        if plan is None or output is None:  # nothing was due, or the forward raised
             return
-        if not self._tape.calls:
-            raise TapeError(
-                "No layer hook fired: either the forward calls none of the layers, or it was compiled before. Pass the "
-                "module that torch.compile returned to the optimiser."
-            )
         picked = pick_outputs(output, self._pick)
-        self._update(self._tape, picked, None, self._part or part_of(self._examples, picked))
+        if self._compiled or plan.apart:
+            self._replay(plan, picked)
+            return
+        _require_calls(self._tape)
+        self._update(self._tape, picked, None, plan.part_of(picked))
         self._tape.calls = {}
 
-    def _replay(self, apart: Apart, output: Any) -> None:
+    def _replay(self, plan: Plan, whole: Tensor) -> None:
         """Run the eager module once more: on fewer examples, or as hooks added to a compiled one would be ignored.
 
         Its buffers are copies. To put their values back would be a change in place, which the backward of the training
@@ -232,9 +232,10 @@ class Gatherer:
         """
         with same_random_state(self.root):
             with record(self.estimator.adaptation.adapters) as tape:
-                outputs = run(self.root, {}, apart.inputs(), self._pick)
-            apart.check(outputs, pick_outputs(output, self._pick))
-            self._update(tape, outputs, None, apart.part or part_of(self._examples, outputs))
+                outputs = run(self.root, {}, plan.inputs(), self._pick)
+            _require_calls(tape)
+            plan.check(outputs, whole)
+            self._update(tape, outputs, None, plan.part_of(outputs))
 
     def _update(self, tape: Tape, outputs: Tensor, targets: Any, part: Part | None) -> None:
         if self.gathered == 0:

@@ -33,38 +33,69 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
-class Apart:
-    """Arguments of a forward for the statistics alone.
+class Plan:
+    """How the statistics of a training forward are had, decided before it.
 
     Attributes:
-        arguments: Positional and keyword arguments of the training forward.
-        part: What part of it the statistics are of; None for all.
-        versions: Versions of the tensors among the arguments.
+        examples: How many examples they are of at most; None for all.
+        batch: How many there are: the first dimension of the first tensor that the model takes; None where that is
+            hidden, and the outputs will tell.
+        part: Which part they are of; None for all, and where the outputs will tell.
+        arguments: Positional and keyword arguments of the forward.
+        versions: Versions of the tensors among them.
     """
 
-    arguments: Arguments
+    examples: int | None
+    batch: int | None
     part: Part | None
+    arguments: Arguments
     versions: tuple[int, ...]
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], part: Part | None) -> Apart:
-        """Note the arguments before the training forward.
+    def of(cls, examples: int | None, estimator: Estimator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+        """Plan for a forward.
 
         Args:
-            args: Positional ones.
-            kwargs: Keyword ones.
-            part: What part of it the statistics are of.
+            examples: How many examples at most; None for all.
+            estimator: Takes the statistics.
+            args: Positional arguments of the model.
+            kwargs: Keyword arguments.
 
         Returns:
-            The note.
+            The plan.
         """
-        return cls((args, kwargs), part, _versions(args, kwargs))
+        values = (*args, *kwargs.values())
+        batch = next((len(v) for v in values if isinstance(v, Tensor) and v.ndim > 0), None)
+        part = None
+        if examples is not None and batch is not None and examples < batch:
+            source = estimator.source
+            # The recursion's moments cannot be cut, and inputs alone are cut at no cost.
+            fewer = source.name == "recursive" or (2 * examples < batch and source.name != "forward_only")
+            seen = all(isinstance(v, (Tensor, *_PLAIN)) for v in values)
+            part = Part(examples, batch, cut=not (fewer and seen) or couples_examples(estimator.model))
+        return cls(examples, batch, part, (args, kwargs), _versions(args, kwargs))
+
+    @property
+    def apart(self) -> bool:
+        """Whether the part takes a forward of its own."""
+        return self.part is not None and not self.part.cut
+
+    def part_of(self, outputs: Tensor) -> Part | None:
+        """Which part of the forward statistics are of.
+
+        Args:
+            outputs: The outputs.
+
+        Returns:
+            The part, or None for all.
+        """
+        return self.part if self.batch is not None else part_of(self.examples, outputs)
 
     def inputs(self) -> Arguments:
-        """Arguments of the forward of its own.
+        """Arguments of another forward for the statistics.
 
         Returns:
-            Positional and keyword arguments, cut to the part.
+            Positional and keyword arguments, cut to the part where it takes a forward of its own.
 
         Raises:
             TapeError: The training forward changed them in place.
@@ -75,24 +106,22 @@ class Apart:
                 "The model changes its input in place, so that a second forward of it for the statistics would see "
                 "another one; clone the input first."
             )
-        part = self.part
-        if part is None or part.cut:
+        if self.part is None or self.part.cut:
             return self.arguments
-        m, n = part.examples, part.of
+        m, n = self.part.examples, self.part.of
         return tuple(first_of(v, m, n) for v in args), {k: first_of(v, m, n) for k, v in kwargs.items()}
 
     def check(self, outputs: Tensor, whole: Tensor) -> None:
         """Refuse outputs that are not those of as many examples.
 
         Args:
-            outputs: Outputs of the forward of its own.
+            outputs: Outputs of the other forward.
             whole: Those of the training forward.
 
         Raises:
             TapeError: They are not.
         """
-        part = self.part
-        m, n = (1, 1) if part is None or part.cut else (part.examples, part.of)
+        m, n = (1, 1) if self.part is None or self.part.cut else (self.part.examples, self.part.of)
         if len(outputs) * n != len(whole) * m:
             raise TapeError(
                 f"A second forward for the statistics, of {m} out of {n}, gave {len(outputs)} rows of outputs, and the "
@@ -115,29 +144,6 @@ def check_fits(examples: int | None, estimator: Estimator) -> None:
             f"stats_examples={examples} does not fit approximation={estimator.approximation.name!r}, whose statistics "
             "are of all pairs of examples of a batch."
         )
-
-
-def planned(examples: int | None, estimator: Estimator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Part | None:
-    """Which part of a forward statistics are of, and how it is had.
-
-    Args:
-        examples: How many examples at most; None for all.
-        estimator: Takes the statistics.
-        args: Positional arguments of the model.
-        kwargs: Keyword arguments; the first dimension of the first tensor among all of them is the batch.
-
-    Returns:
-        The part, or None for the whole batch, or where only the outputs will tell: see :func:`part_of`.
-    """
-    values = (*args, *kwargs.values())
-    batch = next((len(v) for v in values if isinstance(v, Tensor) and v.ndim > 0), None)
-    if examples is None or batch is None or examples >= batch:
-        return None
-    source = estimator.source
-    # The recursion's moments cannot be cut, and inputs alone are cut at no cost.
-    fewer = source.name == "recursive" or (2 * examples < batch and source.name != "forward_only")
-    seen = all(isinstance(v, (Tensor, *_PLAIN)) for v in values)
-    return Part(examples, batch, cut=not (fewer and seen) or couples_examples(estimator.model))
 
 
 def part_of(examples: int | None, outputs: Tensor) -> Part | None:
