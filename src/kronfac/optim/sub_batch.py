@@ -2,15 +2,15 @@
 
 A pull through the graph of the whole batch costs the same whatever part of the cotangents is zero or dropped; cutting
 saves moments alone. A forward of ``m`` of ``N`` examples pulls those alone and costs ``m/N`` of everything, itself
-included. Measured over forward+backward, by the processor time of one thread, statistics of
+included. Over forward+backward, by processor time (``python benchmarks/sub_batch_ways.py``):
 
-    ==================  ===========  ===============  ===============  ===============
-    extra               all of them  1/8: own, cut    1/4: own, cut    1/2: own, cut
-    ==================  ===========  ===============  ===============  ===============
-    autoencoder         0.86         0.23, 0.44       0.39, 0.49       0.65, 0.61
-    KFC network         0.78         0.24, 0.35       0.38, 0.40       0.65, 0.51
-    ResNet-20, in eval  1.17         0.27, 0.59       0.45, 0.75       0.92, 0.91
-    ==================  ===========  ===============  ===============  ===============
+    ===========  =========  ====  ================  ================  ================
+    extra        all of it  pull  1/8: apart, cut   1/4: apart, cut   1/2: apart, cut
+    ===========  =========  ====  ================  ================  ================
+    autoencoder  0.85       0.27  0.22, 0.42        0.36, 0.49        0.64, 0.59
+    KFC network  0.72       0.19  0.23, 0.33        0.35, 0.37        0.63, 0.48
+    ResNet-20    1.36       0.49  0.28, 0.77        0.44, 0.86        0.88, 1.02
+    ===========  =========  ====  ================  ================  ================
 
 so that fewer than half of the examples get a forward of their own and others are cut. Cut they are, too, where the part
 would see another function than the whole, which is batch norm in train mode, and where the forward is not seen.
