@@ -208,3 +208,19 @@ def test_pairs_of_examples_need_the_whole_batch() -> None:
     for approximation in ("xkfac", kf.approximations.Limited(3, base=kf.approximations.XKFAC())):
         with pytest.raises(ValueError, match=r"stats_examples=3 does not fit approximation='(xkfac|limited)'"):
             make(network(), approximation=approximation, source="sampled", stats_examples=3)
+
+
+def test_the_second_forward_runs_in_the_precision_of_the_first() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(8, 3)
+    optimizer = make(model, source="sampled", stats_examples=APART)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = model(x)
+        wanted = kf.estimate(model, kf.Categorical(), (x[:APART], None), seed=0).blocks
+    assert z.dtype == torch.bfloat16
+    found = tensors(optimizer.curvature().blocks)
+    same(found, tensors(wanted), 1e-7)
+    exact = kf.estimate(model, kf.Categorical(), (x[:APART], None), seed=0).blocks
+    assert not torch.equal(found["2"], exact["2"].to_dense())
+    F.cross_entropy(z.float(), LABELS).backward()
+    optimizer.step()
