@@ -18,6 +18,7 @@ from kronfac.forwards import batches_of, call_model, pick_outputs, with_progress
 from kronfac.layers import Adaptation, adapt_model
 from kronfac.likelihoods import Likelihood
 from kronfac.sources import Sample, Source, get_source
+from kronfac.sources.part import Part
 from kronfac.tape import Tape, couples_examples, frozen_buffers, record
 
 
@@ -92,7 +93,9 @@ class Estimator:
             text = f"{what}: {_reasons(self.adaptation.uncovered)}. See kronfac.coverage(model)."
             warnings.warn(text, CoverageWarning, stacklevel=3)
 
-    def update(self, tape: Tape, outputs: Tensor, targets: Any = None, *, continues: bool = False) -> None:
+    def update(
+        self, tape: Tape, outputs: Tensor, targets: Any = None, *, continues: bool = False, part: Part | None = None
+    ) -> None:
         """Take in a recorded forward pass; the graph is kept.
 
         Args:
@@ -101,14 +104,17 @@ class Estimator:
             targets: Targets, where source or likelihood needs them.
             continues: Whether the forward belongs to the same loss as the one before it (gradient accumulation). Means
                 are means over all of them either way; with ``reduction="sum"`` the curvatures are then added.
+            part: The part of a batch whose statistics stand for the whole; None where all of it is wanted.
         """
         adds = continues and self.likelihood.reduction == "sum"
         self.source.check(self.model, couples_examples(self.model))
         self.approximation.begin(self.model, self.source, tape, outputs, self.statistics)
         with torch.no_grad():
             values = outputs.detach()
+            cut = None if part is None else part.begin(self.likelihood, values, targets)
             count = self.likelihood.term_shape(values, targets).numel()
             terms = count / max(float(self.likelihood.denominator(values, targets)), 1e-12)
+            terms *= 1.0 if part is None or part.cut else part.weight(self.likelihood)
             self.terms = self.terms + terms if adds else terms
         if self.joint is not None:
             self.joint.check_graph(tape.feeders(outputs))
@@ -117,6 +123,7 @@ class Estimator:
             add = self._add
 
         def take(sample: Sample) -> None:
+            sample = sample if cut is None else cut(sample)
             # The denominator of a sum is one, and was counted with the first of its parts.
             add(replace(sample, denominator=0.0) if adds else sample)
 

@@ -69,6 +69,7 @@ class Tape:
         self.calls: dict[str, Call] = {}
         self._handles: list[RemovableHandle] = []
         self._last: tuple[Tensor, list[str]] | None = None
+        self._apart = False  # whether it was opened for a measurement
 
     @property
     def is_open(self) -> bool:
@@ -78,7 +79,7 @@ class Tape:
     def open(self) -> None:
         """Forget earlier calls and register the hooks."""
         self.close()
-        self.calls, self._last = {}, None
+        self.calls, self._last, self._apart = {}, None, _APART.get()
         for name, adapter in self.adapters.items():
             # First of the module's hooks: later ones may change the output, or belong to a root that is itself a layer.
             hook = self._hook(name, adapter)
@@ -92,6 +93,8 @@ class Tape:
 
     def _hook(self, name: str, adapter: LayerAdapter) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if _APART.get() != self._apart:
+                return  # someone measures in the middle of a training forward
             if name in self.calls:
                 raise TapeError(
                     f"Layer {name!r} is used more than once in a forward pass; the Kronecker factors of weights shared "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,16 @@ def test_published_runs_count_elsewhere_with_every_digit(tmp_path: Path) -> None
     assert take_runs(tmp_path / "runs.csv", other, wanted) == 0
     write_runs(tmp_path / "none", {"so-0.33": [unfinished]})
     assert not (tmp_path / "none").exists()
+
+
+def test_names_of_published_runs_stay() -> None:
+    """Or nobody could add to them: a new hyper-parameter is ``later``."""
+    study = make_study(["all"], 10, 50, "mnist")
+    names = {(key, seed): study.settings(ROWS[key], seed).folder_name for key in study.rows for seed in range(10)}
+    assert names["kfac-0.95", 0] == "kfac-seed0-7e6b1ddefa"
+    assert names["q-0.5", 0] == "kldwrm_q-seed0-d992eb15c4"
+    other = replace(study.settings(ROWS["q-0.5"], 0), hyperparameters={"stats_examples": 8})
+    assert other.folder_name != replace(other, hyperparameters={"stats_examples": None}).folder_name
 
 
 @pytest.mark.parametrize(

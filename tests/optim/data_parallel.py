@@ -21,6 +21,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "clipped": {"kl_clip": 1e-4},
     "defaults": {"source": "sampled"},
     "ekfac": {"approximation": "ekfac", "kl_clip": None},
+    "sub-batch": {"source": "sampled", "stats_examples": 1},
 }
 STEPS = 4
 WORLD = 2

@@ -139,6 +139,17 @@ def test_compiled_models_are_replayed_eagerly(backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_the_replay_touches_no_buffer_that_the_backward_needs() -> None:
+    torch._dynamo.reset()
+    model = double(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    model[1].eval()  # saves its running statistics for the backward
+    compiled = torch.compile(model, backend="eager")
+    optimizer = make(compiled)
+    F.cross_entropy(compiled(draw(8, 3)), LABELS).backward()
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_a_module_compiled_before_and_not_passed_is_told() -> None:
     torch._dynamo.reset()
     model, x = network(), draw(8, 3)

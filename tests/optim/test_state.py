@@ -49,6 +49,11 @@ def wide() -> nn.Module:
     return double(nn.Sequential(nn.Linear(3, 250), nn.Tanh(), nn.Linear(250, 3)), scale=0.1)
 
 
+def normalised() -> nn.Module:
+    """Batch norm in train mode."""
+    return double(nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)))
+
+
 def images(step: int) -> Tensor:
     return draw(6, 1, 4, 4, seed=step)
 
@@ -82,6 +87,9 @@ RUNS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], dict[str
     "forward only": (network, vectors, {"source": "forward_only"}),
     "drift": (network, vectors, {"drift": 0.02, "stats_every": 1}),
     "even rows": (wide, vectors, {}),
+    "sub-batch apart": (network, vectors, {"stats_examples": 2, "kl_clip": "auto"}),
+    "sub-batch cut": (layers, images, {"stats_examples": 4}),
+    "sub-batch, batch norm": (normalised, images, {"stats_examples": 2}),
 }
 
 

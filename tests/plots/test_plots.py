@@ -91,6 +91,16 @@ def test_a_grid_over_words_is_drawn_in_words() -> None:
     assert axes.get_xscale() == "linear"
 
 
+@pytest.mark.parametrize("dtype", [object, float])
+def test_a_grid_over_numbers_and_none_is_drawn_in_words(dtype: type) -> None:
+    table = pd.DataFrame({"clip": pd.Series([None, 16.0, 0.5, None], dtype=dtype), "final": [2.0, 1.0, math.nan, 3.0]})
+    axes = plots.grid_profile(table, "clip")
+    axes.figure.canvas.draw()
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["none", "16", "0.5"]
+    line = axes.get_lines()[0]
+    assert dict(zip(line.get_xdata().tolist(), line.get_ydata().tolist(), strict=True)) == {"16": 1.0, "none": 2.0}
+
+
 def test_correlations_are_drawn_on_one_scale() -> None:
     row = plots.ImageRow("layer", [np.array([[1.0, -0.5], [-0.5, 1.0]]), None])
     figure = plots.correlation_images([row, row], ["a", "a"], title="t", extents=[0.5, 0.5])

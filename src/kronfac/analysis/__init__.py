@@ -18,6 +18,7 @@ from kronfac.analysis.matrices import matrices
 from kronfac.analysis.method import Method
 from kronfac.analysis.rank import monte_carlo_rank
 from kronfac.analysis.spectrum import Eigenvalue, eigenvalues, spectrum
+from kronfac.analysis.sub_batch import sub_batch_error
 from kronfac.analysis.theorem1 import Theorem1Gap, theorem1_factors, theorem1_gap
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "monte_carlo_rank",
     "spatial_autocorrelation",
     "spectrum",
+    "sub_batch_error",
     "theorem1_factors",
     "theorem1_gap",
     "to_frame",

@@ -143,6 +143,7 @@ class Approximation(ABC):
         passes: How often :func:`kronfac.estimate` reads the data; :meth:`Statistic.next_pass` is called in between.
         keeps_trace: Whether every block has the trace of the exact one, or K-FAC's own factors: what `verify` checks.
         couples_examples: Whether its blocks know of the examples that batch norm in train mode couples.
+        whole_batches: Whether it needs all pairs of examples of a batch, for which a part of it cannot stand.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Approximation(ABC):
     passes: int = 1
     keeps_trace: bool = True
     couples_examples: bool = False
+    whole_batches: bool = False
 
     @abstractmethod
     def start(self, layer: LayerAdapter) -> Statistic:

@@ -109,6 +109,7 @@ class KKFAC(JointApproximation):
     name = _NAME
     blocks_alone = "xkfac"
     couples_examples = True
+    whole_batches = True
     keeps_trace = False
 
     def start_all(self, layers: Mapping[str, LayerAdapter]) -> KKFACStatistic:

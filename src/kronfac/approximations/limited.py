@@ -53,6 +53,7 @@ class Limited(Approximation):
         self.passes = max(part.passes for part in parts)
         self.keeps_trace = all(part.keeps_trace for part in parts)
         self.couples_examples = all(part.couples_examples for part in parts)
+        self.whole_batches = any(part.whole_batches for part in parts)
 
     def is_wide(self, layer: LayerAdapter) -> bool:
         """Whether a layer goes beyond the width.

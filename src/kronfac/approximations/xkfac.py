@@ -190,6 +190,7 @@ class XKFAC(Approximation):
     needs_pairs = True
     keeps_trace = False
     couples_examples = True
+    whole_batches = True
 
     def start(self, layer: LayerAdapter) -> Statistic:
         """Return empty statistics for a layer.

@@ -79,7 +79,8 @@ class AdaptiveKFAC(KFAC):
             other (batch norm in train mode) or on torch's random numbers (dropout).
         average: Decay of the average of iterates, see :meth:`averaged`; Martens & Grosse take 0.99.
         generator: For the sampled labels; one with a fixed seed by default.
-        **options: ``sharing``, ``norm`` and ``outputs`` of :class:`kronfac.optim.options.KFACOptions`.
+        **options: ``sharing``, ``norm``, ``stats_examples`` and ``outputs`` of
+            :class:`kronfac.optim.options.KFACOptions`.
 
     Attributes:
         report: The last step's :class:`kronfac.optim.report.StepReport`, or None.

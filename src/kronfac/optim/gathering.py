@@ -14,8 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from kronfac.estimation import Estimator
 from kronfac.forwards import pick_outputs
-from kronfac.operators.passes import random_state
-from kronfac.tape import Tape, TapeError, frozen_buffers, is_apart_from_training, record
+from kronfac.operators.passes import random_state, run, same_random_state
+from kronfac.optim.sub_batch import Plan, check_fits, part_of
+from kronfac.sources.part import Part
+from kronfac.tape import Tape, TapeError, is_apart_from_training, record
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -82,6 +84,14 @@ def _do_nothing(*args: Any) -> None:
     return None
 
 
+def _require_calls(tape: Tape) -> None:
+    if not tape.calls:
+        raise TapeError(
+            "No layer hook fired: either the forward calls none of the layers, or it was compiled before. Pass the "
+            "module that torch.compile returned to the optimiser."
+        )
+
+
 def _identities(model: nn.Module) -> list[int]:
     return [id(part) for part in (*model.modules(), *model.parameters())]
 
@@ -96,6 +106,7 @@ class Gatherer:
         begin: Called once before the first statistics of a step.
         outputs: Picks the output tensor.
         keep: Says whether this forward's arguments are needed after it.
+        examples: How many examples of a forward statistics are of at most; None for all.
 
     Attributes:
         gathered: Number of forwards gathered since :meth:`reset`.
@@ -113,7 +124,9 @@ class Gatherer:
         begin: Callable[[], None],
         outputs: Callable[[Any], Tensor] | None,
         keep: Callable[[], bool],
+        examples: int | None = None,
     ) -> None:
+        check_fits(examples, estimator)
         self.model, self.root, self.estimator = model, estimator.model, estimator
         self.gathered, self.forwards, self.enabled, self._capturing = 0, 0, True, False
         self.last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -121,6 +134,8 @@ class Gatherer:
         self.last_random: tuple[Tensor, ...] | None = None
         self.beside: list[Estimator] = []
         self._due, self._begin, self._pick, self._keep = due, begin, outputs, keep
+        self._examples = examples
+        self._plan: Plan | None = None  # of the forward that is under way
         self._tape = Tape(estimator.adaptation.adapters)
         self._identities = _identities(self.root)
         self._compiled = is_compiled(model)
@@ -159,7 +174,8 @@ class Gatherer:
 
             def gather(outputs: Tensor, targets: Any = None) -> None:
                 tape.close()
-                self._update(tape, pick_outputs(outputs, self._pick), targets)
+                picked = pick_outputs(outputs, self._pick)
+                self._update(tape, picked, targets, part_of(self._examples, picked))
 
             yield gather
 
@@ -189,40 +205,43 @@ class Gatherer:
                     f"{name} needs the targets, which the model's forward does not see. Write\n"
                     "    with optimizer.capture() as capture:\n        z = model(x)\n        capture(z, y)"
                 )
-        if not self._compiled:
+        self._plan = Plan.of(self._examples, self.estimator, args, kwargs)
+        if not (self._compiled or self._plan.apart):
             self._tape.open()
 
     def _after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._compiled:
-            if self._wanted and self._due() and output is not None:
-                self._replay(args, kwargs)
+        if is_apart_from_training():
             return
-        if not self._tape.is_open:
-            return
+        plan, self._plan = self._plan, None
         self._tape.close()
-        if output is None:  # the forward raised
+        if plan is None or output is None:  # nothing was due, or the forward raised
             return
-        if not self._tape.calls:
-            raise TapeError(
-                "No layer hook fired: either the forward calls none of the layers, or it was compiled before. Pass the "
-                "module that torch.compile returned to the optimiser."
-            )
-        self._update(self._tape, pick_outputs(output, self._pick), None)
+        picked = pick_outputs(output, self._pick)
+        if self._compiled or plan.apart:
+            self._replay(plan, picked)
+            return
+        _require_calls(self._tape)
+        self._update(self._tape, picked, None, plan.part_of(picked))
         self._tape.calls = {}
 
-    def _replay(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run the eager module again: hooks added to a compiled one would be ignored without a word."""
-        devices = list({p.device for p in self.root.parameters() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices), frozen_buffers(self.root):
-            with record(self.estimator.adaptation.adapters) as tape:
-                outputs = pick_outputs(self.root(*args, **kwargs), self._pick)
-            self._update(tape, outputs, None)
+    def _replay(self, plan: Plan, whole: Tensor) -> None:
+        """Run the eager module once more: on fewer examples, or as hooks added to a compiled one would be ignored.
 
-    def _update(self, tape: Tape, outputs: Tensor, targets: Any) -> None:
+        Its buffers are copies. To put their values back would be a change in place, which the backward of the training
+        forward, by which they were saved, does not forgive.
+        """
+        with same_random_state(self.root):
+            with record(self.estimator.adaptation.adapters) as tape:
+                outputs = run(self.root, {}, plan.inputs(), self._pick)
+            _require_calls(tape)
+            plan.check(outputs, whole)
+            self._update(tape, outputs, None, plan.part_of(outputs))
+
+    def _update(self, tape: Tape, outputs: Tensor, targets: Any, part: Part | None) -> None:
         if self.gathered == 0:
             self._begin()
         for estimator in (self.estimator, *self.beside):
-            estimator.update(tape, outputs, targets, continues=self.gathered > 0)
+            estimator.update(tape, outputs, targets, continues=self.gathered > 0, part=part)
         self.gathered += 1
         self.last_targets = targets
 

@@ -128,6 +128,7 @@ class KFAC(Renewal):
             begin=self._forget,
             outputs=self._options["outputs"],
             keep=lambda: self._keeps_arguments,
+            examples=self._options["stats_examples"],
         )
         self._names = {id(p): name for name, p in root.named_parameters()}
         self._fallback = self._make_fallback(root, fallback)

@@ -31,6 +31,7 @@ from kronfac.optim.kldwrm_checks import (
 from kronfac.optim.kldwrm_state import load_wake, save_wake
 from kronfac.optim.options import check_finite
 from kronfac.optim.preconditioning import refresh
+from kronfac.optim.sub_batch import check_fits
 from kronfac.optim.wake import Damped, WakeAverage, layer_product, layer_scales, reweighted_inverse, sum_inverse
 
 _SOLVES: dict[str, Callable[[Damped, Damped, float, str], Inverse]] = {
@@ -164,6 +165,7 @@ class KLDWRM(KFAC):
             generator=first.generator,
         )
         check_statistics(second, "model_approximation")
+        check_fits(self._options["stats_examples"], second)
         self._gatherer.beside.append(second)
         return second
 

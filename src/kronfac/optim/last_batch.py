@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kronfac.operators.passes import random_state
 from kronfac.optim.gathering import Gatherer
+from kronfac.sources.part import first_of
 from kronfac.tape import couples_examples
 
 #: Part of the mini-batch that stands for it (Martens & Grosse 2015, section 8: τ₂), and examples it has at least.
@@ -63,13 +64,8 @@ def last_batch(gatherer: Gatherer, what: str, fraction: float | None = 1.0) -> L
     else:
         part = min(max(math.ceil(batch * PART), FEWEST), batch)
 
-    def cut(value: Any) -> Any:
-        if isinstance(value, tuple):  # targets with their mask
-            return tuple(cut(part) for part in value)
-        return value[:part] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch else value
-
-    inputs = (tuple(cut(v) for v in args), {k: cut(v) for k, v in kwargs.items()})
-    return LastBatch(inputs, cut(gatherer.last_targets), batch / part if batch else 1.0)
+    inputs = (tuple(first_of(v, part, batch) for v in args), {k: first_of(v, part, batch) for k, v in kwargs.items()})
+    return LastBatch(inputs, first_of(gatherer.last_targets, part, batch), batch / part if batch else 1.0)
 
 
 def _draws(gatherer: Gatherer) -> bool:

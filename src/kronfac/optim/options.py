@@ -22,6 +22,11 @@ class KFACOptions(TypedDict, total=False):
         drift: Renew inverses before they are due, whenever new statistics have moved further than this from those that
             were inverted: :func:`kronfac.optim.drift.largest_drift`, say 0.3. None never does.
         burn_in: Statistics are gathered on each of the first so many steps.
+        stats_examples: How many examples of a forward statistics are of at most: the first of them, which of shuffled
+            batches are as good as any. None for all. ``warm_up`` takes whole batches. Fewer than half of the batch take
+            a second forward of these examples alone, with dropout masks of its own, which neither the random state nor
+            the buffers show; more than that, and with batch norm in train mode any number, are cut from the training
+            forward. There the pull is that of the whole batch, and so are the drawn labels.
         sharing: ``"expand"`` or ``"reduce"`` for weights shared over positions.
         norm: ``"unitwise"`` or ``"full"`` blocks of normalisation layers.
         outputs: Picks the output tensor from what the model returns.
@@ -32,6 +37,7 @@ class KFACOptions(TypedDict, total=False):
     asynchronous: int
     drift: float | None
     burn_in: int
+    stats_examples: int | None
     sharing: str
     norm: str
     outputs: Callable[[Any], Tensor] | None
@@ -43,6 +49,7 @@ DEFAULTS = KFACOptions(
     asynchronous=0,
     drift=None,
     burn_in=10,
+    stats_examples=None,
     sharing="expand",
     norm="unitwise",
     outputs=None,
@@ -68,6 +75,8 @@ def complete(options: KFACOptions) -> KFACOptions:
     merged = KFACOptions(**{**DEFAULTS, **options})
     for name in ("burn_in", "asynchronous"):
         at_least(name, merged[name], 0, integer=True)
+    if merged["stats_examples"] is not None:
+        at_least("stats_examples", merged["stats_examples"], 1, integer=True)
     if merged["drift"] is not None:
         at_least("drift", merged["drift"], 0.0, open_=True)
     return merged

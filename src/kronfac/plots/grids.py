@@ -31,10 +31,10 @@ def grid_profile(
     axes = axes if axes is not None else new_axes(4.8, 3.6)
     fine, failed = table.dropna(subset=[y]), table[table[y].isna()]
     numeric = pd.to_numeric(table[name], errors="coerce").notna().all()
-    place = (lambda column: pd.to_numeric(column)) if numeric else (lambda column: column.astype(str))
+    place = (lambda column: pd.to_numeric(column)) if numeric else _words
     axes.scatter(place(table[name]), table[y].fillna(fine[y].mean()), alpha=0.0)  # diverged values widen the axis too
     axes.scatter(place(fine[name]), fine[y], s=18, color=COLOURS[5], zorder=2, label="points")
-    best = fine.groupby(name)[y].min().reset_index()
+    best = fine.groupby(name, dropna=False)[y].min().reset_index()
     axes.plot(
         place(best[name]), best[y], color=COLOURS[0], marker="o", markersize=4, zorder=3, label="best at this value"
     )
@@ -48,3 +48,8 @@ def grid_profile(
         axes.scatter(place(failed[name]), top, transform=edge, marker="x", color=COLOURS[2], label="diverged")
     axes.legend(frameon=False, fontsize="small")
     return dress(axes, title, name, label(y))
+
+
+def _words(column: pd.Series) -> list[str]:
+    """Values that are no numbers, or not all of them: an option that is off among them is missing in the table."""
+    return ["none" if v is None or v != v else f"{v:g}" if isinstance(v, float) else str(v) for v in column]

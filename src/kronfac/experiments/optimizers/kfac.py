@@ -21,6 +21,15 @@ FACTOR_DAMPING = Option(
     "added to each Kronecker factor's eigenvalues in place of damping and decay (Puiu 2022); none: the rule's",
 )
 
+#: Wherever statistics are of mini-batches.
+STATS_EXAMPLES = Option(
+    "stats_examples",
+    None,
+    optional(integer(1)),
+    "first examples of a batch that statistics are of; none: all",
+    later=True,
+)
+
 _OPTIONS = (
     Option("lr", 0.1, number(0.0, open_low=True), "learning rate"),
     Option("momentum", 0.9, number(0.0, 1.0, open_high=True), "momentum"),
@@ -40,6 +49,7 @@ _OPTIONS = (
     FACTOR_DAMPING,
     Option("stats_every", 10, integer(1), "steps between statistics passes"),
     Option("invert_every", 100, integer(1), "steps between inversions"),
+    STATS_EXAMPLES,
     Option("burn_in", 10, integer(0), "first steps that all gather statistics"),
     Option("ema", 0.95, number(0.0, 1.0, open_high=True), "decay of the running factors"),
     Option(

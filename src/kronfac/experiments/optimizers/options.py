@@ -19,12 +19,14 @@ class Option:
         default: Its value where neither the problem nor the user gives one.
         parse: Checks and converts a value.
         help: One line for people.
+        later: Whether it came after runs had been published: a run with the default has the name that it had without.
     """
 
     name: str
     default: object
     parse: Parser
     help: str
+    later: bool = False
 
 
 def number(low: float = -math.inf, high: float = math.inf, open_low: bool = False, open_high: bool = False) -> Parser:
