@@ -148,13 +148,16 @@ def clip_scale(
     products = [rates[n] ** 2 * torch.dot(gradients[n].flatten(), directions[n].flatten()).double() for n in rates]
 
     def exact() -> float:
-        vector = {n: directions[n] * -rates[n] for n in rates}
+        # One rate for all, as there mostly is, comes out of the form, and the directions need no copy.
+        several = len(set(rates.values())) > 1
+        vector = {n: directions[n] * rate if several else directions[n] for n, rate in rates.items()}
         decay = sum(
             group["weight_decay"] * float(vector[n].square().sum())
             for n, _, group in members
             if not group["decoupled_weight_decay"] and group["weight_decay"]
         )
-        return decay + exact_product(gatherer, estimator.likelihood, vector, pick)
+        value = decay + exact_product(gatherer, estimator.likelihood, vector, pick)
+        return value if several else value * next(iter(rates.values())) ** 2
 
     bound = min(bound_of(bound, terms) for bound in given)
     return clip(bound, float(torch.stack(products).sum()), exact if due else None)
