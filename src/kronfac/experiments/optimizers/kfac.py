@@ -40,6 +40,7 @@ _OPTIONS = (
     FACTOR_DAMPING,
     Option("stats_every", 10, integer(1), "steps between statistics passes"),
     Option("invert_every", 100, integer(1), "steps between inversions"),
+    Option("inverse", "cholesky", choice("cholesky", "newton_schulz"), "how Kronecker factors are inverted"),
     Option("burn_in", 10, integer(0), "first steps that all gather statistics"),
     Option("ema", 0.95, number(0.0, 1.0, open_high=True), "decay of the running factors"),
     Option(
