@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.blocks.block_cases import random_psd
 from torch import Tensor
 
+from kronfac.linalg import newton_schulz
 from kronfac.linalg.closeness import reach, rms_residual
 from kronfac.linalg.factorise import cholesky_inverses, retries
 from kronfac.linalg.newton_schulz import TOLERANCE, renew
@@ -152,6 +153,16 @@ def test_one_element_of_a_stack_that_is_too_far_away_takes_the_stack_along() -> 
     (found,) = renew([matrix], [0.0], [(start + start.mT) / 2])
     assert found.fallback
     assert torch.equal(found.inverse, cholesky_inverses([matrix], [0.0])[0])
+
+
+def test_large_groups_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    olds = [conditioned(6, 10.0, seed=i) for i in range(5)]
+    news, starts = [moved(old, 0.1) for old in olds], list(cholesky_inverses(olds, [0.1] * 5))
+    whole = renew(news, [0.1] * 5, starts)
+    monkeypatch.setattr(newton_schulz, "_ENTRIES", 80)
+    for one, other in zip(whole, renew(news, [0.1] * 5, starts), strict=True):
+        assert not other.fallback
+        torch.testing.assert_close(one.inverse, other.inverse, rtol=1e-9, atol=1e-9)
 
 
 def test_what_is_not_there_in_time_or_stagnates_is_cholesky() -> None:

@@ -16,12 +16,12 @@ poor one takes many iterations, though.
   is not there after `MAX_ITERATIONS` or is not finite is inverted by `factorise.invert`, with its retry in float64 and
   its errors.
 
-Beside a matrix four more of its size are held at a time, and six with ``M X`` in float64.
+Beside a matrix and its start five more of their size are held at a time, and nine with ``M X`` in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
@@ -39,6 +39,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 MAX_ITERATIONS = 4
 #: Powers of the residual in an iteration that is not the last, and at most in the last.
 _ORDER, _LAST_ORDER = 3, 5
+#: Entries that are iterated at once on a GPU: 512 MB in float32.
+_ENTRIES = 1 << 27
 
 
 class Renewed(NamedTuple):
@@ -95,7 +97,7 @@ def renew(
     taken = [0] * len(matrices)
     begun = {i: start for i, start in enumerate(starts) if start is not None and start.numel()}
     indices = list(begun)
-    for group in groups_of([matrices[i] for i in indices]):
+    for group in _portions(groups_of([matrices[i] for i in indices]), [matrices[i].numel() for i in indices]):
         chosen = [indices[position] for position in group]
         damped = _together([_damped(matrices[i], shifts[i], labels[i]) for i in chosen])
         near = _together([begun[i].to(damped) for i in chosen])
@@ -114,6 +116,14 @@ def renew(
     for i, result in zip(rest, inverted, strict=True):
         results[i] = Renewed(result.inverse, taken[i], starts[i] is not None)
     return [result for result in results if result is not None]
+
+
+def _portions(groups: list[list[int]], entries: list[int]) -> Iterator[list[int]]:
+    """Cut groups, whose members have equally many entries, to what is iterated at once."""
+    for group in groups:
+        most = max(1, _ENTRIES // entries[group[0]])
+        for first in range(0, len(group), most):
+            yield group[first : first + most]
 
 
 def _refuse_tf32(matrices: Sequence[Tensor]) -> None:
@@ -181,7 +191,7 @@ def _iterate(matrix: Tensor, start: Tensor, tolerance: float, max_iterations: in
             for i, course in enumerate(courses)
             if course.radius ** (_ORDER**max_iterations) <= tolerance and noise[i][best] <= tolerance
         ]
-        out = _like(start)
+        out = start if len(courses) == 1 else _like(start)
         m, x = matrix, _like(start).copy_(start)
         m, x = _take(m, on, len(courses)), _take(x, on, len(courses))
         x.mul_(torch.tensor([known[i].scale for i in on], dtype=x.dtype).to(x.device)[:, None, None])
@@ -204,7 +214,9 @@ def _iterate(matrix: Tensor, start: Tensor, tolerance: float, max_iterations: in
             for k, (i, size) in enumerate(zip(on, rms_residual(m, x, twice=twice), strict=True)):
                 course = courses[i]
                 course.advance(order, size, tolerance)
-                if course.good:
+                if course.good and len(courses) == 1:
+                    out = x
+                elif course.good:
                     out[i] = x[k]
                 elif course.size < course.last:
                     keep.append(k)
@@ -227,8 +239,9 @@ def _residual(matrix: Tensor, x: Tensor, twice: bool) -> Tensor:
     """``I - M X`` by one full product, in float64 where that is asked for."""
     out = _like(x)
     if twice:
-        out.copy_(matrix.double() @ x.double() - torch.eye(x.shape[-1], dtype=torch.float64, device=x.device))
-        return out.neg_()
+        product = matrix.double() @ x.double()
+        product.neg_().diagonal(dim1=-2, dim2=-1).add_(1.0)
+        return out.copy_(product)
     if len(x) == 1:
         torch.mm(matrix[0], x[0], out=out[0])
     else:
