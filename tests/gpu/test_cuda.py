@@ -182,6 +182,8 @@ OPTIMISERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "kfac, average and decay": _kfac(average=0.9, weight_decay=0.01),
     "kfac, exact damping": _kfac(damping_rule="exact"),
     "kfac, asynchronous": _kfac(asynchronous=2),
+    "kfac, inverses from those of before": _kfac(inverse="newton_schulz"),
+    "kfac, asynchronous inverses from those of before": _kfac(inverse="newton_schulz", asynchronous=2),
     "kfac, dense": _kfac(approximation="dense"),
     "kfac, diagonal": _kfac(approximation="diagonal"),
     "ekfac": _other("EKFAC", lr=0.1, damping=0.1, source="exact", stats_every=1, invert_every=2),

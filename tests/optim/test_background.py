@@ -77,9 +77,9 @@ def test_work_is_done_in_one_thread_of_its_own_on_one_core(monkeypatch: pytest.M
     seen: list[tuple[str, int]] = []
     original = preconditioning._factorise
 
-    def spy(damped: Any) -> Any:
+    def spy(*args: Any) -> Any:
         seen.append((threading.current_thread().name, torch.get_num_threads()))
-        return original(damped)
+        return original(*args)
 
     monkeypatch.setattr(preconditioning, "_factorise", spy)
     before, elsewhere = torch.get_num_threads(), []

@@ -117,19 +117,19 @@ def invert(
     Raises:
         ValueError: If the sequences differ in length, or a shift does not broadcast to its stack.
     """
-    labels = _labels(matrices, names)
+    labels = check_matrices(matrices, names)
     if len(shifts) != len(matrices):
         raise ValueError(f"{len(matrices)} matrices need as many shifts, got {len(shifts)}")
     results: list[Inverted | None] = [None] * len(matrices)
-    for group in _groups(matrices):
+    for group in groups_of(matrices):
         single = len(group) == 1
         work, parts = _workspace([matrices[i] for i in group])
         for part, i in zip(parts, group, strict=True):
-            _shift(part, shifts[i], labels[i])
+            add_shift_(part, shifts[i], labels[i])
         logdets, good = _invert_in_place(work)
         all_good = bool(good.all())
         for position, (part, i) in enumerate(zip(parts, group, strict=True)):
-            result = Inverted(part if single else _own(part), logdets if single else logdets[position])
+            result = Inverted(part if single else own(part), logdets if single else logdets[position])
             if not all_good:
                 _repair(result, good if single else good[position], matrices[i], shifts[i], labels[i])
             results[i] = result
@@ -171,7 +171,7 @@ def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
     Returns:
         ``L`` with ``L L^T = matrix``, in the dtype of ``matrix``.
     """
-    _labels([matrix], [name])
+    check_matrices([matrix], [name])
     factor, info = torch.linalg.cholesky_ex(matrix)
     if bool((info == 0).all() & factor.diagonal(dim1=-2, dim2=-1).isfinite().all()):
         return factor
@@ -194,15 +194,15 @@ def eighs(matrices: Sequence[Tensor], names: Sequence[str] | None = None) -> lis
     Returns:
         One `Eigendecomposition` per matrix, in order.
     """
-    labels = _labels(matrices, names)
+    labels = check_matrices(matrices, names)
     results: list[Eigendecomposition | None] = [None] * len(matrices)
-    for group in _groups(matrices):
+    for group in groups_of(matrices):
         if len(group) == 1:
             results[group[0]] = _eigh(matrices[group[0]], labels[group[0]])
             continue
         values, vectors = _eigh(torch.stack([matrices[i] for i in group]), ", ".join(labels[i] for i in group))
         for position, i in enumerate(group):
-            results[i] = Eigendecomposition(_own(values[position]), _own(vectors[position]))
+            results[i] = Eigendecomposition(own(values[position]), own(vectors[position]))
     return [result for result in results if result is not None]
 
 
@@ -219,7 +219,20 @@ def eigh(matrix: Tensor, name: str = "matrix") -> Eigendecomposition:
     return eighs([matrix], [name])[0]
 
 
-def _labels(matrices: Sequence[Tensor], names: Sequence[str] | None) -> Sequence[str]:
+def check_matrices(matrices: Sequence[Tensor], names: Sequence[str] | None) -> Sequence[str]:
+    """Refuse what cannot be inverted here.
+
+    Args:
+        matrices: The matrices.
+        names: What to call each in an error, or None.
+
+    Returns:
+        A name for each matrix.
+
+    Raises:
+        TypeError: One is neither float32 nor float64.
+        ValueError: One is not square, or there are more or fewer names.
+    """
     labels = names if names is not None else [f"matrix {i}" for i in range(len(matrices))]
     if len(labels) != len(matrices):
         raise ValueError(f"{len(matrices)} matrices need as many names, got {len(labels)}")
@@ -231,8 +244,15 @@ def _labels(matrices: Sequence[Tensor], names: Sequence[str] | None) -> Sequence
     return labels
 
 
-def _groups(matrices: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of the matrices that share one call."""
+def groups_of(matrices: Sequence[Tensor]) -> list[list[int]]:
+    """Sort out which matrices share one call.
+
+    Args:
+        matrices: The matrices.
+
+    Returns:
+        Indices, in groups of equal shapes.
+    """
     groups: dict[object, list[int]] = {}
     for i, matrix in enumerate(matrices):
         alone = matrix.device.type == "cpu" and matrix.shape[-1] > _GROUP_UP_TO
@@ -241,13 +261,29 @@ def _groups(matrices: Sequence[Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _own(part: Tensor) -> Tensor:
-    """A copy on the CPU: its products may round differently at odd addresses, and a loaded inverse not be the same."""
+def own(part: Tensor) -> Tensor:
+    """Copy a part of a stack on the CPU: products at odd addresses may round unlike those of the loaded inverse.
+
+    Args:
+        part: The part.
+
+    Returns:
+        A copy; on other devices the part itself.
+    """
     return part.clone() if part.device.type == "cpu" else part
 
 
-def _shift(work: Tensor, shift: Tensor | float, name: str) -> None:
-    """Add the shift to the diagonal, in place."""
+def add_shift_(work: Tensor, shift: Tensor | float, name: str) -> None:
+    """Add a shift to the diagonal, in place.
+
+    Args:
+        work: Matrices of shape ``[*stack, n, n]``.
+        shift: A number, or a tensor that broadcasts to the stack.
+        name: What to call the matrix in an error.
+
+    Raises:
+        ValueError: The shift does not broadcast.
+    """
     if isinstance(shift, Tensor) and shift.ndim:
         try:
             shift = shift.to(work).expand(work.shape[:-2]).unsqueeze(-1)
@@ -308,7 +344,7 @@ def _repair(result: Inverted, good: Tensor, matrix: Tensor, shift: Tensor | floa
     if not bool(bad.any()):
         return
     work = matrix.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
-    _shift(work, shift, name)
+    add_shift_(work, shift, name)
     if matrix.dtype == torch.float64:
         _fail(work, good, name)
     _note_retry(name)

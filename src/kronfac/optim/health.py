@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from kronfac.blocks import DenseInverse, DiagonalKroneckerInverse, EigenInverse, Inverse, KroneckerInverse
+from kronfac.optim.preconditioning import Refreshed
+
+#: What is counted of each layer, in the order of the fields.
+_COUNTS = ("retries", "failures", "iterations", "fallbacks")
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,16 @@ class LayerHealth:
             optimisers that renew inverses their own way.
         retries: How often a factor of this layer failed in float32 and was done again in float64.
         failures: How often it failed in float64 too.
+        iterations: Iterations of Newton-Schulz that its factors have taken, with ``inverse="newton_schulz"``.
+        fallbacks: How often a factor was too far from the one before then, and was inverted by Cholesky.
     """
 
     condition: float | None
     age: int | None
     retries: int
     failures: int
+    iterations: int = 0
+    fallbacks: int = 0
 
 
 @dataclass
@@ -40,22 +48,28 @@ class Record:
         made: Step whose statistics each layer's inverse is made of.
         retries: Count of each layer.
         failures: Count of each layer.
+        iterations: Count of each layer.
+        fallbacks: Count of each layer.
     """
 
     made: dict[str, int] = field(default_factory=dict)
     retries: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
+    iterations: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
 
-    def renewed(self, layers: Iterable[str], step: int, retried: Iterable[str]) -> None:
+    def renewed(self, layers: Iterable[str], step: int, found: Refreshed) -> None:
         """Note new inverses.
 
         Args:
             layers: Their layers.
             step: Step of their statistics.
-            retried: Layers of which a factor took float64.
+            found: What they took.
         """
         self.made |= dict.fromkeys(layers, step)
-        self.retries.update(retried)
+        self.retries.update(found.retried)
+        self.iterations.update(found.iterations)
+        self.fallbacks.update(found.fallbacks)
 
     def failed(self, error: BaseException, layers: Iterable[str]) -> None:
         """Note a factorisation that failed.
@@ -69,7 +83,7 @@ class Record:
 
     def describe(self) -> dict[str, dict[str, int]]:
         """Return what :meth:`of` takes."""
-        return {"made": dict(self.made), "retries": dict(self.retries), "failures": dict(self.failures)}
+        return {key: dict(getattr(self, key)) for key in ("made", *_COUNTS)}
 
     @classmethod
     def of(cls, saved: dict[str, dict[str, int]]) -> Record:
@@ -81,8 +95,8 @@ class Record:
         Returns:
             The record.
         """
-        made, retries, failures = ({str(k): int(v) for k, v in saved[key].items()} for key in saved)
-        return cls(made, Counter(retries), Counter(failures))
+        read = {key: {str(k): int(v) for k, v in saved.get(key, {}).items()} for key in ("made", *_COUNTS)}
+        return cls(read["made"], *(Counter(read[key]) for key in _COUNTS))
 
 
 @torch.no_grad()

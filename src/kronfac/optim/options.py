@@ -21,6 +21,9 @@ class KFACOptions(TypedDict, total=False):
             take effect is fixed, so that runs repeat and resume bit for bit.
         drift: Renew inverses before they are due, whenever new statistics have moved further than this from those that
             were inverted: :func:`kronfac.optim.drift.largest_drift`, say 0.3. None never does.
+        inverse: How damped Kronecker factors are inverted. ``"cholesky"``, or ``"newton_schulz"``: by products alone,
+            starting from the inverses of the refresh before (:mod:`kronfac.linalg.newton_schulz`); factors that are too
+            far from those of before, or too ill-conditioned, take Cholesky, which ``optimizer.health()`` counts.
         burn_in: Statistics are gathered on each of the first so many steps.
         stats_examples: How many examples of a forward statistics are of at most: the first of them, which of shuffled
             batches are as good as any. None for all. ``warm_up`` takes whole batches. Fewer than half of the batch take
@@ -36,6 +39,7 @@ class KFACOptions(TypedDict, total=False):
     decoupled_weight_decay: bool
     asynchronous: int
     drift: float | None
+    inverse: str
     burn_in: int
     stats_examples: int | None
     sharing: str
@@ -44,10 +48,13 @@ class KFACOptions(TypedDict, total=False):
     param_groups: Iterable[dict[str, Any]] | None
 
 
+INVERSIONS = ("cholesky", "newton_schulz")
+
 DEFAULTS = KFACOptions(
     decoupled_weight_decay=False,
     asynchronous=0,
     drift=None,
+    inverse="cholesky",
     burn_in=10,
     stats_examples=None,
     sharing="expand",
@@ -68,6 +75,7 @@ def complete(options: KFACOptions) -> KFACOptions:
 
     Raises:
         TypeError: A name is unknown.
+        ValueError: A value is.
     """
     unknown = set(options) - set(DEFAULTS)
     if unknown:
@@ -77,6 +85,8 @@ def complete(options: KFACOptions) -> KFACOptions:
         at_least(name, merged[name], 0, integer=True)
     if merged["stats_examples"] is not None:
         at_least("stats_examples", merged["stats_examples"], 1, integer=True)
+    if merged["inverse"] not in INVERSIONS:
+        raise ValueError(f"inverse={merged['inverse']!r} is unknown; choose one of {INVERSIONS}.")
     if merged["drift"] is not None:
         at_least("drift", merged["drift"], 0.0, open_=True)
     return merged

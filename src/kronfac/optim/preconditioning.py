@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kronfac.approximations import Statistic
-from kronfac.blocks import INVERSES, Block, Inverse, Kronecker, KroneckerInverse, PerFactor, Shift
+from kronfac.blocks import Block, Inverse, Kronecker, KroneckerInverse, PerFactor, Shift
 from kronfac.damping import Rule
 from kronfac.layers import LayerAdapter
 from kronfac.linalg.factorise import invert, retries
+from kronfac.linalg.newton_schulz import renew
 from kronfac.linalg.symmetric import row_step
+from kronfac.optim.warm import as_product
 
 
-@dataclass(frozen=True)
+@dataclass
 class Refreshed:
-    """New inverses.
+    """New inverses, and what they took.
 
     Attributes:
         inverses: By layer.
         retried: Layers of which a factor took float64, in order and with repetition.
+        iterations: Iterations of Newton-Schulz by layer, those of both factors.
+        fallbacks: Layers of which a factor was too far from the one before and took Cholesky, as ``retried``.
     """
 
-    inverses: dict[str, Inverse]
+    inverses: dict[str, Inverse] = field(default_factory=dict)
     retried: tuple[str, ...] = ()
+    iterations: dict[str, int] = field(default_factory=dict)
+    fallbacks: tuple[str, ...] = ()
+
+    def merge(self, other: Refreshed) -> None:
+        """Take another group's in.
+
+        Args:
+            other: Of other layers.
+        """
+        self.inverses |= other.inverses
+        self.retried += other.retried
+        self.iterations |= other.iterations
+        self.fallbacks += other.fallbacks
 
 
 def refresh(
@@ -34,34 +51,44 @@ def refresh(
     statistics: Mapping[str, Statistic],
     damping: Callable[[str], float],
     rule: Rule | Mapping[str, Rule],
-) -> tuple[str, ...]:
+    *,
+    warm: bool = False,
+) -> Refreshed:
     """Renew eigenbases that are kept, and factorise the damped blocks of all layers, equal shapes together.
 
-    A group's old inverses are dropped before its new ones are made, so that two sets are never held.  A block that
-    cannot be inverted even in float64 raises a ``torch.linalg.LinAlgError`` that names the layer.
+    A group's old inverses are dropped before its new ones are made, so that two sets are never held, unless they are
+    what the new ones start from.  A block that cannot be inverted even in float64 raises a
+    ``torch.linalg.LinAlgError`` that names the layer.
 
     Args:
         inverses: Inverses by layer, replaced one group after the other.
         statistics: The layers' running statistics.
         damping: Damping of a layer.
         rule: How it is added: a rule for all layers, or one for each by name.
+        warm: Whether Kronecker factors are inverted by Newton-Schulz from the old inverses.
 
     Returns:
-        Layers of which a factor took float64.
+        The new inverses, which are in ``inverses`` too.
     """
-    retried: tuple[str, ...] = ()
+    out = Refreshed()
     for names in _groups(statistics):
+        starts: dict[str, Inverse] | None = (
+            {name: inverses[name] for name in names if name in inverses} if warm else None
+        )
         for name in names:
             inverses.pop(name, None)
             statistics[name].rebase()
-        found = _factorise(damped_blocks(names, statistics, damping, rule))
+        found = _factorise(damped_blocks(names, statistics, damping, rule), starts)
         inverses |= found.inverses
-        retried += found.retried
-    return retried
+        out.merge(found)
+    return out
 
 
 def snapshot(
-    statistics: Mapping[str, Statistic], damping: Callable[[str], float], rule: Rule | Mapping[str, Rule]
+    statistics: Mapping[str, Statistic],
+    damping: Callable[[str], float],
+    rule: Rule | Mapping[str, Rule],
+    starts: Mapping[str, Inverse] | None = None,
 ) -> Callable[[], Refreshed]:
     """Copy what a refresh needs, so that it can be done later or elsewhere while the statistics go on.
 
@@ -69,20 +96,22 @@ def snapshot(
         statistics: The layers' running statistics, none of which keeps a basis.
         damping: Damping of a layer.
         rule: How it is added: a rule for all layers, or one for each by name.
+        starts: Inverses that Newton-Schulz starts from, by layer; None for Cholesky.
 
     Returns:
         A function that factorises the copies, to be called once.
     """
     groups = [damped_blocks(names, statistics, damping, rule) for names in _groups(statistics)]
+    for inverse in (starts or {}).values():
+        for tensor in inverse.tensors().values():
+            if tensor.is_cuda:  # read on this stream, though made on another
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
     def factorise() -> Refreshed:
-        inverses: dict[str, Inverse] = {}
-        retried: tuple[str, ...] = ()
+        out = Refreshed()
         while groups:
-            found = _factorise(groups.pop(0))
-            inverses |= found.inverses
-            retried += found.retried
-        return Refreshed(inverses, retried)
+            out.merge(_factorise(groups.pop(0), starts))
+        return out
 
     return factorise
 
@@ -92,7 +121,7 @@ def renew_values(
     statistics: Mapping[str, Statistic],
     damping: Callable[[str], float],
     rule: Rule | Mapping[str, Rule],
-) -> tuple[str, ...]:
+) -> Refreshed:
     """Bring inverses whose eigenbasis is kept up to date between two refreshes: reciprocals alone.
 
     Args:
@@ -102,14 +131,14 @@ def renew_values(
         rule: How it is added.
 
     Returns:
-        Layers of which a factor took float64.
+        The new inverses, which are in ``inverses`` too.
     """
     names = [name for name, statistic in statistics.items() if statistic.keeps_basis and name in inverses]
     if not names:
-        return ()
+        return Refreshed()
     found = _factorise(damped_blocks(names, statistics, damping, rule))
     inverses |= found.inverses
-    return found.retried
+    return found
 
 
 #: Blocks and what is added to them, by layer.
@@ -147,9 +176,11 @@ def damped_blocks(
     return {name: (block, rules[name](block, damping(name))) for name, block in blocks.items()}
 
 
-def _factorise(damped: _Damped) -> Refreshed:
+def _factorise(damped: _Damped, starts: Mapping[str, Inverse] | None = None) -> Refreshed:
     """Factorise a group; it is emptied on the way."""
-    names, retried = list(damped), []
+    names, out = list(damped), Refreshed()
+    if starts is not None:
+        damped |= {name: as_product(*pair) for name, pair in damped.items()}
     if all(isinstance(block, Kronecker) and isinstance(shift, PerFactor) for block, shift in damped.values()):
         sides: dict[str, list[Tensor]] = {}
         shifts = [shift for _, shift in damped.values()]
@@ -160,22 +191,30 @@ def _factorise(damped: _Damped) -> Refreshed:
         damped.clear()
         for side in list(factors):
             labels = {f"the {side} factor of layer {name!r}": name for name in names}
+            added = [getattr(shift, side) for shift in shifts]
             with retries() as again:
-                found = invert(factors.pop(side), [getattr(shift, side) for shift in shifts], list(labels))
-            retried += [labels[label] for label in again]
-            sides[side] = [result.inverse for result in found]
+                if starts is None:
+                    sides[side] = [result.inverse for result in invert(factors.pop(side), added, list(labels))]
+                else:
+                    olds = [getattr(starts.get(name), side, None) for name in names]
+                    found = renew(factors.pop(side), added, olds, list(labels))
+                    sides[side] = [result.inverse for result in found]
+                    for name, result in zip(names, found, strict=True):
+                        out.iterations[name] = out.iterations.get(name, 0) + result.iterations
+                        out.fallbacks += (name,) * result.fallback
+            out.retried += tuple(labels[label] for label in again)
         pairs = zip(names, sides["input"], sides["output"], strict=True)
-        return Refreshed({n: KroneckerInverse(a, g) for n, a, g in pairs}, tuple(retried))
-    out: dict[str, Inverse] = {}
+        out.inverses = {n: KroneckerInverse(a, g) for n, a, g in pairs}
+        return out
     for name in names:
         block, shift = damped.pop(name)
         try:
             with retries() as again:
-                out[name] = block.factorise(shift)
+                out.inverses[name] = block.factorise(shift)
         except torch.linalg.LinAlgError as error:
             raise torch.linalg.LinAlgError(f"layer {name!r}: {error}") from error
-        retried += [name] * len(again)
-    return Refreshed(out, tuple(retried))
+        out.retried += (name,) * len(again)
+    return out
 
 
 def directions(
@@ -250,43 +289,3 @@ def _factored(
         layer.weight_key: solved.view(weight.shape),
         layer.bias_key: left @ inverse.input[:, columns],
     }
-
-
-def save_inverses(inverses: Mapping[str, Inverse]) -> dict[str, dict[str, object]]:
-    """Describe inverses by plain tensors and strings.
-
-    Args:
-        inverses: Inverses by layer.
-
-    Returns:
-        What :func:`load_inverses` takes.
-    """
-    return {
-        name: {"kind": inverse.kind, "shape": list(inverse.shape), "tensors": inverse.tensors()}
-        for name, inverse in inverses.items()
-    }
-
-
-def load_inverses(saved: Mapping[str, Mapping[str, object]], move: Callable[[Tensor], Tensor]) -> dict[str, Inverse]:
-    """Rebuild inverses.
-
-    Args:
-        saved: From :func:`save_inverses`.
-        move: Brings a tensor to its device, as a copy.
-
-    Returns:
-        Inverses by layer.
-
-    Raises:
-        ValueError: A kind is unknown.
-    """
-    out = {}
-    for name, entry in saved.items():
-        kind, tensors, shape = entry["kind"], entry["tensors"], entry["shape"]
-        if kind not in INVERSES:
-            raise ValueError(f"The checkpoint holds an inverse of unknown kind {kind!r} for layer {name!r}.")
-        assert isinstance(tensors, dict)
-        assert isinstance(shape, list)
-        moved = {key: move(tensor) for key, tensor in tensors.items()}
-        out[name] = INVERSES[str(kind)].from_tensors(moved, torch.Size(shape))
-    return out

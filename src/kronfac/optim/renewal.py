@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.optim import Optimizer
@@ -19,6 +20,7 @@ from kronfac.optim.gathering import Gatherer
 from kronfac.optim.health import LayerHealth, Record, condition
 from kronfac.optim.options import KFACOptions
 from kronfac.optim.preconditioning import refresh, renew_values, snapshot
+from kronfac.optim.warm import check_warm, require_products
 
 
 class Renewal(Optimizer):
@@ -43,7 +45,7 @@ class Renewal(Optimizer):
         """Damping of a layer."""
 
     def _check_renewal(self, *, plain: bool) -> None:
-        """Refuse asynchronous inverses, and drift as their trigger, where they cannot be.
+        """Refuse asynchronous and warm-started inverses, and drift as their trigger, where they cannot be.
 
         Args:
             plain: Whether the class takes KFAC's own step.
@@ -51,11 +53,15 @@ class Renewal(Optimizer):
         Raises:
             ValueError: They do not fit.
         """
-        delay, drift, kind = self._options["asynchronous"], self._options["drift"], type(self)
+        delay, kind = self._options["asynchronous"], type(self)
         if not plain or kind._renew_inverses is not Renewal._renew_inverses:
-            for name, value in (("asynchronous", delay), ("drift", drift)):
+            warm = "newton_schulz" if self._warm else None
+            for name, value in (("asynchronous", delay), ("drift", self._options["drift"]), ("inverse", warm)):
                 if value:
-                    raise ValueError(f"{name}={value} does not fit {kind.__name__}, which renews inverses its own way.")
+                    text = f"{name}={value!r} does not fit {kind.__name__}, which renews inverses its own way."
+                    raise ValueError(text)
+        if self._warm:
+            check_warm(self._estimator.statistics, self._rule, self._estimator.approximation.name)
         if not delay:
             return
         if any(s.keeps_basis for s in self._estimator.statistics.values()):
@@ -65,6 +71,10 @@ class Renewal(Optimizer):
             )
         if delay >= self._periods[1]:
             raise ValueError(f"asynchronous={delay} must be less than invert_every={self._periods[1]}.")
+
+    @property
+    def _warm(self) -> bool:
+        return self._options["inverse"] == "newton_schulz"
 
     @property
     def _stats_due(self) -> bool:
@@ -104,20 +114,25 @@ class Renewal(Optimizer):
             with self._noting_failures():
                 found = pending.result()
             self._inverses |= found.inverses
-            self._record.renewed(found.inverses, pending.started, found.retried)
-        renew = refresh if due else renew_values if self._gatherer.gathered else None
-        if renew is None:
+            self._record.renewed(found.inverses, pending.started, found)
+        if not (due or self._gatherer.gathered):
             return
         ready = self._ready()
         if due and delay and self._inverses and self._steps >= self._periods[1]:
             damping, rules = {name: self._damping(name) for name in ready}, self._rules()
             device = next(self._estimator.model.parameters()).device
-            self._pending = submit(lambda: snapshot(ready, damping.__getitem__, rules), self._steps, delay, device)
+            starts = dict(self._inverses) if self._warm else None
+            copy = partial(snapshot, ready, damping.__getitem__, rules, starts)
+            self._pending = submit(copy, self._steps, delay, device)
             return
         with self._noting_failures():
-            retried = renew(self._inverses, ready, self._damping, self._rules())
-        layers = [n for n, s in ready.items() if due or s.keeps_basis]
-        self._record.renewed(layers, self._steps, retried)
+            if due:
+                found = refresh(self._inverses, ready, self._damping, self._rules(), warm=self._warm)
+            else:
+                found = renew_values(self._inverses, ready, self._damping, self._rules())
+        if self._warm:
+            require_products(found.inverses)
+        self._record.renewed(found.inverses, self._steps, found)
 
     @contextmanager
     def _noting_failures(self) -> Iterator[None]:
@@ -128,7 +143,7 @@ class Renewal(Optimizer):
             raise
 
     def health(self) -> dict[str, LayerHealth]:
-        """How the inverse of each layer is: condition number, age in steps, retries in float64, failures.
+        """How the inverse of each layer is: condition number, age in steps, retries in float64, failures, iterations.
 
         Condition numbers take an eigendecomposition of each factor, as dear as several refreshes: ask now and then.
 
@@ -142,6 +157,8 @@ class Renewal(Optimizer):
                 taken - record.made[name] if name in self._inverses and name in record.made else None,
                 record.retries[name],
                 record.failures[name],
+                record.iterations[name],
+                record.fallbacks[name],
             )
             for name in self._estimator.statistics
         }

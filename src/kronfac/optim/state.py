@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kronfac.approximations import Mean, Statistic
-from kronfac.blocks import Inverse
+from kronfac.blocks import INVERSES, Inverse
 from kronfac.optim.background import Pending
 from kronfac.optim.health import Record
 from kronfac.optim.options import check_group
-from kronfac.optim.preconditioning import Refreshed, load_inverses, save_inverses
+from kronfac.optim.preconditioning import Refreshed
 
 if TYPE_CHECKING:
     from kronfac.estimation import Estimator
@@ -148,7 +148,13 @@ def _save_pending(pending: Pending | None) -> dict[str, Any] | None:
         found = pending.result()
     except (torch.linalg.LinAlgError, FloatingPointError) as error:
         return {**entry, "error": str(error), "overflow": isinstance(error, FloatingPointError)}
-    return {**entry, "inverses": save_inverses(found.inverses), "retried": list(found.retried)}
+    return {
+        **entry,
+        "inverses": save_inverses(found.inverses),
+        "retried": list(found.retried),
+        "iterations": dict(found.iterations),
+        "fallbacks": list(found.fallbacks),
+    }
 
 
 def _load_pending(optimizer: KFAC, saved: dict[str, Any] | None) -> Pending | None:
@@ -159,7 +165,9 @@ def _load_pending(optimizer: KFAC, saved: dict[str, Any] | None) -> Pending | No
         kind = FloatingPointError if saved["overflow"] else torch.linalg.LinAlgError
         return Pending.failed(started, due, kind(str(saved["error"])))
     inverses = _load_inverses(optimizer, saved["inverses"])
-    return Pending.finished(started, due, Refreshed(inverses, tuple(str(name) for name in saved["retried"])))
+    retried, fallbacks = (tuple(str(name) for name in saved.get(key, ())) for key in ("retried", "fallbacks"))
+    iterations = {str(name): int(count) for name, count in saved.get("iterations", {}).items()}
+    return Pending.finished(started, due, Refreshed(inverses, retried, iterations, fallbacks))
 
 
 def gather_generators(estimator: Estimator) -> list[Tensor] | None:
@@ -238,3 +246,43 @@ def _load_inverses(optimizer: KFAC, saved: dict[str, Any]) -> dict[str, Inverse]
             shapes = f"{tuple(inverse.shape)}, not {tuple(adapters[layer].shape)}"
             raise ValueError(f"Layer {layer!r}: the state's inverse has shape {shapes}.")
     return inverses
+
+
+def save_inverses(inverses: Mapping[str, Inverse]) -> dict[str, dict[str, object]]:
+    """Describe inverses by plain tensors and strings.
+
+    Args:
+        inverses: Inverses by layer.
+
+    Returns:
+        What :func:`load_inverses` takes.
+    """
+    return {
+        name: {"kind": inverse.kind, "shape": list(inverse.shape), "tensors": inverse.tensors()}
+        for name, inverse in inverses.items()
+    }
+
+
+def load_inverses(saved: Mapping[str, Mapping[str, object]], move: Callable[[Tensor], Tensor]) -> dict[str, Inverse]:
+    """Rebuild inverses.
+
+    Args:
+        saved: From :func:`save_inverses`.
+        move: Brings a tensor to its device, as a copy.
+
+    Returns:
+        Inverses by layer.
+
+    Raises:
+        ValueError: A kind is unknown.
+    """
+    out = {}
+    for name, entry in saved.items():
+        kind, tensors, shape = entry["kind"], entry["tensors"], entry["shape"]
+        if kind not in INVERSES:
+            raise ValueError(f"The checkpoint holds an inverse of unknown kind {kind!r} for layer {name!r}.")
+        assert isinstance(tensors, dict)
+        assert isinstance(shape, list)
+        moved = {key: move(tensor) for key, tensor in tensors.items()}
+        out[name] = INVERSES[str(kind)].from_tensors(moved, torch.Size(shape))
+    return out

@@ -25,7 +25,7 @@ _OWN = {
 _OPTIONS = tuple(
     replace(option, **_OWN.get(option.name, {}))  # type: ignore[arg-type]
     for option in kfac.FAMILY[0].options
-    if option.name not in ("approximation", "damping_rule", "factor_damping")
+    if option.name not in ("approximation", "damping_rule", "factor_damping", "inverse")
 )
 
 

@@ -50,6 +50,9 @@ _OPTIONS = (
     Option("stats_every", 10, integer(1), "steps between statistics passes"),
     Option("invert_every", 100, integer(1), "steps between inversions"),
     STATS_EXAMPLES,
+    Option(
+        "inverse", "cholesky", choice("cholesky", "newton_schulz"), "how Kronecker factors are inverted", later=True
+    ),
     Option("burn_in", 10, integer(0), "first steps that all gather statistics"),
     Option("ema", 0.95, number(0.0, 1.0, open_high=True), "decay of the running factors"),
     Option(
