@@ -249,6 +249,18 @@ def test_hooks_are_in_place_only_while_the_tape_is_open() -> None:
     assert (tape.is_open, hooks(model)) == (False, 0)
 
 
+def test_a_tape_may_be_closed_while_a_layers_hooks_run() -> None:
+    """As the collector does with that of an optimiser that nobody holds any more."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    tape = Tape(adapt_model(model).adapters)
+    tape.open()
+    handle = model[0].register_forward_hook(lambda *_: tape.close(), prepend=True)
+    assert model(torch.ones(1, 3)).shape == (1, 2)
+    assert not tape.calls
+    handle.remove()
+    assert hooks(model) == 0
+
+
 def test_hooks_of_the_user_that_change_an_output_come_after() -> None:
     model, x, y = network(nn.Tanh()), draw(5, 3), draw(5, 2)
 

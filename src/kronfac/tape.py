@@ -92,9 +92,12 @@ class Tape:
         self._handles = []
 
     def _hook(self, name: str, adapter: LayerAdapter) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if _APART.get() != self._apart:
-                return  # someone measures in the middle of a training forward
+        def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+            if not self.is_open or _APART.get() != self._apart:
+                # Closed while this module's hooks run, as the collector may do with a forgotten optimiser's (they are
+                # then called without keyword arguments); or someone measures in the middle of a training forward.
+                return
+            kwargs, output = rest
             if name in self.calls:
                 raise TapeError(
                     f"Layer {name!r} is used more than once in a forward pass; the Kronecker factors of weights shared "

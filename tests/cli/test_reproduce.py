@@ -91,10 +91,10 @@ def uninterrupted(folder: Path, epochs: int) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="signals of a terminal")
 def test_killed_and_interrupted_studies_go_on_bit_for_bit(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    uninterrupted(whole, 15)
+    uninterrupted(whole, 40)
     for ending in (signal.SIGKILL, signal.SIGINT):
         before = time.time()
-        with start(cut, 15) as process:
+        with start(cut, 40) as process:
             try:
                 wait_for_steps(cut, 2, before)
                 process.send_signal(ending)
@@ -103,7 +103,7 @@ def test_killed_and_interrupted_studies_go_on_bit_for_bit(tmp_path: Path) -> Non
                 process.kill()
     assert code == 130, "the study was over before it was interrupted"
     assert len(list(cut.glob("runs/*/checkpoint.pt"))) == 2
-    assert call(*SMALL, "--epochs", "15", "--out", str(cut))[0] == 0
+    assert call(*SMALL, "--epochs", "40", "--out", str(cut))[0] == 0
     assert metrics(cut) == metrics(whole)
 
 

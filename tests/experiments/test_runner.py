@@ -109,7 +109,7 @@ def test_a_diverging_run_is_recorded_and_holds_no_nan(tmp_path: Path) -> None:
 
 
 def test_a_diverging_kfac_run_is_recorded_too(tmp_path: Path) -> None:
-    result = runner.run(PROBLEM, settings("kfac", lr=1e20), PROBLEM.data(), tmp_path)
+    result = runner.run(PROBLEM, settings("kfac", lr=1e20, kl_clip=None), PROBLEM.data(), tmp_path)
     assert result["status"] == "diverged"
 
 
