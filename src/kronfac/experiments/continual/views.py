@@ -106,6 +106,7 @@ class MergedView(View):
 
     def __init__(self) -> None:
         self._merged: MergedBatchNorm | None = None
+        self._statistics: TrackedStatistics | None = None  # None: the running ones
 
     @contextmanager
     def learning(self, model: nn.Module, inputs: Sequence[Tensor], later: bool) -> Iterator[None]:
@@ -122,8 +123,7 @@ class MergedView(View):
         if not (later and _norms(model)):
             yield
             return
-        self._merged = continual.merge_batchnorm(model)
-        self._merged.restandardise(inputs)
+        self._merged = _restandardised(model, inputs)
         _freeze(model)
         yield
         self._merged = None
@@ -137,7 +137,7 @@ class MergedView(View):
         Returns:
             Tensors by parameter name.
         """
-        return model if self._merged is None else self._merged.parameters()
+        return model if self._merged is None else self._merged.parameters(self._statistics)
 
     def subject(self, model: nn.Module) -> nn.Module:
         """Give a copy with merged weights.
@@ -175,7 +175,6 @@ class LiveView(MergedView):
     def __init__(self, coupled: bool) -> None:
         super().__init__()
         self._coupled = coupled
-        self._statistics: TrackedStatistics | None = None
 
     @contextmanager
     def learning(self, model: nn.Module, inputs: Sequence[Tensor], later: bool) -> Iterator[None]:
@@ -193,25 +192,13 @@ class LiveView(MergedView):
             yield
             return
         if later:
-            self._merged = continual.merge_batchnorm(model)
-            self._merged.restandardise(inputs)
+            self._merged = _restandardised(model, inputs)
             with self._merged.tracked() as self._statistics:
                 yield
             self._merged = self._statistics = None
         else:
             yield
         update_bn(inputs, model)
-
-    def live(self, model: nn.Module) -> Parameters:
-        """Give the merged weights.
-
-        Args:
-            model: The live network.
-
-        Returns:
-            Tensors by parameter name.
-        """
-        return model if self._merged is None else self._merged.parameters(self._statistics)
 
     def subject(self, model: nn.Module) -> nn.Module:
         """Give a copy with merged weights.
@@ -235,6 +222,12 @@ def estimation_batch(model: nn.Module) -> int:
         The number.
     """
     return 100 if _norms(model) else 500
+
+
+def _restandardised(model: nn.Module, inputs: Sequence[Tensor]) -> MergedBatchNorm:
+    merged = continual.merge_batchnorm(model)
+    merged.restandardise(inputs)
+    return merged
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:
