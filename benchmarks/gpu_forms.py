@@ -4,7 +4,8 @@
 
 Moments: whole patches (im2col and one product) against the row-correlation form, in float32 and from bfloat16 inputs.
 Inverses, in float32: Cholesky and `cholesky_inverse`, one by one and twelve at once; the triangle's inverse by
-`solve_triangular` and one product; `torch.linalg.inv`.
+`solve_triangular` and one product; all of it in products (`kronfac.linalg.by_products`); `torch.linalg.inv`. With
+``--only inverses`` these alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from kronfac.experiments.bench.timing import clock_of, timed
 from kronfac.layers import adapt_model
 from kronfac.layers.conv import ConvAdapter
 from kronfac.layers.conv_moments import add_row_correlation_, add_whole_patches_
+from kronfac.linalg.by_products import invert_by_products_
 from kronfac.linalg.symmetric import add_gram_
 
 MODEL_SIZE = 224
@@ -81,14 +83,23 @@ def by_triangle(matrix: Tensor) -> Tensor:
     return inverse.mT @ inverse
 
 
+def in_products(matrix: Tensor) -> Tensor:
+    """Inverse as kronfac makes it on a GPU."""
+    work = matrix.clone().view(-1, *matrix.shape[-2:])
+    invert_by_products_(work)
+    return work
+
+
 def inverses(widths: tuple[int, ...], rounds: int, device: str) -> None:
     """Print the forms for each width."""
     forms: dict[str, Callable[[Tensor], Tensor]] = {
         "cholesky": lambda m: torch.linalg.cholesky_ex(m)[0],
         "cholesky and cholesky_inverse": lambda m: torch.cholesky_inverse(torch.linalg.cholesky_ex(m)[0]),
         "by triangle": by_triangle,
-        "inv": torch.linalg.inv,
+        "in products": in_products,
     }
+    if device == "cuda":  # on the CPU its batched form fails after torch.set_num_threads
+        forms["inv"] = torch.linalg.inv
     for width in widths:
         rows = torch.randn(width, 2 * width, device=device)
         one = rows @ rows.T / (2 * width) + 0.1 * torch.eye(width, device=device)
@@ -108,9 +119,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--widths", default="65,257,577,769,1153,2305,3073,4609")
+    parser.add_argument("--only", choices=("moments", "inverses"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads on the CPU")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     with torch.no_grad():
-        moments(options.batch, options.rounds, options.device)
+        if options.only != "inverses":
+            moments(options.batch, options.rounds, options.device)
+        if options.only == "moments":
+            return
         inverses(tuple(map(int, options.widths.split(","))), options.rounds, options.device)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from kronfac.blocks import Kronecker, PerFactor
 from kronfac.damping import factored
 from kronfac.experiments.problems import get_problem
-from kronfac.linalg.factorise import cholesky_inverses
+from kronfac.linalg.inverse import cholesky_inverses
 from kronfac.linalg.newton_schulz import renew
 from kronfac.optim import KFAC
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from tests.blocks.block_cases import close, random_psd
 
-from kronfac.linalg.factorise import _invert_by_triangle, cholesky, cholesky_inverses, eigh, eighs, invert
+from kronfac.linalg.factorise import cholesky, eigh, eighs
+from kronfac.linalg.inverse import cholesky_inverses, invert
 
 
 def damped(matrix: torch.Tensor, shift: float) -> torch.Tensor:
@@ -149,17 +150,3 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"\(2, 3\)"):
         eighs([torch.ones(2, 3)])
     assert cholesky_inverses([], []) == []
-
-
-def test_the_form_of_a_gpu_is_the_inverse_too() -> None:
-    """Twelve at once, one of them not positive definite: named by the mask, the others right."""
-    rows = torch.randn(4, 9, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    matrices = rows @ rows.mT + torch.eye(9, dtype=torch.float64)
-    matrices[2] -= 100.0 * torch.eye(9, dtype=torch.float64)
-    work = matrices.clone()
-    logdets, good = _invert_by_triangle(work)
-    assert good.tolist() == [True, True, False, True]
-    for index in (0, 1, 3):
-        torch.testing.assert_close(work[index], torch.linalg.inv(matrices[index]), rtol=1e-12, atol=1e-12)
-        assert torch.equal(work[index], work[index].mT)
-        torch.testing.assert_close(logdets[index], torch.logdet(matrices[index]))

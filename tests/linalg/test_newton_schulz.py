@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kronfac.linalg import newton_schulz
 from kronfac.linalg.closeness import reach, rms_residual
-from kronfac.linalg.factorise import cholesky_inverses, retries
+from kronfac.linalg.factorise import retries
+from kronfac.linalg.inverse import cholesky_inverses
 from kronfac.linalg.newton_schulz import TOLERANCE, renew
 
 

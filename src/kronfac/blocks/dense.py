@@ -13,7 +13,8 @@ from kronfac.blocks.checks import check_factor, check_square, check_tensors, che
 from kronfac.blocks.eigenbasis import Eigenbasis
 from kronfac.blocks.inverses import DenseInverse
 from kronfac.blocks.shifts import Shift, Uniform
-from kronfac.linalg.factorise import eigh, invert
+from kronfac.linalg.factorise import eigh
+from kronfac.linalg.inverse import invert
 
 
 class Dense(Block):

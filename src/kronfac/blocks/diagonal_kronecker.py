@@ -14,7 +14,8 @@ from kronfac.blocks.eigenbasis import Eigenbasis
 from kronfac.blocks.inverses import DiagonalKroneckerInverse, EigenInverse
 from kronfac.blocks.kronecker import Kronecker
 from kronfac.blocks.shifts import PerFactor, Shift, Uniform
-from kronfac.linalg.factorise import eigh, invert
+from kronfac.linalg.factorise import eigh
+from kronfac.linalg.inverse import invert
 
 
 class DiagonalKronecker(Block):

@@ -13,7 +13,8 @@ from kronfac.blocks.checks import check_factor, check_pair, check_square, check_
 from kronfac.blocks.eigenbasis import Eigenbasis
 from kronfac.blocks.inverses import EigenInverse, KroneckerInverse
 from kronfac.blocks.shifts import PerFactor, Shift, Uniform
-from kronfac.linalg.factorise import eighs, invert
+from kronfac.linalg.factorise import eighs
+from kronfac.linalg.inverse import invert
 
 _NAMES = ("the input factor", "the output factor")
 

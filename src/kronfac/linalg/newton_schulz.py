@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from kronfac.linalg.closeness import reach, rms_residual, rounding
-from kronfac.linalg.factorise import add_shift_, check_matrices, groups_of, invert, own
+from kronfac.linalg.factorise import add_shift_, check_matrices, groups_of, own
+from kronfac.linalg.inverse import invert
 from kronfac.linalg.symmetric import add_product_, mirror_, with_even_rows
 
 #: Root mean square of ``I - M X`` that an accepted inverse has at most, by dtype.

@@ -12,7 +12,8 @@ from kronfac.approximations import Statistic
 from kronfac.blocks import Block, Inverse, Kronecker, KroneckerInverse, PerFactor, Shift
 from kronfac.damping import Rule
 from kronfac.layers import LayerAdapter
-from kronfac.linalg.factorise import invert, retries
+from kronfac.linalg.factorise import retries
+from kronfac.linalg.inverse import invert
 from kronfac.linalg.newton_schulz import renew
 from kronfac.linalg.symmetric import row_step
 from kronfac.optim.warm import as_product

@@ -201,8 +201,7 @@ def _learn(
         for step in range(plan.steps):
             optimizer.zero_grad()
             # Replay sees a batch of every task, so that the newest is seen as often as by the others.
-            losses = [_task_loss(model, task, order[step]) for task, order in zip(now, orders, strict=True)]
-            task_loss = torch.stack(losses).mean()
+            task_loss = _loss(model, now, [order[step] for order in orders])
             total, penalty = memory.loss(task_loss, model)
             total.backward()
             optimizer.step()
@@ -218,8 +217,15 @@ def _learn(
     return loss, value
 
 
-def _task_loss(model: nn.Module, task: Task, rows: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(task.outputs(model(task.train_inputs[rows])), task.train_targets[rows])
+def _loss(model: nn.Module, tasks: Sequence[Task], rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean loss over tasks, whose examples are one batch: batch norm's statistics are those of all of them."""
+    inputs = [task.train_inputs[chosen] for task, chosen in zip(tasks, rows, strict=True)]
+    outputs = model(torch.cat(inputs)).split([len(part) for part in inputs])
+    losses = [
+        F.cross_entropy(task.outputs(part), task.train_targets[chosen])
+        for task, part, chosen in zip(tasks, outputs, rows, strict=True)
+    ]
+    return torch.stack(losses).mean()
 
 
 def _rows(task: Task, generator: torch.Generator, count: int) -> torch.Tensor:

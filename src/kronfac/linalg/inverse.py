@@ -1,0 +1,173 @@
+"""Inverses by Cholesky that either succeed or say why not.
+
+Every function takes symmetric positive semi-definite matrices of shape ``[*stack, n, n]`` in float32 or float64, and
+retries in float64 what failed in float32. What still fails raises `torch.linalg.LinAlgError` with the size, the
+smallest diagonal entry and the advice to raise the damping.
+
+The work is done in place on one copy that becomes the result, so nothing but the results is allocated. Measured on a
+CPU (float32, one thread): small matrices gain from one batched call (64 matrices of size 10: 0.08 ms against 0.66 ms in
+a loop), large ones do not (size 128: equal), and the batched call of `torch.cholesky_inverse` that is *not* in place is
+slower than the loop by 3-5 times. Hence the two thresholds; on an accelerator equal shapes always share a call.
+On a GPU matrix products make the inverse of Cholesky's factor (`kronfac.linalg.by_products`; times of the forms by
+``benchmarks/gpu_forms.py``), unless products are made in TF32. On a CPU they are no faster than LAPACK.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kronfac.linalg.by_products import invert_by_products_
+from kronfac.linalg.factorise import add_shift_, check_matrices, groups_of, note_retry, own, refuse
+from kronfac.linalg.symmetric import is_wide, row_step
+
+#: Up to this size a stack on the CPU goes to LAPACK in one batched call, beyond it one by one.
+_BATCH_UP_TO = 128
+#: Entries that are inverted at once on a GPU, with twice as many beside them: 512 MB in float32.
+_ENTRIES_GPU = 1 << 27
+
+
+class Inverted(NamedTuple):
+    """An inverse with the log-determinant of what was inverted.
+
+    Attributes:
+        inverse: ``(M + s I)^-1``, shape ``[*stack, n, n]``, symmetric to the last bit.
+        logdet: ``log det (M + s I)``, shape ``[*stack]``.
+    """
+
+    inverse: Tensor
+    logdet: Tensor
+
+
+def cholesky_inverses(
+    matrices: Sequence[Tensor], shifts: Sequence[Tensor | float], names: Sequence[str] | None = None
+) -> list[Tensor]:
+    """Invert ``M_i + s_i I`` for a list of symmetric positive semi-definite matrices.
+
+    Args:
+        matrices: Matrices of shape ``[*stack, n, n]``, float32 or float64; sizes and stacks may differ.
+        shifts: What is added to each diagonal: a number, or a tensor that broadcasts to the stack.
+        names: What to call each matrix in an error; ``"matrix <index>"`` by default.
+
+    Returns:
+        The inverses, in the order, shapes and dtypes of ``matrices``. Each is symmetric to the last bit.
+    """
+    return [result.inverse for result in invert(matrices, shifts, names)]
+
+
+@torch.no_grad()
+def invert(
+    matrices: Sequence[Tensor], shifts: Sequence[Tensor | float], names: Sequence[str] | None = None
+) -> list[Inverted]:
+    """Invert ``M_i + s_i I`` as `cholesky_inverses` does, and keep the log-determinants.
+
+    Args:
+        matrices: Matrices of shape ``[*stack, n, n]``, float32 or float64; sizes and stacks may differ.
+        shifts: What is added to each diagonal: a number, or a tensor that broadcasts to the stack.
+        names: What to call each matrix in an error; ``"matrix <index>"`` by default.
+
+    Returns:
+        One `Inverted` per matrix, in order.
+
+    Raises:
+        ValueError: If the sequences differ in length, or a shift does not broadcast to its stack.
+    """
+    labels = check_matrices(matrices, names)
+    if len(shifts) != len(matrices):
+        raise ValueError(f"{len(matrices)} matrices need as many shifts, got {len(shifts)}")
+    results: list[Inverted | None] = [None] * len(matrices)
+    goods: list[Tensor] = []
+    groups = groups_of(matrices)
+    for group in groups:
+        single = len(group) == 1
+        work, parts = _workspace([matrices[i] for i in group])
+        for part, i in zip(parts, group, strict=True):
+            add_shift_(part, shifts[i], labels[i])
+        logdets, good = _invert_in_place(work)
+        for position, (part, i) in enumerate(zip(parts, group, strict=True)):
+            results[i] = Inverted(part if single else own(part), logdets if single else logdets[position])
+        goods.append(good)
+    # Looked at when all are on their way, so that a GPU is not waited for in between.
+    for group, good in zip(groups, goods, strict=True):
+        if bool(good.all()):
+            continue
+        for position, i in enumerate(group):
+            _repair(results[i], good if len(group) == 1 else good[position], matrices[i], shifts[i], labels[i])
+    return [result for result in results if result is not None]
+
+
+def _workspace(matrices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Copy matrices of equal shape to where they are inverted in place.
+
+    A wide one lies within a larger one, whose rows begin at multiples of 64 bytes: 0.86 of the time at 1001. What is
+    added is an identity, which stays itself and adds nothing to the log-determinant.
+
+    Returns:
+        What is to be inverted, and each matrix's part of it.
+    """
+    first = matrices[0]
+    if len(matrices) > 1:
+        work = torch.stack(list(matrices))
+        return work, list(work)
+    if not is_wide(first):
+        work = first.clone(memory_format=torch.contiguous_format)
+        return work, [work]
+    n, step = first.shape[-1], row_step(first.shape[-1], first.dtype)
+    work = first.new_empty(step, step)
+    work[:n, :n] = first
+    work[n:] = 0.0
+    work[:n, n:] = 0.0
+    work.diagonal()[n:] = 1.0
+    return work, [work[:n, :n]]
+
+
+def _invert_in_place(work: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace matrices by their inverses; give log-determinants and a mask of success. What failed is garbage."""
+    n = work.shape[-1]
+    flat = work.view(-1, n, n)
+    if work.device.type == "cuda" and not torch.backends.cuda.matmul.allow_tf32:
+        parts = [invert_by_products_(part) for part in flat.split(max(1, _ENTRIES_GPU // (n * n)))]
+        logdet, success = (torch.cat(found).view(work.shape[:-2]) for found in zip(*parts, strict=True))
+        return logdet, success
+    one_by_one = work.device.type == "cpu" and n > _BATCH_UP_TO
+    logdets, goods = [], []
+    for piece in flat.split(1 if one_by_one else max(len(flat), 1)):
+        # LAPACK is column-major and the matrix symmetric: its transpose is the same matrix in the layout that needs
+        # no copy.
+        factor = piece.mT
+        info = torch.empty(factor.shape[:-2], dtype=torch.int32, device=factor.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, info))
+        diagonal = factor.diagonal(dim1=-2, dim2=-1)
+        logdet = 2 * diagonal.log().sum(-1)
+        good = (info == 0) & logdet.isfinite()
+        if not bool(good.all()):
+            factor[~good] = torch.eye(n, dtype=work.dtype, device=work.device)
+        logdets.append(logdet)
+        torch.cholesky_inverse(factor, out=factor)
+        goods.append(good & diagonal.sum(-1).isfinite())
+    stack = work.shape[:-2]
+    return torch.cat(logdets).view(stack), torch.cat(goods).view(stack)
+
+
+def _repair(result: Inverted | None, good: Tensor, matrix: Tensor, shift: Tensor | float, name: str) -> None:
+    """Redo in float64, in place of the failed results."""
+    assert result is not None
+    bad = ~good
+    if not bool(bad.any()):
+        return
+    work = matrix.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+    add_shift_(work, shift, name)
+    if matrix.dtype == torch.float64:
+        refuse(work, good, name)
+    note_retry(name)
+    shifted = work.clone()
+    logdets, good_now = _invert_in_place(work)
+    converted = work.to(matrix.dtype)
+    good_now &= converted.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+    if not bool((good_now | good).all()):
+        refuse(shifted, good_now | good, name)
+    result.inverse[bad] = converted[bad]
+    result.logdet[bad] = logdets[bad].to(matrix.dtype)
