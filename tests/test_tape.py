@@ -334,6 +334,21 @@ def test_autocast_statistics_are_float32(approximation: str) -> None:
     assert float((found.to_dense() - wanted.to_dense()).norm() / wanted.to_dense().norm()) < 0.03
 
 
+def test_under_autocast_inputs_are_those_that_layers_multiply() -> None:
+    """Rounded where autocast rounds them: for products, and neither for norms nor outside autocast."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3))
+    adapters, x = adapt_model(model).adapters, torch.randn(6, 4)
+    with record(adapters) as plain:
+        model(x)
+    with record(adapters) as tape, torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x)
+    normed = model[0](x).detach()
+    assert torch.equal(plain.calls["1"].input, normed)
+    assert torch.equal(tape.calls["1"].input, normed.bfloat16())
+    assert torch.equal(tape.calls["0"].input, x)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_models_of_low_precision_have_float32_statistics(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

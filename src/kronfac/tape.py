@@ -117,6 +117,9 @@ class Tape:
                     "re-entrant checkpointing. Use torch.utils.checkpoint with use_reentrant=False."
                 )
             x = values[0].detach()
+            if adapter.autocast and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+                # What it multiplied, in half the memory, of which matrix units make moments at their full rate.
+                x = x.to(torch.get_autocast_dtype(x.device.type))
             self.calls[name] = Call(adapter, x, get_gradient_edge(output), output.shape, x._version)
 
         return hook

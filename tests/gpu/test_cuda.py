@@ -307,6 +307,17 @@ def test_moments_of_16_bits_are_those_of_the_same_numbers(case: str, dtype: torc
         assert relative(totals[0].triu().cpu(), totals[1].triu().cpu()) < 1e-5
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="a CPU multiplies what has 16 bits as float32")
+@pytest.mark.parametrize(("dtype", "mean"), [(torch.bfloat16, 2.0), (torch.bfloat16, 30.0), (torch.float16, 300.0)])
+def test_batch_norm_of_16_bits_has_the_gradients_of_the_same_numbers(dtype: torch.dtype, mean: float) -> None:
+    norm = nn.BatchNorm2d(5).to(DEVICE)
+    layer = kf.layers.adapt_model(nn.Sequential(norm)).adapters["0"]
+    x, g = (torch.randn(6, 5, 7, 3, device=DEVICE).add(offset).to(dtype) for offset in (mean, 0.1))
+    found, wanted = layer.per_example_gradients(x, g), layer.per_example_gradients(x.float(), g.float())
+    assert found.dtype == torch.float32
+    assert relative(found.cpu(), wanted.cpu()) < 1e-4
+
+
 # ------------------------------------------------------------------------------------------ the rest
 def test_continual_learning(tmp_path: Path) -> None:
     model, (x, y) = perceptron(norm=True).eval(), vectors(count=40)

@@ -9,6 +9,7 @@ from tests.layers.layer_cases import CASES, NORMS, PLAIN, variants
 from torch import Tensor, nn
 
 from kronfac.layers import LayerAdapter, UnsupportedLayer, adapt
+from kronfac.layers.norm import ChannelNorm
 from kronfac.linalg.symmetric import mirror_
 
 VARIANTS = variants(CASES)
@@ -201,6 +202,15 @@ def test_gradients_of_train_mode_batch_norm_are_those_of_the_normalised_input(sh
     x, g = draw(*shape) + 1000.0, draw(*shape, seed=1)
     rows = adapter.expand(x) * adapter.expand_cotangents(g)
     torch.testing.assert_close(adapter.per_example_gradients(x, g).squeeze(-2), rows.sum(1), rtol=1e-10, atol=1e-11)
+
+
+def test_batch_norm_by_sums_has_the_gradients_of_the_same_numbers() -> None:
+    adapter = adapt(nn.BatchNorm2d(3).train(), "layer")
+    assert isinstance(adapter, ChannelNorm)
+    x, g = (draw(6, 3, 20, seed=seed).bfloat16() for seed in (0, 1))
+    wanted = adapter.per_example_gradients(x.double(), g.double())
+    found = adapter._gradients_by_sums(x, g)
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)
 
 
 REFUSED: dict[str, tuple[nn.Module, str, str]] = {

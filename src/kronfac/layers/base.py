@@ -39,6 +39,7 @@ class LayerAdapter(ABC):
         diagonal_input: The input factor is diagonal and kept as a vector ``[d_in]`` (embeddings).
         unit_wise: The block is kept densely per stack element (normalisation layers).
         channel_dim: The dimension of the layer's input and output that holds no positions: -1 or 1.
+        autocast: The layer is a product, whose operands autocast rounds to 16 bits.
     """
 
     stack: tuple[int, ...] = ()
@@ -47,6 +48,7 @@ class LayerAdapter(ABC):
     diagonal_input: bool = False
     unit_wise: bool = False
     channel_dim: int = -1
+    autocast: bool = False
 
     def __init__(self, module: nn.Module, name: str, sharing: str = "expand") -> None:
         self.module = module

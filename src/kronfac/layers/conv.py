@@ -21,6 +21,7 @@ class ConvAdapter(LayerAdapter):
     """Convolution as a product of ``W̄`` with patches (Grosse & Martens 2016, section 2.1 and Theorem 1)."""
 
     channel_dim = 1
+    autocast = True
 
     def __init__(self, module: Convolution, name: str, sharing: str = "expand") -> None:
         super().__init__(module, name, sharing)

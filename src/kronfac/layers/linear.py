@@ -12,6 +12,8 @@ from kronfac.linalg.symmetric import add_gram_, summed_in_float32
 class LinearAdapter(LayerAdapter):
     """``y = x Wᵀ + b`` with ``x`` of shape ``[B, *positions, in_features]`` (Martens & Grosse 2015, section 3)."""
 
+    autocast = True
+
     def __init__(self, module: nn.Linear, name: str, sharing: str = "expand") -> None:
         super().__init__(module, name, sharing)
         self._features = module.in_features

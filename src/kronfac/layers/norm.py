@@ -17,6 +17,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from kronfac.layers.base import LayerAdapter, UnsupportedLayer, require_float
 from kronfac.layers.registry import adapt
+from kronfac.linalg.symmetric import summed_in_float32
 
 #: Entries of an input that are centred at once: they stay in the cache.
 CENTRED = 1 << 19
@@ -107,7 +108,10 @@ class ChannelNorm(NormAdapter):
         module = self.module
         if not isinstance(module, _BatchNorm) or not (module.training or module.running_mean is None):
             return super().per_example_gradients(x, g)
-        x, g = (require_float(each).reshape(*each.shape[:2], -1) for each in (x, g))
+        x, g = (each.reshape(*each.shape[:2], -1) for each in (x, g))
+        if x.dtype == g.dtype == torch.bfloat16 and summed_in_float32(x):
+            return self._gradients_by_sums(x, g)
+        x, g = require_float(x), require_float(g)
         parts = []
         if self.has_weight:
             count = x.shape[0] * x.shape[2]
@@ -122,6 +126,20 @@ class ChannelNorm(NormAdapter):
             parts.append(torch.cat(products) * (variance + module.eps).rsqrt())
         if self.has_bias:
             parts.append(g.sum(2))
+        return torch.stack(parts, dim=-1).unsqueeze(-2)
+
+    def _gradients_by_sums(self, x: Tensor, g: Tensor) -> Tensor:
+        """The same of bfloat16, read where it lies: ``Σ g x̂ = (Σ g x - μ Σ g) / σ``."""
+        # Of an input whose mean is so large that these differences lose much in float32, eight bits have kept less.
+        parts, sums = [], g.sum(2, dtype=torch.float32)
+        if self.has_weight:
+            count = x.shape[0] * x.shape[2]
+            mean = x.sum(2, dtype=torch.float32).sum(0) / count
+            variance = _dots(x, x).sum(0) / count - mean.square()
+            scale = (variance.clamp_min(0) + self.module.eps).rsqrt()  # type: ignore[operator]
+            parts.append((_dots(x, g) - mean * sums) * scale)
+        if self.has_bias:
+            parts.append(sums)
         return torch.stack(parts, dim=-1).unsqueeze(-2)
 
     def normalise(self, x: Tensor) -> Tensor:
@@ -139,6 +157,14 @@ class ChannelNorm(NormAdapter):
         if module.training or module.running_mean is None:
             return F.batch_norm(x, None, None, training=True, eps=module.eps)
         return F.batch_norm(x, module.running_mean, module.running_var, training=False, eps=module.eps)
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """Dot products over the last of three dimensions, in float32 and without copies on a GPU."""
+    if not summed_in_float32(a):
+        return torch.linalg.vecdot(a.float(), b.float())
+    left, right = a.flatten(0, 1).unsqueeze(1), b.flatten(0, 1).unsqueeze(2)
+    return torch.bmm(left, right, out_dtype=torch.float32).view(a.shape[:2])
 
 
 class FullNormAdapter(NormAdapter):
