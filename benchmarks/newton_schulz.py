@@ -1,6 +1,7 @@
 """Inverses by Newton-Schulz from those of the refresh before, beside Cholesky's: iterations, fallbacks and time.
 
     python benchmarks/newton_schulz.py [--factors FILE] [--seconds 200] [--damping 0.1,0.01,0.001] [--threads 1]
+        [--device cuda]
 
 The autoencoder 784-1000-500-250-30 and back on MNIST, trained by KFAC as `kronfac compare mnist-autoencoder` has it
 (statistics every 10 steps, their average with decay 0.95). From step 60 on its sixteen factors are kept every 10 steps,
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from kronfac.blocks import Kronecker, PerFactor
 from kronfac.damping import factored
+from kronfac.experiments.bench.timing import Clock, clock_of
 from kronfac.experiments.problems import get_problem
 from kronfac.linalg.inverse import cholesky_inverses
 from kronfac.linalg.newton_schulz import renew
@@ -34,21 +36,21 @@ FIRST, LAST, EVERY = 60, 160, 10
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 
-def collect(path: Path | None, seconds: float) -> dict[int, Factors] | None:
+def collect(path: Path | None, seconds: float, device: str) -> dict[int, Factors] | None:
     """Train, and keep the factors by step; None where there was no time for all of them."""
     problem = get_problem("mnist-autoencoder")
-    model, data = problem.model(0), problem.data()
+    model, data = problem.model(0).to(device), problem.data()
     optimizer = KFAC(model, problem.likelihood(), **problem.tuned["kfac"])
     saved: dict[str, Any] = {"step": 0, "factors": {}}
     if path is not None and path.exists():
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, weights_only=True, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     begun = time.perf_counter()
     while saved["step"] <= LAST and time.perf_counter() - begun < seconds:
         step = saved["step"]
         chosen = torch.randint(len(data.train_inputs), (500,), generator=torch.Generator().manual_seed(step))
-        images = data.train_inputs[chosen]
+        images = data.train_inputs[chosen].to(device)
         optimizer.zero_grad()
         problem.loss(model(images), images).backward()
         optimizer.step()
@@ -84,7 +86,7 @@ def _condition(matrix: Tensor) -> float:
     return float(values[-1] / values[0])
 
 
-def row(found: dict[int, Factors], damping: float, every: int, rounds: int) -> str:
+def row(found: dict[int, Factors], damping: float, every: int, rounds: int, clock: Clock) -> str:
     """Refresh again and again, in turn with Cholesky."""
     ratios, cold, taken, fallbacks = [], [], [], 0
     steps = range(LAST - (LAST - FIRST) // every * every, LAST + 1, every)
@@ -92,13 +94,13 @@ def row(found: dict[int, Factors], damping: float, every: int, rounds: int) -> s
     for step in steps:
         matrices, shifts = damped(found[step], damping)
         for _ in range(1 if not starts else rounds):
-            begun = time.perf_counter()
+            begun = clock()
             cholesky_inverses(matrices, shifts)
-            middle = time.perf_counter()
+            middle = clock()
             renewed = renew(matrices, shifts, starts or [None] * len(matrices))
             if starts:
                 cold.append(middle - begun)
-                ratios.append((time.perf_counter() - middle) / (middle - begun))
+                ratios.append((clock() - middle) / (middle - begun))
         if starts:
             taken += [result.iterations for result in renewed if not result.fallback]
             fallbacks += sum(result.fallback for result in renewed)
@@ -117,9 +119,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--damping", default="0.1,0.01,0.001")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = collect(options.factors, options.seconds)
+    found = collect(options.factors, options.seconds, options.device)
     if found is None:
         print("Out of time: the same command goes on." if options.factors else "Out of time.")
         return
@@ -127,7 +130,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for damping in map(float, options.damping.split(",")):
         for every, rounds in ((10, 1), (100, 3)):
-            print(row(found, damping, every, rounds), flush=True)
+            print(row(found, damping, every, rounds, clock_of(options.device)), flush=True)
 
 
 if __name__ == "__main__":

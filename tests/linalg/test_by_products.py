@@ -17,6 +17,12 @@ def random_pd(*shape: int, smallest: float = 0.1) -> Tensor:
     return basis * torch.logspace(0, torch.tensor(smallest).log10().item(), shape[-1]) @ basis.mT
 
 
+@pytest.fixture(params=[100, by_products.WHOLE], autouse=True)
+def _whole(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices by one call, as they are, and by halves."""
+    monkeypatch.setattr(by_products, "WHOLE", request.param)
+
+
 @pytest.mark.parametrize("n", [1, 9, 2 * BLOCK, 2 * BLOCK + 1, 300, 577, 1100])
 def test_the_inverses_are_right(n: int) -> None:
     """One of four not positive definite: named by the mask, the others right."""
@@ -46,9 +52,8 @@ def test_float32_is_as_near_as_cholesky(smallest: float) -> None:
 
 
 @pytest.mark.parametrize("n", [128, 192, 320, 448, 960])
-def test_triangles(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triangles(n: int) -> None:
     """Every number of blocks, odd ones at several levels too; and squares by halves."""
-    monkeypatch.setattr(by_products, "WHOLE", 100)
     generator = torch.Generator().manual_seed(n)
     triangles = torch.randn(3, n, n, generator=generator, dtype=torch.float64).tril_(-1) / n + torch.eye(n)
     inverses = invert_triangles_(triangles.clone())

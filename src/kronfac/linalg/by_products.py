@@ -1,12 +1,13 @@
 """Inverses from Cholesky's factor in matrix products, for devices whose products outrun their library's inverse.
 
-The factor comes from the library. Its inverse is built from those of its diagonal blocks, all of one size at once::
+The factor comes from the library. Up to `WHOLE` rows so does its inverse, since small products wait for their launch,
+not for arithmetic; beyond, it is built from those of its diagonal blocks, all of one size at once::
 
     [A  0]⁻¹     [    A⁻¹       0  ]
     [B  C]    =  [-C⁻¹ B A⁻¹   C⁻¹ ]
 
-and ``M⁻¹ = Rᵀ R`` of the inverse triangle R by halves, without the products with its zeros. In all ``4/3 n³``
-operations after Cholesky's ``n³/3``, and few kernels: small products wait for their launch, not for arithmetic.
+and ``M⁻¹ = Rᵀ R`` of the inverse triangle R by halves, without the products with its zeros: ``4/3 n³`` operations in
+all after Cholesky's ``n³/3``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kronfac.linalg.symmetric import mirror_
 
 #: Size of the diagonal blocks that the library inverts.
 BLOCK = 64
-#: Up to this size a triangle is multiplied by itself in one product, zeros included.
+#: Up to this size a triangle is inverted by one call and multiplied by itself, zeros included, by another.
 WHOLE = 1024
 #: A stack is factorised in one call if it has a matrix for each so many rows, else one by one, as large ones are.
 _ROWS_PER_MATRIX = 256
@@ -34,7 +35,7 @@ def invert_by_products_(matrices: Tensor) -> tuple[Tensor, Tensor]:
         Log-determinants, shape ``[count]``, and a mask of success, shape ``[count]``. What failed is garbage.
     """
     n = matrices.shape[-1]
-    factor, good = _cholesky(_filled(matrices) if n > 2 * BLOCK else matrices)
+    factor, good = _cholesky(_filled(matrices) if n > WHOLE else matrices)
     logdets = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     with torch.autocast(matrices.device.type, enabled=False):
         invert_triangles_(factor)
@@ -64,13 +65,13 @@ def invert_triangles_(triangles: Tensor) -> Tensor:
     """Invert lower triangles in place.
 
     Args:
-        triangles: Shape ``[count, n, n]``, zero above the diagonal; n is at most ``2 BLOCK`` or a multiple of `BLOCK`.
+        triangles: Shape ``[count, n, n]``, zero above the diagonal; n is at most `WHOLE` or a multiple of `BLOCK`.
 
     Returns:
         ``triangles``.
     """
     n = triangles.shape[-1]
-    size = BLOCK if n > 2 * BLOCK else n
+    size = BLOCK if n > WHOLE else n
     blocks = _diagonal_blocks(triangles, size)
     eye = torch.eye(size, dtype=triangles.dtype, device=triangles.device)
     blocks.copy_(torch.linalg.solve_triangular(blocks, eye.expand_as(blocks), upper=False))

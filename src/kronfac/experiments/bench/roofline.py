@@ -58,7 +58,8 @@ class Products(TorchDispatchMode):
         formula = _FORMULAS.get(func._overloadpacket)
         if formula is not None:
             first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-            self.flops[first.dtype] += formula(*args, **(kwargs or {}), out_val=out)
+            shaped = [argument for argument in args if not isinstance(argument, torch.dtype)]
+            self.flops[first.dtype] += formula(*shaped, **(kwargs or {}), out_val=out)
         return out
 
 
