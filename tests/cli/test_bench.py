@@ -31,6 +31,21 @@ def test_parts_are_measured_written_and_printed(tmp_path: Path) -> None:
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_keeping_freed_memory_is_asked_for_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr("kronfac.cli.bench.keep_freed_memory", lambda: bool(asked.append(True)) or can)
+    arguments = ["bench", "--workloads", "small", "--rounds", "2", "--only", "inverse", "--threads", "1"]
+    can = True
+    assert json.loads(call(*arguments, "--json")[1])["freed memory"] == "by default"
+    assert not asked
+    assert json.loads(call(*arguments, "--json", "--keep-freed-memory")[1])["freed memory"] == "kept"
+    assert "freed memory kept" in call(*arguments, "--keep-freed-memory")[1]
+    can = False
+    code, _, stderr = call(*arguments, "--keep-freed-memory")
+    assert code != 0
+    assert "glibc" in stderr
+
+
 def test_whole_steps_and_progress() -> None:
     notes: list[str] = []
     rows = measure("small", 2, advance=notes.append)

@@ -14,8 +14,8 @@ from kronfac.continual import base as continual_base
 from kronfac.experiments import continual
 from kronfac.experiments.continual import runner, views
 from kronfac.experiments.continual.points import Point
-from kronfac.experiments.continual.streams import rotate
 from kronfac.experiments.continual.tables import choices, correlation
+from kronfac.experiments.continual.tasks import rotate
 from kronfac.experiments.errors import CheckpointError, ExperimentError
 
 pytest.importorskip("sklearn")

@@ -41,7 +41,7 @@ def _root(
     if version:
         typer.echo(f"kronfac {kronfac.__version__}")
         raise typer.Exit
-    if context.invoked_subcommand != "bench":  # which measures what a process of the user's meets
+    if context.invoked_subcommand != "bench":  # which measures what a process of the user's meets, unless asked
         keep_freed_memory()
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

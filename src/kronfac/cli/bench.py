@@ -35,6 +35,7 @@ from kronfac.experiments.bench import (
 from kronfac.experiments.environment import environment, warning
 from kronfac.experiments.errors import ExperimentError, need
 from kronfac.experiments.files import make_folder, write_json, write_text
+from kronfac.experiments.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,6 +76,13 @@ def bench(
         typer.Option(
             "--processor-time",
             help="Count the processor's time of this process, for a machine that is shared. Needs --threads 1.",
+        ),
+    ] = False,
+    keep_memory: Annotated[
+        bool,
+        typer.Option(
+            "--keep-freed-memory",
+            help="Keep what is freed for the next tensors, as the commands that train do; otherwise glibc's defaults.",
         ),
     ] = False,
     scaling: Annotated[
@@ -137,6 +145,8 @@ def bench(
         raise ExperimentError(
             "--processor-time adds up the time of all threads and sees no GPU: give --threads 1 with it, on the CPU"
         )
+    if keep_memory and not keep_freed_memory():
+        raise ExperimentError("--keep-freed-memory is a matter of glibc's allocator, which this process does not have")
     names, precisions = words(workloads, "--workloads"), words(precision, "--precision")
     for name in names:
         check_name(name)
@@ -163,6 +173,7 @@ def bench(
             "device": device,
             "rounds": rounds,
             "clock": "processor" if processor_time else "wall",
+            "freed memory": "kept" if keep_memory else "by default",
         }
         results: Results = {}
         for name, one in _run(plans, rounds, device, precisions, processor_time):
@@ -177,7 +188,8 @@ def bench(
     place = f"{machine['threads']} threads" if device == "cpu" else str(machine.get("gpu"))
     if any(one.rows for one in results.values()):
         forms = "" if precisions != ["float32"] else ", float32"
-        print_table(over_base(results), f"Cost over forward+backward, {place}{forms}")
+        kept = ", freed memory kept" if keep_memory else ""
+        print_table(over_base(results), f"Cost over forward+backward, {place}{forms}{kept}")
     for table, title in extra_tables(results):
         print()
         print_table(table, title)

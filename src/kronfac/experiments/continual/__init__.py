@@ -19,8 +19,9 @@ from kronfac.experiments.continual.report import write_report
 from kronfac.experiments.continual.results import Failure, Results
 from kronfac.experiments.continual.runner import Listener, Plan
 from kronfac.experiments.continual.strategies import STRATEGIES, Strategy, get_strategy
-from kronfac.experiments.continual.streams import STREAMS, Stream, Task, get_stream
+from kronfac.experiments.continual.streams import STREAMS, Stream, get_stream
 from kronfac.experiments.continual.tables import summary
+from kronfac.experiments.continual.tasks import Task
 
 __all__ = [
     "STRATEGIES",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kronfac.experiments.continual.streams import Task
+from kronfac.experiments.continual.tasks import Task
 
 
 @torch.no_grad()

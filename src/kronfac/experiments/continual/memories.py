@@ -15,7 +15,7 @@ from kronfac import continual
 from kronfac.continual import Penalty, PenaltySum, QuadraticPenalty, RecentredDecay
 from kronfac.continual.balance import Magnitudes
 from kronfac.experiments.continual.balances import BALANCES
-from kronfac.experiments.continual.streams import Task
+from kronfac.experiments.continual.tasks import Task
 from kronfac.experiments.continual.views import View, estimation_batch
 from kronfac.experiments.errors import CheckpointError
 

@@ -23,7 +23,8 @@ from kronfac.experiments.checkpoint import load_checkpoint, save_checkpoint
 from kronfac.experiments.continual.accuracy import accuracy, adapted
 from kronfac.experiments.continual.memories import Memory, Options
 from kronfac.experiments.continual.strategies import get_strategy
-from kronfac.experiments.continual.streams import Task, get_stream
+from kronfac.experiments.continual.streams import get_stream
+from kronfac.experiments.continual.tasks import Task
 from kronfac.experiments.errors import CheckpointError, ExperimentError
 from kronfac.experiments.files import make_folder, read_json, remove_leftovers, write_json, write_text
 

@@ -1,86 +1,24 @@
-"""Streams of tasks made from one data set: permuted pixels, rotated images, classes a few at a time."""
+"""Streams of tasks: which data set, which kind of tasks, and the network that learns them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from kronfac.experiments.continual.tasks import MAKERS, Task
 from kronfac.experiments.datasets import load
-from kronfac.experiments.datasets.base import Dataset
 from kronfac.experiments.errors import ExperimentError, UnknownNameError
 from kronfac.experiments.models.initialise import initialise, mark_linear
 from kronfac.experiments.models.resnet import ResNet
 from kronfac.experiments.models.small import perceptron, small_convolutional
 
-#: Images for training and for testing, standardised.
-Images = tuple[Tensor, Tensor]
 #: The stream's own random numbers are far from those of training.
 _SEED = 7_919
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task of a stream.
-
-    Attributes:
-        name: What it is, for people.
-        train_inputs: float32, as the network takes them.
-        train_targets: int64; places in ``classes`` where these are given.
-        test_inputs: As in training.
-        test_targets: As in training.
-        classes: The outputs of the network that the task uses; None for all.
-        held_out: The same task with held-out training examples as its test set, to choose hyper-parameters by; None
-            where nothing is held out.
-    """
-
-    name: str
-    train_inputs: Tensor
-    train_targets: Tensor
-    test_inputs: Tensor
-    test_targets: Tensor
-    classes: tuple[int, ...] | None = None
-    held_out: Task | None = None
-
-    def holding_out(self, count: int) -> Task:
-        """Keep the last training examples for choosing hyper-parameters.
-
-        Args:
-            count: How many.
-
-        Returns:
-            The task, without them in its training set.
-
-        Raises:
-            ExperimentError: If the task has no more than that.
-        """
-        if count == 0:
-            return self
-        if not 0 < count < len(self.train_inputs):
-            raise ExperimentError(f"{count} of the {len(self.train_inputs)} training examples cannot be held out")
-        held = replace(self, test_inputs=self.train_inputs[-count:], test_targets=self.train_targets[-count:])
-        return replace(
-            self,
-            train_inputs=self.train_inputs[:-count],
-            train_targets=self.train_targets[:-count],
-            held_out=held,
-        )
-
-    def outputs(self, outputs: Tensor) -> Tensor:
-        """Pick the outputs that the task uses.
-
-        Args:
-            outputs: All logits, ``[N, C]``.
-
-        Returns:
-            The task's logits.
-        """
-        return outputs if self.classes is None else outputs[:, list(self.classes)]
 
 
 @dataclass(frozen=True)
@@ -151,7 +89,7 @@ class Stream:
         generator = torch.Generator().manual_seed(_SEED * (seed + 1))
         train, test = (F.avg_pool2d(part, self.pool) for part in data.standardised())
         return [
-            task.holding_out(held_out) for task in _MAKERS[self.kind](data, (train, test), count, generator, self.flat)
+            task.holding_out(held_out) for task in MAKERS[self.kind](data, (train, test), count, generator, self.flat)
         ]
 
     def model(self, seed: int) -> nn.Module:
@@ -166,76 +104,6 @@ class Stream:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.build()
-
-
-def _permuted(data: Dataset, images: Images, count: int, generator: torch.Generator, flat: bool) -> list[Task]:
-    """Pixels in an order of the task's own; the first task has them as they are."""
-    shape, tasks = images[0].shape[1:], []
-    for index in range(count):
-        pixels = shape.numel()
-        order = torch.arange(pixels) if index == 0 else torch.randperm(pixels, generator=generator)
-        parts = [part.flatten(1)[:, order] for part in images]
-        tasks.append(_task(f"permutation {index + 1}", data, *(p if flat else p.view(-1, *shape) for p in parts)))
-    return tasks
-
-
-def _rotated(data: Dataset, images: Images, count: int, generator: torch.Generator, flat: bool) -> list[Task]:
-    """Images turned by 0 … 180 degrees, the last one excluded, in equal steps."""
-    tasks = []
-    for index in range(count):
-        angle = 180.0 * index / count
-        parts = [rotate(part, angle) for part in images]
-        tasks.append(_task(f"{angle:g} degrees", data, *(p.flatten(1) if flat else p for p in parts)))
-    return tasks
-
-
-def _split(data: Dataset, images: Images, count: int, generator: torch.Generator, flat: bool) -> list[Task]:
-    """A few classes at a time; each task has outputs of its own (task-incremental learning)."""
-    order = torch.randperm(data.classes, generator=generator).view(count, -1)
-    tasks = []
-    for row in order.sort(1).values:
-        parts = []
-        for whole, labels in zip(images, (data.train.labels, data.test.labels), strict=True):
-            chosen = torch.isin(labels, row)
-            parts += [whole[chosen].flatten(1) if flat else whole[chosen], torch.searchsorted(row, labels[chosen])]
-        classes = tuple(row.tolist())
-        tasks.append(Task("classes " + ", ".join(map(str, classes)), parts[0], parts[1], parts[2], parts[3], classes))
-    return tasks
-
-
-_MAKERS: dict[str, Callable[[Dataset, Images, int, torch.Generator, bool], list[Task]]] = {
-    "permuted": _permuted,
-    "rotated": _rotated,
-    "split": _split,
-}
-
-
-def _task(name: str, data: Dataset, train: Tensor, test: Tensor) -> Task:
-    return Task(name, train, data.train.labels, test, data.test.labels)
-
-
-def rotate(images: Tensor, degrees: float) -> Tensor:
-    """Turn images about their centre, counter-clockwise, with bilinear interpolation; corners get the nearest border.
-
-    Args:
-        images: ``[N, C, H, W]``.
-        degrees: The angle.
-
-    Returns:
-        Images of the same size.
-    """
-    if degrees == 0:
-        return images
-    turn = math.radians(degrees)
-    height, width = images.shape[-2:]
-    matrix = torch.tensor(
-        [
-            [math.cos(turn), -math.sin(turn) * height / width, 0.0],
-            [math.sin(turn) * width / height, math.cos(turn), 0.0],
-        ]
-    )
-    grid = F.affine_grid(matrix.unsqueeze(0), [1, 1, height, width], align_corners=False)
-    return F.grid_sample(images, grid.expand(len(images), -1, -1, -1), padding_mode="border", align_corners=False)
 
 
 def colour_convolutional(maps: tuple[int, int, int] = (32, 32, 64), classes: int = 10, size: int = 32) -> nn.Sequential:
