@@ -23,6 +23,16 @@ pytest.importorskip("matplotlib")
 SMALL = {"tasks": 3, "budget": continual.Budget(epochs=2), "threads": 1}
 
 
+def test_tasks_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = continual.get_stream("permuted-digits").tasks(1, 0)[0]
+    one = images.train_inputs.nbytes + images.test_inputs.nbytes
+    monkeypatch.setattr("kronfac.experiments.continual.streams.free_memory", lambda: 3 * one)
+    assert len(continual.get_stream("permuted-digits").tasks(3, 0)) == 3
+    assert len(continual.get_stream("split-digits").tasks(5, 0)) == 5  # shares one set of images out
+    with pytest.raises(ExperimentError, match=r"4 tasks of rotated-digits take .* GiB are free: take fewer tasks"):
+        continual.get_stream("rotated-digits").tasks(4, 0)
+
+
 @pytest.mark.parametrize("name", ["permuted-digits", "rotated-digits", "split-digits", "split-digits-cnn"])
 def test_streams_are_a_function_of_their_seed(name: str) -> None:
     stream = continual.get_stream(name)

@@ -12,6 +12,7 @@ from torch import nn
 
 from kronfac.experiments.continual.tasks import MAKERS, Task
 from kronfac.experiments.datasets import load
+from kronfac.experiments.environment import free_memory
 from kronfac.experiments.errors import ExperimentError, UnknownNameError
 from kronfac.experiments.models.initialise import initialise, mark_linear
 from kronfac.experiments.models.resnet import ResNet
@@ -82,12 +83,18 @@ class Stream:
             The tasks in order.
 
         Raises:
-            ExperimentError: If there cannot be that many.
-        """  # noqa: DOC502
+            ExperimentError: If there cannot be that many, or not in the memory that is free.
+        """
         self.check(count)
         data = load(self.dataset)
         generator = torch.Generator().manual_seed(_SEED * (seed + 1))
         train, test = (F.avg_pool2d(part, self.pool) for part in data.standardised())
+        needed, free = count * (train.nbytes + test.nbytes), free_memory()
+        if self.kind != "split" and free is not None and needed > free:
+            raise ExperimentError(
+                f"{count} tasks of {self.name} take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: "
+                "take fewer tasks, or run fewer at once"
+            )
         return [
             task.holding_out(held_out) for task in MAKERS[self.kind](data, (train, test), count, generator, self.flat)
         ]
