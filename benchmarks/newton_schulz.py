@@ -28,7 +28,7 @@ from kronfac.blocks import Kronecker, PerFactor
 from kronfac.damping import factored
 from kronfac.experiments.bench.timing import Clock, clock_of
 from kronfac.experiments.problems import get_problem
-from kronfac.linalg.inverse import cholesky_inverses
+from kronfac.linalg.inverse import invert
 from kronfac.linalg.newton_schulz import renew
 from kronfac.optim import KFAC
 
@@ -95,7 +95,7 @@ def row(found: dict[int, Factors], damping: float, every: int, rounds: int, cloc
         matrices, shifts = damped(found[step], damping)
         for _ in range(1 if not starts else rounds):
             begun = clock()
-            cholesky_inverses(matrices, shifts)
+            invert(matrices, shifts)
             middle = clock()
             renewed = renew(matrices, shifts, starts or [None] * len(matrices))
             if starts:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from kronfac.blocks import KINDS, Block, PerFactor, Shift, Uniform
+from kronfac.linalg.inverse import invert
 
 TOLERANCE = 1e-10
 
@@ -27,6 +29,13 @@ def random_tensor(*shape: int, seed: int) -> Tensor:
 
 def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def cholesky_inverses(
+    matrices: Sequence[Tensor], shifts: Sequence[Tensor | float], names: Sequence[str] | None = None
+) -> list[Tensor]:
+    """The inverses alone."""
+    return [result.inverse for result in invert(matrices, shifts, names)]
 
 
 class BlockCase:

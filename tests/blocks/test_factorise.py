@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from tests.blocks.block_cases import close, random_psd
+from tests.blocks.block_cases import cholesky_inverses, close, random_psd
 
 from kronfac.linalg.factorise import cholesky, eigh, eighs
-from kronfac.linalg.inverse import cholesky_inverses, invert
+from kronfac.linalg.inverse import invert
 
 
 def damped(matrix: torch.Tensor, shift: float) -> torch.Tensor:

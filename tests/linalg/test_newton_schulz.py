@@ -9,13 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.blocks.block_cases import random_psd
+from tests.blocks.block_cases import cholesky_inverses, random_psd
 from torch import Tensor
 
 from kronfac.linalg import newton_schulz
 from kronfac.linalg.closeness import reach, rms_residual
 from kronfac.linalg.factorise import retries
-from kronfac.linalg.inverse import cholesky_inverses
 from kronfac.linalg.newton_schulz import TOLERANCE, renew
 
 

@@ -42,9 +42,10 @@ class Inverted(NamedTuple):
     logdet: Tensor
 
 
-def cholesky_inverses(
+@torch.no_grad()
+def invert(
     matrices: Sequence[Tensor], shifts: Sequence[Tensor | float], names: Sequence[str] | None = None
-) -> list[Tensor]:
+) -> list[Inverted]:
     """Invert ``M_i + s_i I`` for a list of symmetric positive semi-definite matrices.
 
     Args:
@@ -53,24 +54,7 @@ def cholesky_inverses(
         names: What to call each matrix in an error; ``"matrix <index>"`` by default.
 
     Returns:
-        The inverses, in the order, shapes and dtypes of ``matrices``. Each is symmetric to the last bit.
-    """
-    return [result.inverse for result in invert(matrices, shifts, names)]
-
-
-@torch.no_grad()
-def invert(
-    matrices: Sequence[Tensor], shifts: Sequence[Tensor | float], names: Sequence[str] | None = None
-) -> list[Inverted]:
-    """Invert ``M_i + s_i I`` as `cholesky_inverses` does, and keep the log-determinants.
-
-    Args:
-        matrices: Matrices of shape ``[*stack, n, n]``, float32 or float64; sizes and stacks may differ.
-        shifts: What is added to each diagonal: a number, or a tensor that broadcasts to the stack.
-        names: What to call each matrix in an error; ``"matrix <index>"`` by default.
-
-    Returns:
-        One `Inverted` per matrix, in order.
+        One `Inverted` per matrix, in the order, shapes and dtypes of ``matrices``.
 
     Raises:
         ValueError: If the sequences differ in length, or a shift does not broadcast to its stack.
@@ -78,7 +62,7 @@ def invert(
     labels = check_matrices(matrices, names)
     if len(shifts) != len(matrices):
         raise ValueError(f"{len(matrices)} matrices need as many shifts, got {len(shifts)}")
-    results: list[Inverted | None] = [None] * len(matrices)
+    results: dict[int, Inverted] = {}
     goods: list[Tensor] = []
     groups = groups_of(matrices)
     for group in groups:
@@ -96,7 +80,7 @@ def invert(
             continue
         for position, i in enumerate(group):
             _repair(results[i], good if len(group) == 1 else good[position], matrices[i], shifts[i], labels[i])
-    return [result for result in results if result is not None]
+    return [results[i] for i in range(len(matrices))]
 
 
 def _workspace(matrices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -152,9 +136,8 @@ def _invert_in_place(work: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(logdets).view(stack), torch.cat(goods).view(stack)
 
 
-def _repair(result: Inverted | None, good: Tensor, matrix: Tensor, shift: Tensor | float, name: str) -> None:
+def _repair(result: Inverted, good: Tensor, matrix: Tensor, shift: Tensor | float, name: str) -> None:
     """Redo in float64, in place of the failed results."""
-    assert result is not None
     bad = ~good
     if not bool(bad.any()):
         return
