@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from kronfac.continual import base as continual_base
 from kronfac.experiments import continual
 from kronfac.experiments.continual import runner, views
 from kronfac.experiments.continual.points import Point
 from kronfac.experiments.continual.tables import choices, correlation
-from kronfac.experiments.continual.tasks import rotate
+from kronfac.experiments.continual.tasks import Task, rotate
 from kronfac.experiments.errors import CheckpointError, ExperimentError
 
 pytest.importorskip("sklearn")
@@ -23,12 +25,18 @@ pytest.importorskip("matplotlib")
 SMALL = {"tasks": 3, "budget": continual.Budget(epochs=2), "threads": 1}
 
 
+def _images(task: Task) -> Tensor:
+    """Training images as the network takes them."""
+    return task.arrange(task.train_inputs)
+
+
 def test_tasks_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     images = continual.get_stream("permuted-digits").tasks(1, 0)[0]
     one = images.train_inputs.nbytes + images.test_inputs.nbytes
     monkeypatch.setattr("kronfac.experiments.continual.streams.free_memory", lambda: 3 * one)
-    assert len(continual.get_stream("permuted-digits").tasks(3, 0)) == 3
-    assert len(continual.get_stream("split-digits").tasks(5, 0)) == 5  # shares one set of images out
+    assert len(continual.get_stream("rotated-digits").tasks(3, 0)) == 3
+    assert len(continual.get_stream("permuted-digits").tasks(9, 0)) == 9  # one set of images, arranged as it is read
+    assert len(continual.get_stream("split-digits").tasks(5, 0)) == 5  # shares it out
     with pytest.raises(ExperimentError, match=r"4 tasks of rotated-digits take .* GiB are free: take fewer tasks"):
         continual.get_stream("rotated-digits").tasks(4, 0)
 
@@ -39,16 +47,16 @@ def test_streams_are_a_function_of_their_seed(name: str) -> None:
     one, two, other = stream.tasks(5, 0), stream.tasks(5, 0), stream.tasks(5, 1)
     for left, right in zip(one, two, strict=True):
         assert left.name == right.name
-        assert torch.equal(left.train_inputs, right.train_inputs)
+        assert torch.equal(_images(left), _images(right))
         assert torch.equal(left.test_targets, right.test_targets)
     same = all(
-        a.train_inputs.shape == b.train_inputs.shape and torch.equal(a.train_inputs, b.train_inputs)
+        _images(a).shape == _images(b).shape and torch.equal(_images(a), _images(b))
         for a, b in zip(one, other, strict=True)
     )
     assert same == (name == "rotated-digits")
     model = stream.model(0)
     for task in one:
-        logits = task.outputs(model(task.train_inputs[:4]))
+        logits = task.outputs(model(_images(task)[:4]))
         assert logits.shape == (4, 2 if name.startswith("split") else 10)
         assert int(task.train_targets.max()) == logits.shape[1] - 1
 
@@ -56,8 +64,13 @@ def test_streams_are_a_function_of_their_seed(name: str) -> None:
 def test_permutations_keep_the_pixels() -> None:
     tasks = continual.get_stream("permuted-digits").tasks(3, 0)
     for task in tasks[1:]:
-        assert not torch.equal(task.train_inputs, tasks[0].train_inputs)
-        assert torch.equal(task.train_inputs.sort(1).values, tasks[0].train_inputs.sort(1).values)
+        assert not torch.equal(_images(task), _images(tasks[0]))
+        assert torch.equal(_images(task).sort(1).values, _images(tasks[0]).sort(1).values)
+        inputs, targets = next(task.tests(200))
+        assert torch.equal(inputs.sort(1).values, next(tasks[0].tests(200))[0].sort(1).values)
+        assert torch.equal(inputs[0], _images(replace(task, train_inputs=task.test_inputs))[0])
+        assert torch.equal(targets, task.test_targets[:200])
+        assert task.train_inputs is tasks[0].train_inputs  # fifty tasks take the memory of one
 
 
 def test_splits_share_the_classes_out() -> None:

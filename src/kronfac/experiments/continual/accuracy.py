@@ -26,7 +26,7 @@ def accuracy(model: nn.Module, task: Task) -> float:
     training = model.training
     model.eval()
     right = 0
-    for inputs, targets in zip(task.test_inputs.split(1000), task.test_targets.split(1000), strict=True):
+    for inputs, targets in task.tests(1000):
         right += int((task.outputs(model(inputs)).argmax(1) == targets).sum())
     model.train(training)
     return right / len(task.test_targets)

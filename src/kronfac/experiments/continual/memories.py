@@ -230,7 +230,7 @@ class Quadratic(PenaltyMemory):
         curvature = kf.estimate(
             self.view.subject(model),
             kf.Categorical(),
-            [(task.train_inputs[part], task.train_targets[part]) for part in rows],
+            [task.training(part) for part in rows],
             approximation=self.approximation,
             source="sampled",
             seed=seed,

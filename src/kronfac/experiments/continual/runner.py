@@ -197,7 +197,7 @@ def _learn(
     now = tasks if memory.replays else tasks[-1:]
     loss = value = 0.0
     orders = [_rows(task, generator, plan.steps * plan.batch_size).split(plan.batch_size) for task in now]
-    first = [tasks[-1].train_inputs[rows] for rows in orders[-1][:_STATISTICS]]
+    first = [tasks[-1].training(rows)[0] for rows in orders[-1][:_STATISTICS]]
     with memory.learning(model, first):
         for step in range(plan.steps):
             optimizer.zero_grad()
@@ -220,11 +220,11 @@ def _learn(
 
 def _loss(model: nn.Module, tasks: Sequence[Task], rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """Mean loss over tasks, whose examples are one batch: batch norm's statistics are those of all of them."""
-    inputs = [task.train_inputs[chosen] for task, chosen in zip(tasks, rows, strict=True)]
-    outputs = model(torch.cat(inputs)).split([len(part) for part in inputs])
+    parts = [task.training(chosen) for task, chosen in zip(tasks, rows, strict=True)]
+    outputs = model(torch.cat([inputs for inputs, _ in parts])).split([len(targets) for _, targets in parts])
     losses = [
-        F.cross_entropy(task.outputs(part), task.train_targets[chosen])
-        for task, part, chosen in zip(tasks, outputs, rows, strict=True)
+        F.cross_entropy(task.outputs(part), targets)
+        for task, part, (_, targets) in zip(tasks, outputs, parts, strict=True)
     ]
     return torch.stack(losses).mean()
 

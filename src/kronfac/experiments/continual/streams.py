@@ -90,7 +90,7 @@ class Stream:
         generator = torch.Generator().manual_seed(_SEED * (seed + 1))
         train, test = (F.avg_pool2d(part, self.pool) for part in data.standardised())
         needed, free = count * (train.nbytes + test.nbytes), free_memory()
-        if self.kind != "split" and free is not None and needed > free:
+        if self.kind == "rotated" and free is not None and needed > free:
             raise ExperimentError(
                 f"{count} tasks of {self.name} take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: "
                 "take fewer tasks, or run fewer at once"

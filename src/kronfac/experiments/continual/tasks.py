@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +18,22 @@ from kronfac.experiments.errors import ExperimentError
 Images = tuple[Tensor, Tensor]
 
 
+def _as_they_are(images: Tensor) -> Tensor:
+    return images
+
+
 @dataclass(frozen=True)
 class Task:
     """One task of a stream.
 
     Attributes:
         name: What it is, for people.
-        train_inputs: float32, as the network takes them.
+        train_inputs: float32, before ``arrange``; tasks with the same images share them.
         train_targets: int64; places in ``classes`` where these are given.
         test_inputs: As in training.
         test_targets: As in training.
         classes: The outputs of the network that the task uses; None for all.
+        arrange: Makes what the network takes of images, as they are read.
         held_out: The same task with held-out training examples as its test set, to choose hyper-parameters by; None
             where nothing is held out.
     """
@@ -38,7 +44,31 @@ class Task:
     test_inputs: Tensor
     test_targets: Tensor
     classes: tuple[int, ...] | None = None
+    arrange: Callable[[Tensor], Tensor] = _as_they_are
     held_out: Task | None = None
+
+    def training(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Give training examples.
+
+        Args:
+            rows: Which ones.
+
+        Returns:
+            Inputs, as the network takes them, and targets.
+        """
+        return self.arrange(self.train_inputs[rows]), self.train_targets[rows]
+
+    def tests(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Go through the test set.
+
+        Args:
+            size: Examples of a batch.
+
+        Yields:
+            Inputs, as the network takes them, and targets.
+        """
+        for inputs, targets in zip(self.test_inputs.split(size), self.test_targets.split(size), strict=True):
+            yield self.arrange(inputs), targets
 
     def holding_out(self, count: int) -> Task:
         """Keep the last training examples for choosing hyper-parameters.
@@ -78,13 +108,17 @@ class Task:
 
 def _permuted(data: Dataset, images: Images, count: int, generator: torch.Generator, flat: bool) -> list[Task]:
     """Pixels in an order of the task's own; the first task has them as they are."""
-    shape, tasks = images[0].shape[1:], []
+    shape = images[0].shape[1:]
+    pixels, tasks = shape.numel(), []
     for index in range(count):
-        pixels = shape.numel()
         order = torch.arange(pixels) if index == 0 else torch.randperm(pixels, generator=generator)
-        parts = [part.flatten(1)[:, order] for part in images]
-        tasks.append(_task(f"permutation {index + 1}", data, *(p if flat else p.view(-1, *shape) for p in parts)))
+        arrange = partial(_in_order, order=order, shape=[pixels] if flat else shape)
+        tasks.append(_task(f"permutation {index + 1}", data, *images, arrange))
     return tasks
+
+
+def _in_order(images: Tensor, order: Tensor, shape: Sequence[int]) -> Tensor:
+    return images.flatten(1)[:, order].view(-1, *shape)
 
 
 def _rotated(data: Dataset, images: Images, count: int, generator: torch.Generator, flat: bool) -> list[Task]:
@@ -119,8 +153,10 @@ MAKERS: dict[str, Callable[[Dataset, Images, int, torch.Generator, bool], list[T
 }
 
 
-def _task(name: str, data: Dataset, train: Tensor, test: Tensor) -> Task:
-    return Task(name, train, data.train.labels, test, data.test.labels)
+def _task(
+    name: str, data: Dataset, train: Tensor, test: Tensor, arrange: Callable[[Tensor], Tensor] = _as_they_are
+) -> Task:
+    return Task(name, train, data.train.labels, test, data.test.labels, arrange=arrange)
 
 
 def rotate(images: Tensor, degrees: float) -> Tensor:
