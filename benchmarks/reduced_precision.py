@@ -12,6 +12,7 @@ Truth is the direction in float64 from the same statistics. Forms of the two pro
 - bf16, one side: the product with the wider factor in bfloat16, the other in float32;
 - bf16, inverse split / gradient split: that operand as the sum of two bfloat16 numbers, two products for one;
 - bf16, both split: three products for one;
+- bf16, main part apart: what is large in the gradient in float32, `kronfac.linalg.rounded`;
 - eigenbasis in bf16: into the eigenbasis and back by bfloat16 products, four for two, eigenvalues in float32.
 
 A CPU's bfloat16 product rounds its result to bfloat16, too; CUDA's gives it in float32.
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from kronfac.experiments.bench.timing import clock_of
 from kronfac.experiments.bench.workloads import make
+from kronfac.linalg.rounded import LEAST, RoundedProduct, Workspace
 from kronfac.optim import KFAC
 
 
@@ -66,6 +68,7 @@ class Layer:
         self.split = split(self.left), split(self.right)
         pairs = [torch.linalg.eigh(matrix) for matrix in exact]
         self.bases = [vectors.bfloat16() for _, vectors in pairs]
+        self.product, self.work = RoundedProduct(self.left, self.right), Workspace()
         self.scale = (1.0 / torch.outer(pairs[0][0], pairs[1][0])).float()
 
     def plain(self) -> Tensor:
@@ -104,6 +107,12 @@ class Layer:
         ih, il = split(multiply(lh, gh) + multiply(lh, gl) + multiply(ll, gh))
         return multiply(ih, rh) + multiply(ih, rl) + multiply(il, rh)
 
+    def apart(self) -> Tensor:
+        """What is large in float32; narrow layers wholly."""
+        if min(self.gradient.shape) < LEAST:
+            return self.plain()
+        return self.product(self.gradient, None, self.work)[0]
+
     def eigenbasis(self) -> Tensor:
         """Through the eigenvectors."""
         left, right = self.bases
@@ -119,6 +128,7 @@ FORMS: dict[str, Callable[[Layer], Tensor]] = {
     "bf16, inverse split": Layer.inverse_split,
     "bf16, gradient split": Layer.gradient_split,
     "bf16, both split": Layer.both_split,
+    "bf16, main part apart": Layer.apart,
     "eigenbasis in bf16": Layer.eigenbasis,
 }
 

@@ -17,11 +17,13 @@ import pytest
 import torch
 from tests.exactness_helpers import double, draw, relative
 from tests.layers.layer_cases import CASES
+from tests.linalg.test_rounded import cosine, in_range
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import kronfac as kf
+from kronfac.linalg.rounded import RoundedProduct, Workspace
 
 DEVICE = os.environ.get("KRONFAC_TEST_DEVICE", "cuda")
 TOLERANCE = 1e-9
@@ -234,6 +236,15 @@ def test_every_optimiser_trains_as_on_the_cpu(name: str) -> None:
         )
         moved += float((wanted - first).detach().abs().sum())
     assert moved > 1e-3
+
+
+def test_rounded_products_keep_the_direction() -> None:
+    gradient, output, input = (tensor.float() for tensor in in_range(300, 261, decay=1.0))
+    product = RoundedProduct(here(output), here(input))
+    weight, bias = product(here(gradient[:, :-1].contiguous()), here(gradient[:, -1].contiguous()), Workspace())
+    assert bias is not None
+    wanted, found = output @ gradient @ input, torch.cat([weight, bias.unsqueeze(1)], dim=1).cpu()
+    assert cosine(found, wanted) > 0.995
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMISERS if name != "kfra"])  # which refuses dropout

@@ -25,6 +25,7 @@ from kronfac.optim.gathering import Gatherer, eager_root
 from kronfac.optim.health import Record
 from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator
 from kronfac.optim.preconditioning import directions
+from kronfac.optim.reduced import RoundedDirections
 from kronfac.optim.renewal import Renewal
 from kronfac.optim.state import gather_generators, load_curvature_state, save_curvature_state
 from kronfac.sources import Source
@@ -118,6 +119,7 @@ class KFAC(Renewal):
         self._inverses: dict[str, Inverse] = {}
         self._check_renewal(plain=type(self).step is KFAC.step)
         self._record = Record()
+        self._rounded = RoundedDirections() if self._options["products"] == "bfloat16" else None
         self._pending: Pending | None = None
         self._clip = KLClip()
         self._generators: list[Tensor] | None = None
@@ -328,7 +330,7 @@ class KFAC(Renewal):
         return found
 
     def _directions(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        return directions(self._estimator.adaptation.adapters, self._inverses, gradients)
+        return directions(self._estimator.adaptation.adapters, self._inverses, gradients, self._rounded)
 
     # ---------------------------------------------------------------- KL clip
     @property

@@ -24,6 +24,10 @@ class KFACOptions(TypedDict, total=False):
         inverse: How damped Kronecker factors are inverted. ``"cholesky"``, or ``"newton_schulz"``: by products alone,
             starting from the inverses of the refresh before (:mod:`kronfac.linalg.newton_schulz`); factors that are too
             far from those of before, or too ill-conditioned, take Cholesky, which ``optimizer.health()`` counts.
+        products: Precision of the products with the inverses. ``"float32"`` (the inverses' own), or ``"bfloat16"`` for
+            layers of at least 128 inputs and outputs: what is large in a gradient is multiplied in float32, the rest in
+            bfloat16 (:mod:`kronfac.linalg.rounded`). The first direction after each refresh is computed both ways, and
+            a layer where their cosine is below 0.99 stays in float32 until the next; ``optimizer.health()`` has it.
         burn_in: Statistics are gathered on each of the first so many steps.
         stats_examples: How many examples of a forward statistics are of at most: the first of them, which of shuffled
             batches are as good as any. None for all. ``warm_up`` takes whole batches. Fewer than half of the batch take
@@ -40,6 +44,7 @@ class KFACOptions(TypedDict, total=False):
     asynchronous: int
     drift: float | None
     inverse: str
+    products: str
     burn_in: int
     stats_examples: int | None
     sharing: str
@@ -48,13 +53,14 @@ class KFACOptions(TypedDict, total=False):
     param_groups: Iterable[dict[str, Any]] | None
 
 
-INVERSIONS = ("cholesky", "newton_schulz")
+CHOICES = {"inverse": ("cholesky", "newton_schulz"), "products": ("float32", "bfloat16")}
 
 DEFAULTS = KFACOptions(
     decoupled_weight_decay=False,
     asynchronous=0,
     drift=None,
     inverse="cholesky",
+    products="float32",
     burn_in=10,
     stats_examples=None,
     sharing="expand",
@@ -85,8 +91,9 @@ def complete(options: KFACOptions) -> KFACOptions:
         at_least(name, merged[name], 0, integer=True)
     if merged["stats_examples"] is not None:
         at_least("stats_examples", merged["stats_examples"], 1, integer=True)
-    if merged["inverse"] not in INVERSIONS:
-        raise ValueError(f"inverse={merged['inverse']!r} is unknown; choose one of {INVERSIONS}.")
+    for name, known in CHOICES.items():
+        if (value := merged[name]) not in known:  # type: ignore[literal-required]
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {known}.")
     if merged["drift"] is not None:
         at_least("drift", merged["drift"], 0.0, open_=True)
     return merged

@@ -16,6 +16,7 @@ from kronfac.linalg.factorise import retries
 from kronfac.linalg.inverse import invert
 from kronfac.linalg.newton_schulz import renew
 from kronfac.linalg.symmetric import row_step
+from kronfac.optim.reduced import RoundedDirections
 from kronfac.optim.warm import as_product
 
 
@@ -219,7 +220,10 @@ def _factorise(damped: _Damped, starts: Mapping[str, Inverse] | None = None) -> 
 
 
 def directions(
-    layers: Mapping[str, LayerAdapter], inverses: Mapping[str, Inverse], gradients: Mapping[str, Tensor]
+    layers: Mapping[str, LayerAdapter],
+    inverses: Mapping[str, Inverse],
+    gradients: Mapping[str, Tensor],
+    rounded: RoundedDirections | None = None,
 ) -> dict[str, Tensor]:
     """Multiply the gradients of all layers by their inverses.
 
@@ -227,6 +231,7 @@ def directions(
         layers: Adapters by layer.
         inverses: Inverses by layer.
         gradients: Gradients by parameter name.
+        rounded: Multiplies in reduced precision where that was measured to keep the direction.
 
     Returns:
         New tensors by parameter name; parameters without curvature keep the plain gradient.
@@ -247,7 +252,14 @@ def directions(
             key: gradients[key] if key in gradients else torch.zeros_like(parameter)
             for key, parameter in adapter.parameters.items()
         }
-        moved = direction(adapter, inverses[name], given)
+        inverse = inverses[name]
+        moved = None
+        if rounded is not None and rounded.ready(name, inverse):
+            moved = rounded.apply(name, adapter, given)
+        if moved is None:
+            moved = direction(adapter, inverse, given)
+            if rounded is not None:
+                rounded.measure(name, adapter, inverse, given, moved)
         out |= {key: moved[key] for key in moved if key in gradients}
     return out
 

@@ -18,9 +18,10 @@ from kronfac.optim.background import Pending, submit
 from kronfac.optim.drift import largest_drift
 from kronfac.optim.gathering import Gatherer
 from kronfac.optim.health import LayerHealth, Record, condition
-from kronfac.optim.options import KFACOptions
+from kronfac.optim.options import DEFAULTS, KFACOptions
 from kronfac.optim.preconditioning import refresh, renew_values, snapshot
-from kronfac.optim.warm import check_warm, require_products
+from kronfac.optim.reduced import RoundedDirections, check_reduced
+from kronfac.optim.warm import check_factors, require_products
 
 
 class Renewal(Optimizer):
@@ -38,6 +39,7 @@ class Renewal(Optimizer):
     _steps: int
     _inverses: dict[str, Inverse]
     _record: Record
+    _rounded: RoundedDirections | None
     _pending: Pending | None
 
     @abstractmethod
@@ -45,7 +47,7 @@ class Renewal(Optimizer):
         """Damping of a layer."""
 
     def _check_renewal(self, *, plain: bool) -> None:
-        """Refuse asynchronous and warm-started inverses, and drift as their trigger, where they cannot be.
+        """Refuse asynchronous, warm-started and rounded inverses, and drift as their trigger, where they cannot be.
 
         Args:
             plain: Whether the class takes KFAC's own step.
@@ -55,13 +57,17 @@ class Renewal(Optimizer):
         """
         delay, kind = self._options["asynchronous"], type(self)
         if not plain or kind._renew_inverses is not Renewal._renew_inverses:
-            warm = "newton_schulz" if self._warm else None
-            for name, value in (("asynchronous", delay), ("drift", self._options["drift"]), ("inverse", warm)):
+            own = {"asynchronous": delay, "drift": self._options["drift"], **self._of_factors}
+            for name, value in own.items():
                 if value:
                     text = f"{name}={value!r} does not fit {kind.__name__}, which renews inverses its own way."
                     raise ValueError(text)
-        if self._warm:
-            check_warm(self._estimator.statistics, self._rule, self._estimator.approximation.name)
+        for name, value in self._of_factors.items():
+            check_factors(
+                f"{name}={value!r}", self._estimator.statistics, self._rule, self._estimator.approximation.name
+            )
+        if "products" in self._of_factors:
+            check_reduced(self._estimator.adaptation.adapters)
         if not delay:
             return
         if any(s.keeps_basis for s in self._estimator.statistics.values()):
@@ -71,6 +77,12 @@ class Renewal(Optimizer):
             )
         if delay >= self._periods[1]:
             raise ValueError(f"asynchronous={delay} must be less than invert_every={self._periods[1]}.")
+
+    @property
+    def _of_factors(self) -> dict[str, str]:
+        """Options that are for inverses of Kronecker factors alone, where they are not the default."""
+        names = ("inverse", "products")
+        return {n: self._options[n] for n in names if self._options[n] != DEFAULTS[n]}  # type: ignore[literal-required]
 
     @property
     def _warm(self) -> bool:
@@ -130,8 +142,9 @@ class Renewal(Optimizer):
                 found = refresh(self._inverses, ready, self._damping, self._rules(), warm=self._warm)
             else:
                 found = renew_values(self._inverses, ready, self._damping, self._rules())
-        if self._warm:
-            require_products(found.inverses)
+        if due:
+            for name, value in self._of_factors.items():
+                require_products(f"{name}={value!r}", found.inverses)
         self._record.renewed(found.inverses, self._steps, found)
 
     @contextmanager
@@ -159,6 +172,7 @@ class Renewal(Optimizer):
                 record.failures[name],
                 record.iterations[name],
                 record.fallbacks[name],
+                None if self._rounded is None else self._rounded.cosines.get(name),
             )
             for name in self._estimator.statistics
         }

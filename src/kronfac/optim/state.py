@@ -53,6 +53,7 @@ def save_curvature_state(optimizer: KFAC) -> dict[str, Any]:
         "inverses": save_inverses(optimizer._inverses),
         "pending": _save_pending(optimizer._pending),
         "record": optimizer._record.describe(),
+        "cosines": {} if optimizer._rounded is None else dict(optimizer._rounded.cosines),
         "generator": generator.get_state(),
         "generators": optimizer._generators,
         "clip_ratio": optimizer._clip.ratio,
@@ -110,8 +111,9 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
     fixed = {layer: statistic for layer, statistic in mine.items() if statistic.constant_shapes()}
     constants = {layer: _constants(layer, statistic, saved["constants"][layer]) for layer, statistic in fixed.items()}
     inverses = _load_inverses(optimizer, saved["inverses"])
-    pending = _load_pending(optimizer, saved.get("pending"))  # states of before lack both
+    pending = _load_pending(optimizer, saved.get("pending"))  # states of before lack it, record and cosines
     record = Record.of(saved["record"]) if "record" in saved else Record()
+    cosines = {str(k): _number(f"cosine of {k}", v) for k, v in saved.get("cosines", {}).items()}
     steps = int(_number("steps", saved["steps"]))
     ratio = None if saved["clip_ratio"] is None else _number("clip_ratio", saved["clip_ratio"])
     terms = _number("terms", saved["terms"])
@@ -130,6 +132,8 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
         for layer, statistic in fixed.items():
             statistic.restore(constants[layer])
         optimizer._inverses, optimizer._pending, optimizer._record = inverses, pending, record
+        if optimizer._rounded is not None:
+            optimizer._rounded.restore(inverses, cosines)
         optimizer._steps, optimizer._clip.ratio, optimizer._estimator.terms = steps, ratio, terms
         generator.set_state(random_state)
         if fallback is not None:

@@ -1,4 +1,4 @@
-"""What ``inverse="newton_schulz"`` can serve, and what it refuses."""
+"""What options for the inverses of Kronecker factors can serve, and what they refuse."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from kronfac.blocks import Block, Inverse, KroneckerInverse, PerFactor, Rescaled
 from kronfac.damping import Rule, exact
 
 
-def check_warm(statistics: Mapping[str, Statistic], rule: Rule, approximation: str) -> None:
+def check_factors(option: str, statistics: Mapping[str, Statistic], rule: Rule, approximation: str) -> None:
     """Refuse what is known to need eigenvectors.
 
     Args:
+        option: The option with its value.
         statistics: The layers' running statistics.
         rule: How damping is added.
         approximation: Its name.
@@ -20,22 +21,24 @@ def check_warm(statistics: Mapping[str, Statistic], rule: Rule, approximation: s
     Raises:
         ValueError: It needs them.
     """
+    name = option.partition("=")[0]
     if any(statistic.keeps_basis for statistic in statistics.values()):
         raise ValueError(
-            f"inverse='newton_schulz' does not fit approximation={approximation!r}, whose inverses are made of "
-            "eigenvectors: leave inverse out."
+            f"{option} does not fit approximation={approximation!r}, whose inverses are made of "
+            f"eigenvectors: leave {name} out."
         )
     if rule is exact:
         raise ValueError(
-            "inverse='newton_schulz' does not fit damping_rule='exact', which needs the factors' eigenvectors: use "
-            "damping_rule='factored', or leave inverse out."
+            f"{option} does not fit damping_rule='exact', which needs the factors' eigenvectors: use "
+            f"damping_rule='factored', or leave {name} out."
         )
 
 
-def require_products(inverses: Mapping[str, Inverse]) -> None:
+def require_products(option: str, inverses: Mapping[str, Inverse]) -> None:
     """Refuse inverses of which none is made of inverted Kronecker factors.
 
     Args:
+        option: The option with its value.
         inverses: By layer.
 
     Raises:
@@ -43,8 +46,8 @@ def require_products(inverses: Mapping[str, Inverse]) -> None:
     """
     if inverses and not any(isinstance(inverse, KroneckerInverse) for inverse in inverses.values()):
         raise ValueError(
-            "inverse='newton_schulz' renews the inverses of Kronecker factors, and no layer has any: use "
-            "approximation='kfac' and damping_rule='factored', or leave inverse out."
+            f"{option} is for the inverses of Kronecker factors, and no layer has any: use approximation='kfac' and "
+            f"damping_rule='factored', or leave {option.partition('=')[0]} out."
         )
 
 

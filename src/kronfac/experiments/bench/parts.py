@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from kronfac.experiments.bench.steps import KINDS, combine, make_kfac, single, whole_rounds, whole_steps
+from kronfac.experiments.bench.steps import KINDS, combine, make_kfac, rounds_well, single, whole_rounds, whole_steps
 from kronfac.experiments.bench.timing import Clock, Spread, clock_of, timed
 from kronfac.experiments.bench.workloads import LARGE, Workload, make
 from kronfac.experiments.errors import ExperimentError
 from kronfac.optim import KFAC, TKFAC
 from kronfac.optim.background import submit
-from kronfac.optim.preconditioning import refresh, snapshot
+from kronfac.optim.preconditioning import directions, refresh, snapshot
+from kronfac.optim.reduced import RoundedDirections
 
 #: What can be asked for by name. ``whole`` takes hundreds of steps, ``step`` one of each kind.
 PARTS = (
@@ -169,6 +170,10 @@ def parts(work: Workload, wanted: Sequence[str]) -> dict[str, Callable[[], objec
         functions |= {"alone": alone, "inverse beside": inverse_beside}
     if "precondition" in wanted:
         functions["precondition"] = lambda: optimizer._directions(gradients)
+        if rounds_well(work):
+            rounded = RoundedDirections()
+            adapters, inverses = optimizer._estimator.adaptation.adapters, dict(optimizer._inverses)
+            functions["precondition, bfloat16"] = lambda: directions(adapters, inverses, gradients, rounded)
     if "step" in wanted:
         functions |= {f"step, {kind}": function for kind, function in single(work, optimizer).items()}
     return functions

@@ -10,11 +10,29 @@ import torch
 
 from kronfac.experiments.bench.timing import Clock, Spread, timed
 from kronfac.experiments.bench.workloads import Workload, make
+from kronfac.layers import adapt_model
 from kronfac.optim import KFAC
+from kronfac.optim.reduced import fits
 
 #: Steps of a KFAC past its start, with the default periods of 10 and 100, at which nothing, statistics, and statistics
 #: and inverses are due; and how many of a hundred steps are of the kind.
 KINDS = {"kfac": (101, 90), "kfac with statistics": (110, 9), "kfac with refresh": (200, 1)}
+
+
+#: The step that there is only where layers are wide enough.
+ROUNDED = "kfac, bfloat16 products"
+
+
+def rounds_well(work: Workload) -> bool:
+    """Whether a workload has layers whose products with inverses can be rounded.
+
+    Args:
+        work: The workload.
+
+    Returns:
+        True if ``products="bfloat16"`` fits it.
+    """
+    return work.approximation == "kfac" and any(map(fits, adapt_model(work.model).adapters.values()))
 
 
 def make_kfac(work: Workload, **options: Any) -> KFAC:
@@ -107,6 +125,7 @@ def whole(work: Workload, kind: str, steps: int, clock: Clock) -> Callable[[], f
         "kfac": lambda: make_kfac(work),
         "kfac, asynchronous": lambda: make_kfac(work, asynchronous=20),
         "kfac, default clip": lambda: make_kfac(work, kl_clip="auto"),
+        ROUNDED: lambda: make_kfac(work, products="bfloat16"),
     }
     optimizer = make_optimizer[kind]()
     if isinstance(optimizer, KFAC):
@@ -131,10 +150,18 @@ def whole_steps(
     Returns:
         A mean step over forward+backward, by optimiser.
     """
-    plain, *works = (make(name, device=device, precision=precision) for _ in range(6))
+    plain = make(name, device=device, precision=precision)
+    kinds = [
+        "sgd",
+        "adamw",
+        "kfac",
+        "kfac, asynchronous",
+        "kfac, default clip",
+        *([ROUNDED] if rounds_well(plain) else []),
+    ]
     steps = {
-        kind: whole(work, kind, 100 if kind.startswith("kfac") else 20, clock)
-        for kind, work in zip(("sgd", "adamw", "kfac", "kfac, asynchronous", "kfac, default clip"), works, strict=True)
+        kind: whole(make(name, device=device, precision=precision), kind, 100 if kind.startswith("kfac") else 20, clock)
+        for kind in kinds
     }
 
     def reference() -> float:

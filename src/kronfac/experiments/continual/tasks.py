@@ -126,8 +126,8 @@ def _rotated(data: Dataset, images: Images, count: int, generator: torch.Generat
     tasks = []
     for index in range(count):
         angle = 180.0 * index / count
-        parts = [rotate(part, angle) for part in images]
-        tasks.append(_task(f"{angle:g} degrees", data, *(p.flatten(1) if flat else p for p in parts)))
+        train, test = (rotate(part, angle).flatten(1) if flat else rotate(part, angle) for part in images)
+        tasks.append(_task(f"{angle:g} degrees", data, train, test))
     return tasks
 
 

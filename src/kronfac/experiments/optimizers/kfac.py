@@ -53,6 +53,13 @@ _OPTIONS = (
     Option(
         "inverse", "cholesky", choice("cholesky", "newton_schulz"), "how Kronecker factors are inverted", later=True
     ),
+    Option(
+        "products",
+        "float32",
+        choice("float32", "bfloat16"),
+        "precision of products with the inverses of wide layers",
+        later=True,
+    ),
     Option("burn_in", 10, integer(0), "first steps that all gather statistics"),
     Option("ema", 0.95, number(0.0, 1.0, open_high=True), "decay of the running factors"),
     Option(

@@ -1,0 +1,77 @@
+"""Products of inverses in bfloat16: the direction is kept where plain rounding turns it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kronfac.linalg import rounded
+from kronfac.linalg.rounded import RoundedProduct, Workspace
+
+
+def inverse(width: int, rank: int, seed: int, damping: float) -> tuple[Tensor, Tensor]:
+    """Root of a factor of deficient rank with a mean, and the inverse of the damped factor, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(rank, width, generator=generator, dtype=torch.float64) + 1.0
+    factor = root.mT @ root / rank
+    return root, torch.linalg.inv(factor + damping * torch.eye(width, dtype=torch.float64))
+
+
+def in_range(rows: int, columns: int, decay: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A gradient in the range of both factors, whose spectrum decays or does not, and the inverses."""
+    (left, output), (right, input) = inverse(rows, 60, 0, 0.1), inverse(columns, 70, 1, 0.1)
+    mix = torch.randn(60, 70, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    u, values, vt = torch.linalg.svd(mix, full_matrices=False)
+    numbers = torch.arange(60, dtype=torch.float64)
+    falling = values * ((1 + numbers) * torch.exp(numbers / 3)) ** -decay
+    return left.mT @ (u * falling) @ vt @ right, output, input
+
+
+def cosine(left: Tensor, right: Tensor) -> float:
+    left, right = left.double().flatten(), right.double().flatten()
+    return float(left @ right / (left.norm() * right.norm()))
+
+
+@pytest.mark.parametrize(("rows", "columns", "bias"), [(300, 261, True), (257, 300, False), (200, 240, True)])
+def test_the_direction_is_kept_where_rounding_turns_it(rows: int, columns: int, bias: bool) -> None:
+    gradient, output, input = in_range(rows, columns, decay=1.0)
+    wanted = output @ gradient @ input
+    g, o, i = gradient.float(), output.float(), input.float()
+    plain = (o.bfloat16() @ g.bfloat16() @ i.bfloat16()).float()
+    assert cosine(plain, wanted) < 0.7
+    product, work = RoundedProduct(o, i), Workspace()
+    weight, column = product(g[:, :-1].contiguous() if bias else g, g[:, -1].contiguous() if bias else None, work)
+    assert (column is None) == (not bias)
+    found = weight if column is None else torch.cat([weight, column.unsqueeze(1)], dim=1)
+    assert found.shape == wanted.shape
+    assert found.dtype == torch.float32
+    assert cosine(found, wanted) > 0.995
+    if column is not None:
+        assert cosine(column, wanted[:, -1]) > 0.99
+
+
+def test_a_matrix_of_low_rank_loses_nothing() -> None:
+    (_, output), (_, input) = inverse(200, 60, 0, 1e-2), inverse(150, 70, 1, 1e-2)
+    low = torch.randn(200, 5, dtype=torch.float64) @ torch.randn(5, 150, dtype=torch.float64)
+    weight, _ = RoundedProduct(output.float(), input.float())(low.float(), None, Workspace())
+    wanted = output @ low @ input
+    assert torch.linalg.norm(weight - wanted) < 1e-4 * torch.linalg.norm(wanted)
+
+
+def test_memory_is_used_again_without_a_trace() -> None:
+    shapes, work = [(200, 150), (300, 260), (160, 140), (200, 150)], Workspace()
+    for number, (rows, columns) in enumerate(shapes):
+        product = RoundedProduct(torch.eye(rows) * 2.0, torch.eye(columns) * 3.0)
+        gradient = torch.randn(rows, columns, generator=torch.Generator().manual_seed(number))
+        fresh, used = product(gradient, None, Workspace())[0], product(gradient, None, work)[0]
+        assert torch.equal(fresh, used)
+        assert torch.linalg.norm(used - 6.0 * gradient) < 0.005 * torch.linalg.norm(6.0 * gradient)
+
+
+def test_the_basis_is_a_function_of_the_width_alone() -> None:
+    state = torch.get_rng_state()
+    first = rounded._mixing(97, torch.device("cpu"))
+    rounded._mixing.cache_clear()
+    assert torch.equal(first, rounded._mixing(97, torch.device("cpu")))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,168 @@
+"""KFAC whose products are rounded to bfloat16: the run in float32, to the precision that is measured."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tests.linalg.test_rounded import in_range
+from tests.optim.test_state import assert_same_state, through_a_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kronfac as kf
+from kronfac.experiments.optimizers import get_optimizer
+from kronfac.layers import adapt
+from kronfac.optim import reduced
+from kronfac.optim.preconditioning import directions
+from kronfac.optim.reduced import RoundedDirections
+
+OPTIONS: dict[str, Any] = {"products": "bfloat16", "stats_every": 1, "invert_every": 4, "damping": 1e-2}
+
+
+def network() -> nn.Module:
+    """Three layers, of which the one in the middle is wide enough."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 140), nn.Tanh(), nn.Linear(140, 130), nn.Tanh(), nn.Linear(130, 3))
+
+
+def make(model: nn.Module, **options: Any) -> kf.optim.KFAC:
+    return kf.optim.KFAC(model, kf.Categorical(), **{"lr": 0.05, "damping": 0.1, **options})
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(50, 20, generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+        optimizer.step()
+
+
+def parameters(model: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+@pytest.mark.parametrize("extra", [{}, {"asynchronous": 2}, {"approximation": "tkfac"}, {"inverse": "newton_schulz"}])
+def test_thirty_steps_are_nearly_those_in_float32(extra: dict[str, Any]) -> None:
+    model, plain = network(), network()
+    start = parameters(model).clone()
+    ours = make(model, **OPTIONS, **extra)
+    theirs = make(plain, **{**OPTIONS, **extra, "products": "float32"})
+    train(model, ours, range(30))
+    train(plain, theirs, range(30))
+    moved, apart = (
+        torch.linalg.norm(parameters(plain) - start),
+        torch.linalg.norm(parameters(model) - parameters(plain)),
+    )
+    assert moved > 0.1
+    assert 0 < apart < 0.02 * moved  # it was used, and it does not matter
+    cosines = {name: h.cosine for name, h in ours.health().items()}
+    assert cosines["0"] is None
+    assert cosines["4"] is None
+    assert cosines["2"] is not None
+    assert 0.999 < cosines["2"] <= 1.0
+    assert all(h.cosine is None for h in theirs.health().values())
+
+
+def test_a_layer_whose_direction_is_not_kept_stays_in_float32() -> None:
+    """Gradients whose spectrum does not fall, in the range of factors of deficient rank."""
+    layer = nn.Linear(260, 300, bias=False)
+    adapter = adapt(layer, "0")
+    for decay, kept in ((0.0, False), (1.0, True)):
+        gradient, output, input = (tensor.float() for tensor in in_range(300, 260, decay))
+        inverses, rounded = {"0": kf.blocks.KroneckerInverse(input, output)}, RoundedDirections()
+        plain = output @ gradient @ input
+        for call in range(2):
+            found = directions({"0": adapter}, inverses, {"0.weight": gradient}, rounded)["0.weight"]
+            assert torch.allclose(found, plain, rtol=1e-4, atol=1e-5) == (call == 0 or not kept)
+        assert (rounded.cosines["0"] > 0.99) == kept
+        assert rounded.ready("0", inverses["0"]) == kept
+        assert not rounded.ready("0", kf.blocks.KroneckerInverse(input, output))  # the next inverse is measured anew
+
+
+def test_a_run_whose_directions_are_never_kept_is_that_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reduced, "COSINE", 1.1)
+    model, plain = network(), network()
+    optimizer = make(model, **OPTIONS)
+    train(model, optimizer, range(9))
+    train(plain, make(plain, **{**OPTIONS, "products": "float32"}), range(9))
+    assert torch.equal(parameters(model), parameters(plain))
+    assert optimizer.health()["2"].cosine is not None
+
+
+@pytest.mark.parametrize("stop", [3, 6, 9])
+@pytest.mark.parametrize("extra", [{}, {"asynchronous": 2}])
+def test_a_resumed_run_is_the_run_that_never_stopped(stop: int, extra: dict[str, Any]) -> None:
+    model = network()
+    optimizer = make(model, **OPTIONS, **extra)
+    train(model, optimizer, range(stop))
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    train(model, optimizer, range(stop, stop + 9))
+    resumed = network()
+    other = make(resumed, **OPTIONS, **extra)
+    resumed.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    train(resumed, other, range(stop, stop + 9))
+    assert torch.equal(parameters(model), parameters(resumed))
+    assert_same_state(other.state_dict(), optimizer.state_dict())
+    assert other.health() == optimizer.health()
+
+
+def test_a_state_from_before_the_option_is_measured_anew() -> None:
+    model = network()
+    optimizer = make(model, **OPTIONS)
+    train(model, optimizer, range(6))
+    state = through_a_file(optimizer.state_dict())
+    del state["kronfac"]["cosines"]
+    resumed = network()
+    resumed.load_state_dict(model.state_dict())
+    other = make(resumed, **OPTIONS)
+    other.load_state_dict(state)
+    assert other.health()["2"].cosine is None
+    train(resumed, other, range(6, 7))
+    assert other.health()["2"].cosine is not None
+
+
+def test_gradients_that_are_not_finite_change_nothing() -> None:
+    model = network()
+    optimizer = make(model, **OPTIONS)
+    train(model, optimizer, range(5))
+    before = copy.deepcopy(model.state_dict())
+    F.cross_entropy(model(torch.randn(50, 20)), torch.arange(50) % 3).backward()
+    model.get_parameter("2.weight").grad[0, 0] = torch.nan  # type: ignore[index]
+    with pytest.raises(FloatingPointError, match=r"gradient of 2\.weight"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_gradients_of_zeros_are_not_measured() -> None:
+    model = network()
+    optimizer = make(model, **OPTIONS)
+    model(torch.randn(50, 20)).sum().mul(0.0).backward()
+    optimizer.step()
+    assert optimizer.health()["2"].cosine is None
+
+
+def test_what_it_does_not_fit_is_refused() -> None:
+    narrow = nn.Sequential(nn.Linear(20, 140), nn.Tanh(), nn.Linear(140, 3))
+    with pytest.raises(ValueError, match=r"products='bfloat16' is for layers with at least 128 inputs and outputs"):
+        make(narrow, products="bfloat16")
+    with pytest.raises(ValueError, match=r"products='half' is unknown; choose one of \('float32', 'bfloat16'\)"):
+        make(network(), products="half")
+    with pytest.raises(ValueError, match=r"products='bfloat16' does not fit damping_rule='exact'.*leave products out"):
+        make(network(), damping_rule="exact", products="bfloat16")
+    with pytest.raises(ValueError, match=r"products='bfloat16' does not fit approximation='ekfac'"):
+        make(network(), approximation="ekfac", products="bfloat16")
+    with pytest.raises(ValueError, match=r"products='bfloat16' does not fit AdaptiveKFAC"):
+        kf.optim.AdaptiveKFAC(network(), kf.Categorical(), products="bfloat16")
+    model = network()
+    with pytest.raises(ValueError, match=r"products='bfloat16' is for the inverses of Kronecker factors"):
+        train(model, make(model, approximation="diagonal", products="bfloat16"), range(1))
+
+
+def test_the_command_line_has_the_option() -> None:
+    spec = get_optimizer("kfac")
+    assert spec.resolve({"products": "bfloat16"})["products"] == "bfloat16"
