@@ -36,7 +36,7 @@ from kronfac.experiments.bench.steps import KINDS, make_kfac
 from kronfac.experiments.bench.timing import clock_of, timed
 from kronfac.experiments.bench.workloads import Workload, make
 from kronfac.optim import KFAC
-from kronfac.optim.preconditioning import refresh
+from kronfac.optim.refresh import refresh
 
 DAMPINGS = (0.1, 0.001)
 WHOLE, AGAIN = "1", "1, new labels"

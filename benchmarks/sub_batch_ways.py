@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from kronfac.estimation import Estimator
+from kronfac.estimator import Estimator
 from kronfac.experiments.bench.timing import clock_of, timed
 from kronfac.experiments.bench.workloads import Workload, make
 from kronfac.operators.passes import run, same_random_state

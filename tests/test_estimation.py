@@ -13,7 +13,7 @@ from tests.exactness_helpers import block_errors, double, draw, relative
 from torch import Tensor, nn
 
 import kronfac as kf
-from kronfac.estimation import Estimator
+from kronfac.estimator import Estimator
 from kronfac.sources import Sampled
 from kronfac.tape import record
 

@@ -18,6 +18,7 @@ FLOORS: list[set[str]] = [
     {"optim", "continual"},
     {"analysis", "inspect", "coverage", "verification"},
     {"estimation"},
+    {"estimator"},
     {"storage"},
     {"curvature", "curvature_coupled", "operators"},
     {"vectors"},
@@ -25,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"blocks", "coupling", "tape"},
     {"layers", "likelihoods", "plots"},
     {"linalg"},
-    {"_typing", "forwards"},
+    {"_typing", "forwards", "measuring"},
 ]
 HEIGHTS = {name: len(FLOORS) - i for i, names in enumerate(FLOORS) for name in names}
 #: Neighbours on one floor that may nevertheless import each other in this one direction.

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kronfac as kf
 from kronfac.layers import adapt_model
-from kronfac.tape import Tape, TapeError, couples_examples, frozen_buffers, record
+from kronfac.measuring import couples_examples, frozen_buffers
+from kronfac.tape import Tape, TapeError, record
 
 
 def hooks(model: nn.Module) -> int:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     )
     from kronfac.curvature import BlockDiagonal
     from kronfac.curvature_coupled import BlockTridiagonal
-    from kronfac.estimation import CoverageWarning, Estimator, estimate
+    from kronfac.estimation import estimate
+    from kronfac.estimator import CoverageWarning, Estimator
     from kronfac.inspect.covered import coverage
     from kronfac.inspect.verification import verify
     from kronfac.inspect.verified import VerificationError
@@ -46,8 +47,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "BlockDiagonal": "curvature",
     "BlockTridiagonal": "curvature_coupled",
-    "CoverageWarning": "estimation",
-    "Estimator": "estimation",
+    "CoverageWarning": "estimator",
+    "Estimator": "estimator",
     "estimate": "estimation",
     "VerificationError": "inspect",
     "coverage": "inspect",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from kronfac.layers import LayerAdapter
+from kronfac.measuring import apart_from_training, is_marked_apart
 
 
 class TapeError(RuntimeError):
@@ -79,7 +79,7 @@ class Tape:
     def open(self) -> None:
         """Forget earlier calls and register the hooks."""
         self.close()
-        self.calls, self._last, self._apart = {}, None, _APART.get()
+        self.calls, self._last, self._apart = {}, None, is_marked_apart()
         for name, adapter in self.adapters.items():
             # First of the module's hooks: later ones may change the output, or belong to a root that is itself a layer.
             hook = self._hook(name, adapter)
@@ -93,7 +93,7 @@ class Tape:
 
     def _hook(self, name: str, adapter: LayerAdapter) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-            if not self.is_open or _APART.get() != self._apart:
+            if not self.is_open or is_marked_apart() != self._apart:
                 # Closed while this module's hooks run, as the collector may do with a forgotten optimiser's (they are
                 # then called without keyword arguments); or someone measures in the middle of a training forward.
                 return
@@ -273,59 +273,3 @@ def record(adapters: Mapping[str, LayerAdapter]) -> Iterator[Tape]:
             yield tape
         finally:
             tape.close()
-
-
-#: Whether forwards belong to a measurement and not to a training loop.
-_APART: ContextVar[bool] = ContextVar("kronfac_apart_from_training", default=False)
-
-
-@contextmanager
-def apart_from_training() -> Iterator[None]:
-    """Mark forwards within the block as measurements, of which optimisers that watch the model gather nothing.
-
-    Yields:
-        Nothing.
-    """
-    token = _APART.set(True)
-    try:
-        yield
-    finally:
-        _APART.reset(token)
-
-
-def is_apart_from_training() -> bool:
-    """Whether the present forward is a measurement, or runs under a transform of `torch.func`."""
-    return _APART.get() or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-@contextmanager
-def frozen_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back every buffer (running statistics of batch norm) at the end of the block.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Nothing.
-    """
-    saved = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in saved:
-                    buffer.copy_(saved[name])
-
-
-def couples_examples(model: nn.Module) -> bool:
-    """Whether a layer in train mode makes each example's output depend on the others (batch norm).
-
-    Args:
-        model: The model.
-
-    Returns:
-        True if so.
-    """
-    batch_norm = nn.modules.batchnorm._BatchNorm
-    return any(isinstance(m, batch_norm) and (m.training or m.running_mean is None) for m in model.modules())

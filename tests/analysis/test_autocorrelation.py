@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import kronfac as kf
 from kronfac.analysis import convolution_correlations, cross_map_correlation, spatial_autocorrelation
-from kronfac.estimation import Estimator
+from kronfac.estimator import Estimator
 from kronfac.tape import record
 
 

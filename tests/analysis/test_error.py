@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import kronfac as kf
 from kronfac.analysis import NETWORK, approximation_error, to_frame
 from kronfac.approximations import APPROXIMATIONS
-from kronfac.estimation import CoverageWarning
+from kronfac.estimator import CoverageWarning
 from kronfac.layers import adapt_model
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import kronfac as kf
 from kronfac.approximations import APPROXIMATIONS, KFAC, DenseBlocks, DiagonalBlocks, Mean, get_approximation
 from kronfac.blocks import Dense, Diagonal, DiagonalKronecker, Kronecker
-from kronfac.estimation import Estimator
+from kronfac.estimator import Estimator
 from kronfac.layers import adapt
 from kronfac.sources import Sample
 from kronfac.tape import record

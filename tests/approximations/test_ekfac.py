@@ -18,7 +18,7 @@ from kronfac.approximations import EKFAC, KFAC, DiagonalBlocks
 from kronfac.approximations.ekfac import EKFACStatistic
 from kronfac.approximations.kfac import KFACStatistic
 from kronfac.blocks import Block, Dense, DiagonalKronecker, EigenKronecker, Kronecker
-from kronfac.estimation import Estimator
+from kronfac.estimator import Estimator
 from kronfac.layers import LayerAdapter, adapt
 from kronfac.sources import Sample
 from kronfac.tape import record

@@ -14,7 +14,7 @@ import kronfac as kf
 from kronfac.blocks import Dense, KroneckerSum, PerFactor, Uniform
 from kronfac.curvature_coupled import CoupledCurvature
 from kronfac.damping import RULES
-from kronfac.estimation import Estimator
+from kronfac.estimator import Estimator
 
 LAYERS = (0, 3, 5, 8)
 

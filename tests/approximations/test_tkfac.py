@@ -18,7 +18,7 @@ from kronfac.approximations import TKFAC
 from kronfac.approximations.tkfac import TKFACStatistic
 from kronfac.blocks import Dense, ScaledKronecker
 from kronfac.curvature import BlockDiagonal
-from kronfac.estimation import Estimator
+from kronfac.estimator import Estimator
 from kronfac.layers import LayerAdapter, adapt
 from kronfac.sources import Sample, Sampled
 from kronfac.tape import record

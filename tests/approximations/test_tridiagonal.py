@@ -14,7 +14,7 @@ import kronfac as kf
 from kronfac.approximations import KFACTridiagonal, get_approximation
 from kronfac.blocks import Kronecker, Link, Tridiagonal
 from kronfac.curvature_coupled import CoupledCurvature
-from kronfac.estimation import Estimator
+from kronfac.estimator import Estimator
 from kronfac.tape import record
 
 NAME = "kfac_tridiagonal"

@@ -28,7 +28,7 @@ import kronfac as kf
 from kronfac.approximations.xkfac import XKFACStatistic
 from kronfac.blocks import Dense, Kronecker, KroneckerSum
 from kronfac.coupling import Coupling
-from kronfac.estimation import Estimator
+from kronfac.estimator import Estimator
 from kronfac.sources import Source
 from kronfac.tape import record
 

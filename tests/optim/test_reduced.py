@@ -16,7 +16,7 @@ import kronfac as kf
 from kronfac.experiments.optimizers import get_optimizer
 from kronfac.layers import adapt
 from kronfac.optim import reduced
-from kronfac.optim.preconditioning import directions
+from kronfac.optim.directions import directions
 from kronfac.optim.reduced import RoundedDirections
 
 OPTIONS: dict[str, Any] = {"products": "bfloat16", "stats_every": 1, "invert_every": 4, "damping": 1e-2}

@@ -14,7 +14,7 @@ from tests.optim.sub_batch_helpers import APART, CUT, normalised, tensors
 from torch import Tensor, nn
 
 import kronfac as kf
-from kronfac.estimation import Estimator
+from kronfac.estimator import Estimator
 from kronfac.tape import record
 
 

@@ -16,7 +16,8 @@ from kronfac.analysis.gauss_newton import Solver, Update, kfac_preconditioner
 from kronfac.analysis.measurement import Scene, along_training, evaluation_mode
 from kronfac.analysis.method import Method, as_method
 from kronfac.damping import check_damping
-from kronfac.estimation import CoverageWarning, estimate
+from kronfac.estimation import estimate
+from kronfac.estimator import CoverageWarning
 from kronfac.forwards import batches_of
 from kronfac.layers import adapt_model
 from kronfac.likelihoods import Likelihood

@@ -19,8 +19,9 @@ from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.layers.base import require_float
 from kronfac.layers.conv import ConvAdapter
 from kronfac.likelihoods import Likelihood
+from kronfac.measuring import frozen_buffers
 from kronfac.sources import Sampled
-from kronfac.tape import frozen_buffers, record
+from kronfac.tape import record
 
 #: Examples transformed at once.
 CHUNK = 64

@@ -23,12 +23,13 @@ from kronfac.approximations import Approximation
 from kronfac.blocks import Block, Shift, Uniform
 from kronfac.curvature import BlockDiagonal
 from kronfac.damping import Rule, check_damping, get_rule
-from kronfac.estimation import CoverageWarning, estimate
+from kronfac.estimation import estimate
+from kronfac.estimator import CoverageWarning
 from kronfac.forwards import batches_of
 from kronfac.likelihoods import Likelihood
+from kronfac.measuring import apart_from_training
 from kronfac.operators.passes import same_random_state
 from kronfac.sources import Source
-from kronfac.tape import apart_from_training
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from kronfac.blocks import Block
 from kronfac.curvature import BlockDiagonal
 from kronfac.damping import check_damping
 from kronfac.damping.rules import exact as exactly
-from kronfac.estimation import CoverageWarning, estimate
+from kronfac.estimation import estimate
+from kronfac.estimator import CoverageWarning
 from kronfac.inspect.comparison import Roots, compare
 from kronfac.likelihoods import Likelihood
 from kronfac.sources import Sampled, Source

@@ -12,8 +12,9 @@ from torch import Tensor
 from kronfac.analysis.scene import Scene, measure
 from kronfac.forwards import call_model, pick_outputs
 from kronfac.inspect.text import size
+from kronfac.measuring import frozen_buffers
 from kronfac.sources import Exact, Sample
-from kronfac.tape import frozen_buffers, record
+from kronfac.tape import record
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor
 from kronfac._typing import NamedTensors
 from kronfac.analysis.measurement import Scene
 from kronfac.curvature import BlockDiagonal, CurvatureInverse
-from kronfac.estimation import CoverageWarning, estimate
+from kronfac.estimation import estimate
+from kronfac.estimator import CoverageWarning
 from kronfac.linalg.conjugate_gradient import conjugate_gradient
 from kronfac.operators import GaussNewtonOperator
 from kronfac.vectors import Layout

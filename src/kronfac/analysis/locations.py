@@ -18,8 +18,9 @@ from kronfac.forwards import batches_of, call_model
 from kronfac.layers import adapt_model
 from kronfac.layers.conv import ConvAdapter
 from kronfac.likelihoods import Likelihood
+from kronfac.measuring import frozen_buffers
 from kronfac.sources import Sampled
-from kronfac.tape import frozen_buffers, record
+from kronfac.tape import record
 
 #: Entries of Gram matrices of locations held at once.
 _HELD = 1 << 24

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
 from kronfac.likelihoods import Likelihood
-from kronfac.tape import couples_examples
+from kronfac.measuring import couples_examples
 
 #: Largest matrix of gradients that is held at once: 4 GiB in float64.
 LIMIT = 1 << 29

@@ -14,8 +14,8 @@ from kronfac.approximations import APPROXIMATIONS, Approximation, get_approximat
 from kronfac.forwards import batches_of, call_model, pick_outputs
 from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.likelihoods import Likelihood
+from kronfac.measuring import apart_from_training, couples_examples
 from kronfac.sources import SOURCES, Empirical, ForwardOnly, Source, get_source
-from kronfac.tape import apart_from_training, couples_examples
 
 #: Sources that estimate another matrix than the Gauss-Newton.
 _OTHER_MATRICES = (Empirical, ForwardOnly)

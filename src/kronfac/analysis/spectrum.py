@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from kronfac.approximations import Approximation, DenseBlocks, get_approximation
 from kronfac.approximations.joint import require_per_layer
 from kronfac.blocks import Block, Dense
-from kronfac.estimation import CoverageWarning, estimate
+from kronfac.estimation import estimate
+from kronfac.estimator import CoverageWarning
 from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.likelihoods import Likelihood
 from kronfac.sources import Source

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from kronfac.analysis.error import NETWORK
 from kronfac.approximations import Approximation
-from kronfac.estimation import Estimator
+from kronfac.estimator import Estimator
 from kronfac.forwards import call_model, pick_outputs
 from kronfac.likelihoods import Likelihood
+from kronfac.measuring import frozen_buffers
 from kronfac.sources import Source
 from kronfac.sources.part import Part
-from kronfac.tape import frozen_buffers, record
+from kronfac.tape import record
 
 Row = dict[str, Any]
 

@@ -17,8 +17,9 @@ from kronfac.coupling import Coupling, couplings
 from kronfac.layers import LayerAdapter
 from kronfac.layers.base import require_float
 from kronfac.linalg.symmetric import add_gram_, all_finite, mirror_
+from kronfac.measuring import couples_examples
 from kronfac.sources import Sample, Source, require_examples
-from kronfac.tape import Tape, couples_examples
+from kronfac.tape import Tape
 
 _NAME = "xkfac"
 

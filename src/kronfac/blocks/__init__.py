@@ -10,9 +10,10 @@ from kronfac.blocks.coupled import CoupledBlocks, CoupledInverse
 from kronfac.blocks.dense import Dense
 from kronfac.blocks.diagonal import Diagonal
 from kronfac.blocks.diagonal_kronecker import DiagonalKronecker
+from kronfac.blocks.eigen_inverse import EigenInverse
 from kronfac.blocks.eigen_kronecker import EigenKronecker
 from kronfac.blocks.eigenbasis import Eigenbasis
-from kronfac.blocks.inverses import DenseInverse, DiagonalKroneckerInverse, EigenInverse, KroneckerInverse
+from kronfac.blocks.inverses import DenseInverse, DiagonalKroneckerInverse, KroneckerInverse
 from kronfac.blocks.khatri_rao import KhatriRao, KhatriRaoInverse
 from kronfac.blocks.kronecker import Kronecker
 from kronfac.blocks.kronecker_sum import KroneckerSum

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kronfac.blocks.base import Block, Inverse
 from kronfac.blocks.checks import check_factor, check_precision, check_tensors, check_vector
+from kronfac.blocks.eigen_inverse import EigenInverse
 from kronfac.blocks.eigenbasis import Eigenbasis
-from kronfac.blocks.inverses import EigenInverse
 from kronfac.blocks.shifts import Shift, Uniform
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kronfac.blocks.base import Block, Inverse
 from kronfac.blocks.checks import check_factor, check_pair, check_square, check_tensors, check_vector
+from kronfac.blocks.eigen_inverse import EigenInverse
 from kronfac.blocks.eigenbasis import Eigenbasis
-from kronfac.blocks.inverses import EigenInverse, KroneckerInverse
+from kronfac.blocks.inverses import KroneckerInverse
 from kronfac.blocks.shifts import PerFactor, Shift, Uniform
 from kronfac.linalg.factorise import eighs
 from kronfac.linalg.inverse import invert

@@ -15,7 +15,7 @@ from kronfac.approximations.joint import require_per_layer
 from kronfac.inspect.description import Description, describe, start
 from kronfac.inspect.text import frame, plain, size, table
 from kronfac.layers import LayerAdapter, adapt_model
-from kronfac.tape import couples_examples
+from kronfac.measuring import couples_examples
 
 DAMPING_RULES = ("factored", "exact", "normal", "trace_restricted")
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from kronfac.blocks import Block, DiagonalKronecker, Kronecker
 from kronfac.inspect.comparison import ratio
+from kronfac.inspect.verified import VerificationError
 from kronfac.layers import LayerAdapter
+from kronfac.measuring import frozen_buffers
 from kronfac.sources import Seed
-from kronfac.tape import Call, Tape, frozen_buffers
+from kronfac.tape import Call, Tape
 
 #: Random directions in which an input factor is looked at.
 DIRECTIONS = 4
@@ -177,3 +179,30 @@ def _mean(squares: Tensor, weights: Tensor | None) -> Tensor:
 def _ratios(found: Tensor, wanted: Tensor) -> list[float]:
     pairs = zip(found.flatten().tolist(), wanted.flatten().tolist(), strict=True)
     return [ratio(left, right) for left, right in pairs]
+
+
+def matrices(adapter: LayerAdapter, roots: Tensor, names: list[str], model: nn.Module) -> Tensor:
+    """Take the columns of roots that belong to a layer.
+
+    Args:
+        adapter: The layer's adapter.
+        roots: Rows over all parameters, ``[K, P]``.
+        names: The parameters in the order of the columns.
+        model: The model.
+
+    Returns:
+        Shape ``[K, *stack, d_out, d_in]``, float64.
+
+    Raises:
+        VerificationError: If the adapter's ``unpack`` does not invert its ``pack``.
+    """
+    start, places = 0, {}
+    for name in names:
+        parameter = model.get_parameter(name)
+        places[name] = torch.arange(start, start + parameter.numel(), device=roots.device).view(parameter.shape)
+        start += parameter.numel()
+    own = {name: places[name] for name in adapter.parameter_names}
+    matrix = adapter.pack(own)
+    if any(not torch.equal(part, own[name]) for name, part in adapter.unpack(matrix).items()):
+        raise VerificationError(f"Layer {adapter.name!r}: its adapter's unpack does not invert its pack.")
+    return roots[:, matrix.flatten()].reshape(len(roots), *matrix.shape).double()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kronfac.curvature import BlockDiagonal
+from kronfac.sources import Exact, Recursive, Sampled, Source
 
 #: Independent draws, an even number; the standard deviations are known to about 1/√(2·16) = 18 %.
 DRAWS = 16
@@ -66,3 +67,37 @@ def _deviation(values: list[float]) -> float:
         return 0.0
     mean = sum(values) / len(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def single(source: Source) -> Source:
+    """Give the source with one sample, of which more are means; the recursive one starts from the exact one's columns.
+
+    Args:
+        source: The source.
+
+    Returns:
+        Its twin with one sample.
+    """
+    if isinstance(source, Recursive):
+        return Exact()
+    return Sampled(1, source.probe) if isinstance(source, Sampled) else source
+
+
+def measure_spreads(
+    curvature_from: Callable[[Source, int], BlockDiagonal], source: Source, seed: int, *, means: bool
+) -> dict[str, Spread]:
+    """Measure the spread of an estimate with as many samples as the source draws.
+
+    Args:
+        curvature_from: Estimates with a source and a seed.
+        source: The source.
+        seed: The estimate's own seed; others are used.
+        means: Whether an estimate of many samples is the mean of those of one.
+
+    Returns:
+        The spread of each layer.
+    """
+    if not means:  # eigenvectors of few samples are not those of many: each draw takes as many
+        return measure(lambda index: curvature_from(source, seed + 1 + index), 1)
+    count = source.count if isinstance(source, Sampled) else 1
+    return measure(lambda index: curvature_from(single(source), seed + 1 + index), count)

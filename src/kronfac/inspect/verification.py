@@ -16,18 +16,20 @@ from kronfac.approximations import KFAC, Approximation, get_approximation
 from kronfac.approximations.joint import require_per_layer
 from kronfac.blocks import Block, DiagonalKronecker, Kronecker, ScaledKronecker
 from kronfac.curvature import BlockDiagonal
-from kronfac.estimation import CoverageWarning, estimate
+from kronfac.estimation import estimate
+from kronfac.estimator import CoverageWarning
 from kronfac.forwards import call_model, pick_outputs
 from kronfac.inspect import seeds
 from kronfac.inspect.budget import Budget
 from kronfac.inspect.comparison import Comparison, compare, ratio
-from kronfac.inspect.factors import gradient_traces, input_ratio, output_trace, output_traces
-from kronfac.inspect.sampling import Spread, measure
-from kronfac.inspect.verified import LayerCheck, VerificationError, VerificationReport
+from kronfac.inspect.factors import gradient_traces, input_ratio, matrices, output_trace, output_traces
+from kronfac.inspect.sampling import Spread, measure_spreads, single
+from kronfac.inspect.verified import LayerCheck, VerificationReport
 from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.likelihoods import Likelihood
-from kronfac.sources import Empirical, Exact, ForwardOnly, Recursive, Sampled, Seed, Source, align_weights, get_source
-from kronfac.tape import Tape, apart_from_training, couples_examples, frozen_buffers, record
+from kronfac.measuring import apart_from_training, couples_examples, frozen_buffers
+from kronfac.sources import Empirical, ForwardOnly, Recursive, Sampled, Seed, Source, align_weights, get_source
+from kronfac.tape import Tape, record
 
 
 def verify(
@@ -98,8 +100,8 @@ def verify(
     values = _probe(model, run)
     curvature = curvature_from(drawn, seed)
     groups = Budget(values, memory_limit).groups(curvature)
-    seeds_checked = seeds.check(_single(drawn), likelihood, values, targets, seed)
-    given = seeds.draw(_single(drawn), likelihood, values, targets, seed)
+    seeds_checked = seeds.check(single(drawn), likelihood, values, targets, seed)
+    given = seeds.draw(single(drawn), likelihood, values, targets, seed)
     random = not drawn.exact and not isinstance(drawn, Recursive)
     one = curvature_from(seeds.Replay(given), seed) if random else curvature
     with frozen_buffers(model), torch.enable_grad(), record(adaptation.adapters) as tape:
@@ -115,7 +117,7 @@ def verify(
             checks |= _scale_checks(one, scaled, deltas, float(likelihood.denominator(graph.detach(), targets)))
         if method.keeps_trace and not couples_examples(model):
             checks |= _trace_checks(one, factored + scaled, graph, likelihood, targets, given)
-    spreads = _spreads(curvature_from, drawn, seed, means=method.passes == 1) if random else {}
+    spreads = measure_spreads(curvature_from, drawn, seed, means=method.passes == 1) if random else {}
     rows = []
     for layers in groups:
         wanted = {name for layer in layers for name in curvature.layouts[layer].parameter_names}
@@ -125,7 +127,7 @@ def verify(
         for layer in layers:
             block, adapter = curvature.blocks[layer].to(dtype=torch.float64), curvature.layouts[layer]
             assert isinstance(adapter, LayerAdapter)
-            found = compare(block, _matrices(adapter, roots, names, model))
+            found = compare(block, matrices(adapter, roots, names, model))
             rows.append(_row(layer, block, found, checks.get(layer, {}), spreads.get(layer)))
     settings = {"approximation": method.name, "source": drawn.name, "sharing": sharing, "norm": norm}
     if isinstance(drawn, Sampled):
@@ -250,37 +252,6 @@ _AVERAGED = (
 def _averages(source: Source, values: Tensor) -> bool:
     """Whether output factors are approximations by themselves."""
     return isinstance(source, Recursive) and len(values) > 1
-
-
-def _single(source: Source) -> Source:
-    """The source with one sample, of which more are means; the recursive one starts from the exact one's columns."""
-    if isinstance(source, Recursive):
-        return Exact()
-    return Sampled(1, source.probe) if isinstance(source, Sampled) else source
-
-
-def _spreads(
-    curvature_from: Callable[[Source, int], BlockDiagonal], source: Source, seed: int, *, means: bool
-) -> dict[str, Spread]:
-    """Spread of an estimate with as many samples as the source draws."""
-    if not means:  # eigenvectors of few samples are not those of many: each draw takes as many
-        return measure(lambda index: curvature_from(source, seed + 1 + index), 1)
-    count = source.count if isinstance(source, Sampled) else 1
-    return measure(lambda index: curvature_from(_single(source), seed + 1 + index), count)
-
-
-def _matrices(adapter: LayerAdapter, roots: Tensor, names: list[str], model: nn.Module) -> Tensor:
-    """Columns of the roots that belong to a layer, as ``[K, *stack, d_out, d_in]`` in float64."""
-    start, places = 0, {}
-    for name in names:
-        parameter = model.get_parameter(name)
-        places[name] = torch.arange(start, start + parameter.numel(), device=roots.device).view(parameter.shape)
-        start += parameter.numel()
-    own = {name: places[name] for name in adapter.parameter_names}
-    matrix = adapter.pack(own)
-    if any(not torch.equal(part, own[name]) for name, part in adapter.unpack(matrix).items()):
-        raise VerificationError(f"Layer {adapter.name!r}: its adapter's unpack does not invert its pack.")
-    return roots[:, matrix.flatten()].reshape(len(roots), *matrix.shape).double()
 
 
 def _row(layer: str, block: Block, found: Comparison, checks: Mapping[str, float], spread: Spread | None) -> LayerCheck:

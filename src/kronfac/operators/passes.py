@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kronfac._typing import NamedTensors
 from kronfac.forwards import pick_outputs
-from kronfac.tape import apart_from_training, couples_examples
+from kronfac.measuring import apart_from_training, couples_examples
 
 Pick = Callable[[Any], Tensor] | None
 

@@ -10,37 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from kronfac.approximations import Approximation
-from kronfac.blocks import EigenInverse, Inverse
-from kronfac.damping import Rule, exact
+from kronfac.damping import Rule
 from kronfac.likelihoods import Likelihood
 from kronfac.optim.averaging import update_average
 from kronfac.optim.closure import Closure
-from kronfac.optim.kfac import KFAC
-from kronfac.optim.last_batch import last_batch
 from kronfac.optim.levenberg_marquardt import LevenbergMarquardt
-from kronfac.optim.options import KFACOptions, at_least, check_finite
-from kronfac.optim.preconditioning import refresh
-from kronfac.optim.proposal import Proposal, quadratic_model
+from kronfac.optim.objective import PROBATION
+from kronfac.optim.options import KFACOptions, at_least
+from kronfac.optim.proposal import Proposal
+from kronfac.optim.proposing import Proposing
 from kronfac.optim.report import StepReport
 from kronfac.sources import Source
 
 #: Trial steps of one step before it gives up; each quadruples ``λ``.
 TRIALS = 20
-#: Steps that are checked one by one at the start and after a rejection.
-PROBATION = 5
 #: Part of the curvature along the step below which ``λ`` is not lowered: it has no say there.
 NEGLIGIBLE = 1e-4
-#: A loss that grows by this factor over a step that was not checked is looked at again without that step.
-SUSPICIOUS = 1.5
 #: What its own part of a state holds.
 STATE = {"lam", "streak", "gamma", "probation", "calibrates", "unchecked", "ceiling"}
-#: Values of ``γ`` that one choice looks at, at most.
-CANDIDATES = 7
-#: ``λ`` of a calibration, in multiples of the mean eigenvalue of the approximate curvature.
-CALIBRATION = tuple(10.0**k for k in range(2, -6, -1))
 
 
-class AdaptiveKFAC(KFAC):
+class AdaptiveKFAC(Proposing):
     """K-FAC whole (Grosse & Martens 2016, A.2; Martens & Grosse 2015): there is nothing to tune.
 
     A step is ``δ = −α Δ + μ δ_prev`` with ``Δ = (F̂ + γI)⁻¹ ∇h``; ``α`` and ``μ`` minimise the quadratic model
@@ -195,133 +185,6 @@ class AdaptiveKFAC(KFAC):
         self._gatherer.reset()
         return loss
 
-    def _gradient(self, call: Closure, params: list[Tensor]) -> tuple[float, list[Tensor]]:
-        """Evaluate loss and gradient; take the step before back if they are not finite, or if it blew the loss up."""
-        previous = [self.state[p].get("previous") for p in params]
-        known = self._steps > 0 and all(v is not None for v in previous)
-        try:
-            found = self._finite_gradient(call, params)
-            if not known or self._unchecked is None or found[0] <= SUSPICIOUS * abs(self._unchecked):
-                return found
-        except FloatingPointError:
-            if not known:
-                raise
-            found = math.inf, []
-        torch._foreach_sub_(params, previous)
-        if found[1] and call.value() >= found[0]:
-            torch._foreach_add_(params, previous)  # a hard mini-batch, not a bad step
-            return found
-        try:
-            found = self._finite_gradient(call, params)
-        except FloatingPointError:
-            torch._foreach_add_(params, previous)  # the data are to blame, not the step
-            raise
-        for parameter in params:
-            del self.state[parameter]["previous"]
-        self._probation, self._lam.streak = PROBATION, 0
-        self._lam.scale(4.0**4)
-        return found
-
-    def _finite_gradient(self, call: Closure, params: list[Tensor]) -> tuple[float, list[Tensor]]:
-        self._gatherer.reset()
-        loss, gradients = call.gradient()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"The loss is {loss}; no parameter was changed. Look at the inputs and targets.")
-        check_finite({self._names[id(p)]: g for p, g in zip(params, gradients, strict=True)})
-        return loss, gradients
-
-    def _check_forwards(self) -> None:
-        seen = max(self._gatherer.forwards, self._gatherer.gathered)
-        if seen != 1:
-            raise RuntimeError(
-                f"The closure called the model {seen} times in train mode with gradients; {type(self).__name__} needs "
-                "one forward of the whole mini-batch, of whose outputs the loss is a function."
-            )
-        self._check_statistics()
-
-    def _penalty(self, params: list[Tensor]) -> float:
-        if not self._decay:
-            return 0.0
-        norms = torch.stack([norm.double() for norm in torch._foreach_norm(params)])
-        return 0.5 * self._decay * float(norms.square().sum())
-
-    # ---------------------------------------------------------------- directions
-    @property
-    def _greedy_due(self) -> bool:
-        step, period = self._steps, self._greedy_every
-        return period is not None and step > 0 and (step % period == 0 or (step < period and step & (step - 1) == 0))
-
-    def _best(self, params: list[Tensor], gradients: list[Tensor]) -> Proposal:
-        """The proposal of the present ``γ`` or the best of its neighbours', never below ``λ + r``."""
-        if self._greedy_due or not self._inverses:
-            self._ceiling = CALIBRATION[0] * self._mean_eigenvalue()
-        lowest = min(self._lam.value + self._decay, self._ceiling)
-        omega = (19 / 20) ** (self._greedy_every or 1)
-        known = {} if self._inverses_due else self._inverses
-        tried: list[float] = []
-        best: Proposal | None = None
-        waiting = [self._gamma]
-        if self._greedy_due:
-            waiting += [self._gamma * omega, self._gamma / omega]
-        while waiting:
-            gamma = min(max(waiting.pop(0), lowest), self._ceiling)
-            if gamma in tried:
-                continue
-            tried.append(gamma)
-            inverses = self._inverses_at(gamma, known)
-            known = known or inverses
-            proposal = self._propose(gamma, inverses, params, gradients)
-            if best is None or self._promise(proposal) < self._promise(best):
-                best = proposal
-            if not waiting and 2 < len(tried) < CANDIDATES and best.gamma in (min(tried), max(tried)):
-                further = omega if best.gamma == min(tried) else 1 / omega
-                waiting.append(best.gamma * further)
-        assert best is not None
-        return best
-
-    def _inverses_at(self, gamma: float, known: dict[str, Inverse]) -> dict[str, Inverse]:
-        """Inverses for ``γ``: the present ones, known eigenvectors with another shift, or new factorisations."""
-        if known and known is self._inverses and gamma == self._gamma:
-            return known
-        eigen = {n: i for n, i in known.items() if isinstance(i, EigenInverse)}
-        if self._rule is exact and known and len(eigen) == len(known):
-            return {name: EigenInverse(inverse.basis, gamma) for name, inverse in eigen.items()}
-        made: dict[str, Inverse] = {}
-        ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty}
-        refresh(made, ready, lambda _: gamma, self._rule)
-        return made
-
-    def _propose(
-        self, gamma: float, inverses: dict[str, Inverse], params: list[Tensor], gradients: list[Tensor]
-    ) -> Proposal:
-        held, self._inverses = self._inverses, inverses
-        try:
-            directions = [self._search_direction(params, gradients)]
-        finally:
-            self._inverses = held
-        previous = [self.state[p].get("previous") for p in params]
-        if self._momentum and all(v is not None for v in previous):
-            directions.append(previous)
-        model = quadratic_model(
-            self._gatherer,
-            self._estimator.likelihood,
-            [self._names[id(p)] for p in params],
-            gradients,
-            directions,
-            last_batch(self._gatherer, type(self).__name__, self._fraction),
-            self._options["outputs"],
-        )
-        return Proposal(gamma, inverses, directions, model)
-
-    def _search_direction(self, params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        """``Δ``: the gradient times the present inverses."""
-        found = self._directions({self._names[id(p)]: g for p, g in zip(params, gradients, strict=True)})
-        return [found[self._names[id(p)]] for p in params]
-
-    def _promise(self, proposal: Proposal) -> float:
-        damping = self._lam.value + self._decay
-        return proposal.model.change(proposal.model.minimise(damping), damping)
-
     # ---------------------------------------------------------------- taking the step
     def _take(self, call: Closure, loss: float, objective: float, params: list[Tensor], proposal: Proposal) -> None:
         checked = self._probation > 0 or self._steps % self._adapt_every == 0
@@ -374,47 +237,6 @@ class AdaptiveKFAC(KFAC):
             kl=0.5 * float(coefficients @ proposal.model.curvature @ coefficients),
             rejected=rejected,
         )
-
-    def _objective(self, call: Closure, params: list[Tensor]) -> float:
-        try:
-            value = call.value() + self._penalty(params)
-        except FloatingPointError:
-            return math.inf
-        return value if math.isfinite(value) else math.inf
-
-    def _mean_eigenvalue(self) -> float:
-        curvature = self._estimator.curvature()
-        size = sum(shape.numel() for shape in curvature.parameter_shapes.values())
-        return max(float(curvature.trace()) / size, 1e-12)
-
-    def _calibrate(self, call: Closure, objective: float, params: list[Tensor], gradients: list[Tensor]) -> None:
-        """Start from the ``λ`` whose step lowers the first loss most, among those whose model predicts it well."""
-        mean = self._mean_eigenvalue()
-        found: list[tuple[float, float]] = []
-        known: dict[str, Inverse] = {}
-        for multiple in CALIBRATION:
-            lam = multiple * mean
-            known = self._inverses_at(lam + self._decay, known)
-            proposal = self._propose(lam + self._decay, known, params, gradients)
-            coefficients = proposal.model.minimise(lam + self._decay)
-            predicted = proposal.model.change(coefficients, lam + self._decay)
-            saved = [p.clone() for p in params]
-            torch._foreach_add_(params, proposal.step(coefficients))
-            actual = self._objective(call, params) - objective
-            torch._foreach_copy_(params, saved)
-            if math.isfinite(actual) and actual < 0.5 * predicted < 0:
-                found.append((actual, lam))
-        self._lam.value = min(found)[1] if found else CALIBRATION[0] * mean
-        self._gamma, self._inverses, self._calibrates = self._lam.value + self._decay, {}, False
-
-    def pi(self) -> dict[str, float]:
-        """How the damping is split over each layer's factors now: ``π`` of equation (10), a mean over groups.
-
-        Returns:
-            ``π`` by layer; layers without factors are left out.
-        """
-        means = {name: block.factor_means() for name, block in self.curvature().blocks.items()}
-        return {n: float((m[0] / m[1]).sqrt().mean()) for n, m in means.items() if m is not None}
 
     # ---------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from kronfac.optim.preconditioning import Refreshed
+from kronfac.optim.refresh import Refreshed
 
 
 @dataclass

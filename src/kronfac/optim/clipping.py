@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfac.estimation import mean_over_processes
+from kronfac.estimator import mean_over_processes
 from kronfac.forwards import pick_outputs
 from kronfac.likelihoods import Likelihood
 from kronfac.operators import ggn_quadratic_form

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kronfac.measuring import apart_from_training, frozen_buffers
 from kronfac.operators.passes import random_state, same_random_state
-from kronfac.tape import apart_from_training, frozen_buffers
 
 
 class Closure:

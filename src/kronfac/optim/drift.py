@@ -9,7 +9,7 @@ import torch
 from kronfac.approximations import Statistic
 from kronfac.blocks import Inverse, Kronecker, KroneckerInverse, PerFactor
 from kronfac.damping import Rule
-from kronfac.optim.preconditioning import damped_blocks
+from kronfac.optim.refresh import damped_blocks
 
 
 def largest_drift(

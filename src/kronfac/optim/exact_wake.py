@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfac.estimation import pick_outputs
+from kronfac.forwards import pick_outputs
 from kronfac.likelihoods import Likelihood
 from kronfac.operators.passes import run, same_random_state
 from kronfac.optim.gathering import Gatherer

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kronfac.estimation import Estimator
+from kronfac.estimator import Estimator
 from kronfac.forwards import pick_outputs
+from kronfac.measuring import is_apart_from_training
 from kronfac.operators.passes import random_state, run, same_random_state
 from kronfac.optim.sub_batch import Plan, check_fits, part_of
 from kronfac.sources.part import Part
-from kronfac.tape import Tape, TapeError, is_apart_from_training, record
+from kronfac.tape import Tape, TapeError, record
 
 
 def is_compiled(model: nn.Module) -> bool:

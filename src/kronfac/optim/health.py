@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kronfac.blocks import DenseInverse, DiagonalKroneckerInverse, EigenInverse, Inverse, KroneckerInverse
-from kronfac.optim.preconditioning import Refreshed
+from kronfac.optim.refresh import Refreshed
 
 #: What is counted of each layer, in the order of the fields.
 _COUNTS = ("retries", "failures", "iterations", "fallbacks")

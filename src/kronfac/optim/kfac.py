@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Unpack
 
@@ -13,23 +13,20 @@ from torch.optim import Optimizer
 from kronfac.approximations import Approximation
 from kronfac.approximations.joint import require_per_layer
 from kronfac.blocks import Inverse
-from kronfac.curvature import BlockDiagonal
 from kronfac.damping import Rule, get_rule
-from kronfac.estimation import Estimator
-from kronfac.forwards import batches_of, call_model, pick_outputs
+from kronfac.estimator import Estimator
 from kronfac.likelihoods import Likelihood
 from kronfac.optim.averaging import swapped_in, update_average
 from kronfac.optim.background import Pending
 from kronfac.optim.clipping import KLClip, clip_scale
+from kronfac.optim.directions import directions
 from kronfac.optim.gathering import Gatherer, eager_root
 from kronfac.optim.health import Record
 from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator
-from kronfac.optim.preconditioning import directions
 from kronfac.optim.reduced import RoundedDirections
 from kronfac.optim.renewal import Renewal
 from kronfac.optim.state import gather_generators, load_curvature_state, save_curvature_state
 from kronfac.sources import Source
-from kronfac.tape import frozen_buffers, record
 
 
 class KFAC(Renewal):
@@ -148,96 +145,6 @@ class KFAC(Renewal):
             # The very same groups, so that schedulers, zero_grad and GradScaler reach them too.
             self.param_groups.extend(self._fallback.param_groups)
 
-    # ---------------------------------------------------------------- construction
-    def _make_fallback(
-        self, root: nn.Module, fallback: Callable[[list[nn.Parameter]], Optimizer] | None
-    ) -> Optimizer | None:
-        plain = self._estimator.adaptation.uncovered
-        if not plain:
-            return None
-        self._estimator.warn_uncovered("Trained without curvature" if fallback is None else "Trained by fallback")
-        if fallback is None:
-            return None
-        optimizer = fallback([root.get_parameter(name) for name in plain])
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"fallback must return a torch.optim.Optimizer, not {type(optimizer).__name__}.")
-        return optimizer
-
-    def _groups(self, root: nn.Module) -> Iterable[dict[str, Any]]:
-        elsewhere = set(self._estimator.adaptation.uncovered) if self._fallback is not None else set()
-        given = self._options["param_groups"]
-        if given is None:
-            kept = [p for name, p in root.named_parameters() if p.requires_grad and name not in elsewhere]
-            return [{"params": kept}]
-        groups = [dict(group) for group in given]
-        for group in groups:
-            params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-            group["params"] = [p for p in params if self._names.get(id(p)) not in elsewhere]
-        return groups
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of the model's parameters, as PyTorch's optimisers do; called at construction too.
-
-        Args:
-            param_group: ``params`` and hyper-parameters of its own.
-
-        Raises:
-            ValueError: A hyper-parameter is out of range, or a tensor is no parameter of the model.
-        """
-        super().add_param_group(param_group)
-        try:
-            check_group(self.param_groups[-1], self._names)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    @property
-    def _own_groups(self) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if "kl_clip" in group]
-
-    # ---------------------------------------------------------------- statistics
-    def paused(self) -> AbstractContextManager[None]:
-        """Gather no statistics from forwards within the block."""
-        return self._gatherer.paused()
-
-    def capture(self) -> AbstractContextManager[Callable[..., None]]:
-        """Gather by hand, where the loop never calls the root module or curvature needs the targets.
-
-        Returns:
-            A context manager that yields a function ``capture(outputs, targets=None)``; on steps without due statistics
-            it does nothing.
-        """
-        return self._gatherer.capture()
-
-    def warm_up(self, loader: Iterable[Any] | tuple[Any, Any], batches: int | None = None) -> None:
-        """Gather factors from several batches before the first step (Grosse & Martens 2016, 3.1: the whole set).
-
-        Args:
-            loader: Pairs ``(inputs, targets)``.
-            batches: How many; all by default.
-
-        Raises:
-            RuntimeError: Training has begun.
-        """
-        if self._steps:
-            raise RuntimeError("warm_up must come before the first step.")
-        self._gatherer.check_layers()
-        for index, (inputs, targets) in enumerate(batches_of(loader)):
-            if batches is not None and index >= batches:
-                break
-            root, estimator = self._gatherer.root, self._estimator
-            with torch.enable_grad(), frozen_buffers(root), record(estimator.adaptation.adapters) as tape:
-                outputs = pick_outputs(call_model(root, inputs), self._options["outputs"])
-                estimator.update(tape, outputs, targets)  # nothing is forgotten in between: a plain mean
-
-    def curvature(self) -> BlockDiagonal:
-        """Return the running curvature as an operator, for analysis.
-
-        Returns:
-            The curvature.
-        """
-        return self._estimator.curvature()
-
     # ---------------------------------------------------------------- step
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -274,28 +181,6 @@ class KFAC(Renewal):
         self._generators = None
         self._gatherer.reset()
         return loss
-
-    def _members(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
-        for group in self._own_groups:
-            for parameter in group["params"]:
-                yield parameter, group
-
-    def _damping(self, layer: str) -> float:
-        own = {id(p) for p in self._estimator.adaptation.adapters[layer].parameters.values()}
-        for parameter, group in self._members():
-            if id(parameter) in own:
-                return float(group["damping"]) + (0.0 if group["decoupled_weight_decay"] else group["weight_decay"])
-        return float(self.defaults["damping"])
-
-    def _check_statistics(self) -> None:
-        if self._stats_due and self._gatherer.gathered == 0:
-            seen = "in eval mode or inside paused()" if self._gatherer.forwards == 0 else "without gathering"
-            if not (self._steps == 0 and not any(s.empty for s in self._estimator.statistics.values())):
-                raise RuntimeError(
-                    "Statistics are due at this step, but no forward of the model passed to KFAC was seen since the "
-                    f"last one (or only {seen}). Call that module itself in train mode, or gather by hand:\n"
-                    "    with optimizer.capture() as capture:\n        z = ...\n        capture(z)"
-                )
 
     def _move(self, gradients: dict[str, Tensor]) -> None:
         members = [(self._names[id(p)], p, group) for p, group in self._members() if p.grad is not None]

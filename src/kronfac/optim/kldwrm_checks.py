@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kronfac.damping import Rule, exact
-from kronfac.estimation import Estimator
+from kronfac.estimator import Estimator
 from kronfac.likelihoods import Likelihood
 from kronfac.optim.options import at_least
 

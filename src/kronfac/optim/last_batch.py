@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronfac.measuring import couples_examples
 from kronfac.operators.passes import random_state
 from kronfac.optim.gathering import Gatherer
 from kronfac.sources.part import first_of
-from kronfac.tape import couples_examples
 
 #: Part of the mini-batch that stands for it (Martens & Grosse 2015, section 8: τ₂), and examples it has at least.
 PART, FEWEST = 0.25, 250

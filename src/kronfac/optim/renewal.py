@@ -1,37 +1,38 @@
-"""When an optimiser's statistics and inverses are renewed, and how the inverses are."""
+"""How an optimiser gathers statistics, when it renews them and the inverses, and how the inverses are."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from kronfac.approximations import Statistic
 from kronfac.blocks import Inverse
+from kronfac.curvature import BlockDiagonal
 from kronfac.damping import Rule
-from kronfac.estimation import Estimator
+from kronfac.forwards import batches_of, call_model, pick_outputs
+from kronfac.measuring import frozen_buffers
 from kronfac.optim.background import Pending, submit
 from kronfac.optim.drift import largest_drift
 from kronfac.optim.gathering import Gatherer
 from kronfac.optim.health import LayerHealth, Record, condition
-from kronfac.optim.options import DEFAULTS, KFACOptions
-from kronfac.optim.preconditioning import refresh, renew_values, snapshot
+from kronfac.optim.membership import Membership
+from kronfac.optim.options import DEFAULTS
 from kronfac.optim.reduced import RoundedDirections, check_reduced
+from kronfac.optim.refresh import refresh, renew_values, snapshot
 from kronfac.optim.warm import check_factors, require_products
+from kronfac.tape import record
 
 
-class Renewal(Optimizer):
+class Renewal(Membership):
     """Periods of statistics and inverses, asynchronous inverses, drift and health; the part of KFAC that has no step.
 
     Its attributes are set by the class that takes steps.
     """
 
-    _options: KFACOptions
-    _estimator: Estimator
     _gatherer: Gatherer
     _rule: Rule
     _periods: tuple[int, int]
@@ -41,10 +42,6 @@ class Renewal(Optimizer):
     _record: Record
     _rounded: RoundedDirections | None
     _pending: Pending | None
-
-    @abstractmethod
-    def _damping(self, layer: str) -> float:
-        """Damping of a layer."""
 
     def _check_renewal(self, *, plain: bool) -> None:
         """Refuse asynchronous, warm-started and rounded inverses, and drift as their trigger, where they cannot be.
@@ -88,6 +85,48 @@ class Renewal(Optimizer):
     def _warm(self) -> bool:
         return self._options["inverse"] == "newton_schulz"
 
+    def paused(self) -> AbstractContextManager[None]:
+        """Gather no statistics from forwards within the block."""
+        return self._gatherer.paused()
+
+    def capture(self) -> AbstractContextManager[Callable[..., None]]:
+        """Gather by hand, where the loop never calls the root module or curvature needs the targets.
+
+        Returns:
+            A context manager that yields a function ``capture(outputs, targets=None)``; on steps without due statistics
+            it does nothing.
+        """
+        return self._gatherer.capture()
+
+    def warm_up(self, loader: Iterable[Any] | tuple[Any, Any], batches: int | None = None) -> None:
+        """Gather factors from several batches before the first step (Grosse & Martens 2016, 3.1: the whole set).
+
+        Args:
+            loader: Pairs ``(inputs, targets)``.
+            batches: How many; all by default.
+
+        Raises:
+            RuntimeError: Training has begun.
+        """
+        if self._steps:
+            raise RuntimeError("warm_up must come before the first step.")
+        self._gatherer.check_layers()
+        for index, (inputs, targets) in enumerate(batches_of(loader)):
+            if batches is not None and index >= batches:
+                break
+            root, estimator = self._gatherer.root, self._estimator
+            with torch.enable_grad(), frozen_buffers(root), record(estimator.adaptation.adapters) as tape:
+                outputs = pick_outputs(call_model(root, inputs), self._options["outputs"])
+                estimator.update(tape, outputs, targets)  # nothing is forgotten in between: a plain mean
+
+    def curvature(self) -> BlockDiagonal:
+        """Return the running curvature as an operator, for analysis.
+
+        Returns:
+            The curvature.
+        """
+        return self._estimator.curvature()
+
     @property
     def _stats_due(self) -> bool:
         return self._steps % self._periods[0] == 0 or self._steps < self._options["burn_in"]
@@ -96,6 +135,16 @@ class Renewal(Optimizer):
     def _inverses_due(self) -> bool:
         step, period = self._steps, self._periods[1]
         return not self._inverses or step % period == 0 or (step < period and step & (step - 1) == 0)
+
+    def _check_statistics(self) -> None:
+        if self._stats_due and self._gatherer.gathered == 0:
+            seen = "in eval mode or inside paused()" if self._gatherer.forwards == 0 else "without gathering"
+            if not (self._steps == 0 and not any(s.empty for s in self._estimator.statistics.values())):
+                raise RuntimeError(
+                    "Statistics are due at this step, but no forward of the model passed to KFAC was seen since the "
+                    f"last one (or only {seen}). Call that module itself in train mode, or gather by hand:\n"
+                    "    with optimizer.capture() as capture:\n        z = ...\n        capture(z)"
+                )
 
     def _ready(self) -> dict[str, Statistic]:
         """Statistics that hold anything, by layer."""

@@ -15,10 +15,10 @@ from kronfac.blocks import INVERSES, Inverse
 from kronfac.optim.background import Pending
 from kronfac.optim.health import Record
 from kronfac.optim.options import check_group
-from kronfac.optim.preconditioning import Refreshed
+from kronfac.optim.refresh import Refreshed
 
 if TYPE_CHECKING:
-    from kronfac.estimation import Estimator
+    from kronfac.estimator import Estimator
     from kronfac.optim.kfac import KFAC
 
 VERSION = 1

@@ -23,9 +23,10 @@ from typing import Any
 
 from torch import Tensor
 
-from kronfac.estimation import Estimator
+from kronfac.estimator import Estimator
+from kronfac.measuring import couples_examples
 from kronfac.sources.part import Part, first_of
-from kronfac.tape import TapeError, couples_examples
+from kronfac.tape import TapeError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 #: What may be passed on to a forward of fewer examples as it is.

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from kronfac.likelihoods import Likelihood
+from kronfac.measuring import couples_examples
 from kronfac.sources.base import Sample
-from kronfac.tape import couples_examples
 
 
 @dataclass(frozen=True)

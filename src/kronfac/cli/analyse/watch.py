@@ -122,7 +122,7 @@ def watching(steps: int) -> Iterator[Watch]:
 def _told_to(watch: Watch) -> Iterator[None]:
     """Pass on the warnings of the measurement, which are for the person at the terminal."""
     from kronfac.analysis import ConvergenceWarning
-    from kronfac.estimation import CoverageWarning
+    from kronfac.estimator import CoverageWarning
 
     with warnings.catch_warnings():
         for category in (ConvergenceWarning, CoverageWarning):

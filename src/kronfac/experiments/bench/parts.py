@@ -9,16 +9,24 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from torch import Tensor
-
-from kronfac.experiments.bench.steps import KINDS, combine, make_kfac, rounds_well, single, whole_rounds, whole_steps
+from kronfac.experiments.bench.steps import (
+    KINDS,
+    combine,
+    gradients_of,
+    make_kfac,
+    rounds_well,
+    single,
+    whole_rounds,
+    whole_steps,
+)
 from kronfac.experiments.bench.timing import Clock, Spread, clock_of, timed
 from kronfac.experiments.bench.workloads import LARGE, Workload, make
 from kronfac.experiments.errors import ExperimentError
 from kronfac.optim import KFAC, TKFAC
 from kronfac.optim.background import submit
-from kronfac.optim.preconditioning import directions, refresh, snapshot
+from kronfac.optim.directions import directions
 from kronfac.optim.reduced import RoundedDirections
+from kronfac.optim.refresh import refresh, snapshot
 
 #: What can be asked for by name. ``whole`` takes hundreds of steps, ``step`` one of each kind.
 PARTS = (
@@ -117,18 +125,6 @@ def started(work: Workload) -> KFAC:
     work.forward_backward()
     optimizer.step()
     return optimizer
-
-
-def gradients_of(work: Workload) -> dict[str, Tensor]:
-    """Gradients by parameter name.
-
-    Args:
-        work: The workload, after a backward.
-
-    Returns:
-        Those that there are.
-    """
-    return {name: p.grad for name, p in work.model.named_parameters() if p.grad is not None}
 
 
 def parts(work: Workload, wanted: Sequence[str]) -> dict[str, Callable[[], object]]:

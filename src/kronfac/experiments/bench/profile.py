@@ -9,8 +9,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from kronfac.experiments.bench.parts import gradients_of, inverse, started
-from kronfac.experiments.bench.steps import KINDS
+from kronfac.experiments.bench.parts import inverse, started
+from kronfac.experiments.bench.steps import KINDS, gradients_of
 from kronfac.experiments.bench.workloads import Workload
 
 #: How many are shown.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kronfac.experiments.bench.timing import Clock, Spread, timed
 from kronfac.experiments.bench.workloads import Workload, make
@@ -59,6 +60,18 @@ def step(work: Workload, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     work.forward().backward()
     optimizer.step()
+
+
+def gradients_of(work: Workload) -> dict[str, Tensor]:
+    """Gradients by parameter name.
+
+    Args:
+        work: The workload, after a backward.
+
+    Returns:
+        Those that there are.
+    """
+    return {name: p.grad for name, p in work.model.named_parameters() if p.grad is not None}
 
 
 def single(work: Workload, optimizer: KFAC) -> dict[str, Callable[[], object]]:

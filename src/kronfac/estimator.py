@@ -1,0 +1,215 @@
+"""``Estimator``: running statistics of all layers of a model, from recorded forwards."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronfac.approximations import Approximation, JointApproximation, JointStatistic, Statistic, get_approximation
+from kronfac.approximations.joint import whole_pulls
+from kronfac.curvature import BlockDiagonal
+from kronfac.curvature_coupled import CoupledCurvature, coupled_curvature
+from kronfac.layers import Adaptation, adapt_model
+from kronfac.likelihoods import Likelihood
+from kronfac.measuring import couples_examples
+from kronfac.sources import Sample, Source, get_source
+from kronfac.sources.part import Part
+from kronfac.tape import Tape
+
+
+class CoverageWarning(UserWarning):
+    """Some trainable parameters have no curvature block; the text names them and says why."""
+
+
+class Estimator:
+    """Running statistics of all layers of a model.
+
+    Args:
+        model: The model; its layers are found once, now.
+        likelihood: The loss.
+        approximation: Name or object.
+        source: Name or object.
+        samples: Number of samples of the sampled source.
+        sharing: Weight sharing over positions, ``"expand"`` or ``"reduce"``.
+        norm: ``"unitwise"`` or ``"full"`` blocks of normalisation layers.
+        generator: For everything random; the global one by default.
+
+    Raises:
+        TypeError: ``model`` or ``likelihood`` is of another type.
+        ValueError: No layer has a block, or approximation and source do not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        *,
+        approximation: str | Approximation = "kfac",
+        source: str | Source = "sampled",
+        samples: int = 1,
+        sharing: str = "expand",
+        norm: str = "unitwise",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not isinstance(likelihood, Likelihood):
+            raise TypeError(
+                "likelihood must be a kronfac.Likelihood such as kronfac.Categorical(), not "
+                f"{type(likelihood).__name__}; kronfac.likelihood_of(loss_module) translates PyTorch's loss modules."
+            )
+        self.model, self.likelihood = model, likelihood
+        self.approximation, self.source = get_approximation(approximation), get_source(source, samples)
+        self.approximation.check(self.source)
+        self.options = {"sharing": sharing, "norm": norm}
+        self.adaptation: Adaptation = adapt_model(model, sharing=sharing, norm=norm)
+        if not self.adaptation.adapters:
+            raise ValueError("No layer of the model has a curvature block: " + _reasons(self.adaptation.uncovered))
+        self.source = self.source.bind(model)
+        self.generator = generator
+        #: Terms of the loss for each unit of its denominator, as this process last saw them.
+        self.terms = 1.0
+        #: Statistics layer by layer; none where the approximation couples layers.
+        self.statistics: dict[str, Statistic] = {}
+        #: Statistics of all layers together, where the approximation couples them.
+        self.joint: JointStatistic | None = None
+        if isinstance(self.approximation, JointApproximation):
+            self.joint = self.approximation.start_all(self.adaptation.adapters)
+        else:
+            self.statistics |= {
+                name: self.approximation.start(adapter) for name, adapter in self.adaptation.adapters.items()
+            }
+
+    def warn_uncovered(self, what: str) -> None:
+        """Name parameters without a block, once, as a :class:`CoverageWarning`.
+
+        Args:
+            what: What becomes of them.
+        """
+        if self.adaptation.uncovered:
+            text = f"{what}: {_reasons(self.adaptation.uncovered)}. See kronfac.coverage(model)."
+            warnings.warn(text, CoverageWarning, stacklevel=3)
+
+    def update(
+        self, tape: Tape, outputs: Tensor, targets: Any = None, *, continues: bool = False, part: Part | None = None
+    ) -> None:
+        """Take in a recorded forward pass; the graph is kept.
+
+        Args:
+            tape: The recorded layers.
+            outputs: The model's outputs, attached to the graph.
+            targets: Targets, where source or likelihood needs them.
+            continues: Whether the forward belongs to the same loss as the one before it (gradient accumulation). Means
+                are means over all of them either way; with ``reduction="sum"`` the curvatures are then added.
+            part: The part of a batch whose statistics stand for the whole; None where all of it is wanted.
+        """
+        adds = continues and self.likelihood.reduction == "sum"
+        self.source.check(self.model, couples_examples(self.model))
+        self.approximation.begin(self.model, self.source, tape, outputs, self.statistics)
+        with torch.no_grad():
+            values = outputs.detach()
+            cut = None if part is None else part.begin(self.likelihood, values, targets)
+            count = self.likelihood.term_shape(values, targets).numel()
+            terms = count / max(float(self.likelihood.denominator(values, targets)), 1e-12)
+            terms *= 1.0 if part is None or part.cut else part.weight(self.likelihood)
+            self.terms = self.terms + terms if adds else terms
+        if self.joint is not None:
+            self.joint.check_graph(tape.feeders(outputs))
+            add = whole_pulls(list(tape.calls), self.joint.add)
+        else:
+            add = self._add
+
+        def take(sample: Sample) -> None:
+            sample = sample if cut is None else cut(sample)
+            # The denominator of a sum is one, and was counted with the first of its parts.
+            add(replace(sample, denominator=0.0) if adds else sample)
+
+        self.source.stream(tape, self.likelihood, outputs, targets, self.generator, take)
+
+    def _add(self, sample: Sample) -> None:
+        self.statistics[sample.layer.name].add(sample)
+
+    def consolidate(self) -> None:
+        """Give every process of a distributed run the same share of the statistics; each must call this."""
+        self.terms = mean_over_processes(self.terms, next(self.model.parameters()).device)
+        means = [mean for statistic in self.statistics.values() for mean in statistic.means().values()]
+        for mean in means if self.joint is None else self.joint.means().values():
+            mean.consolidate()
+
+    def decay(self, factor: float) -> None:
+        """Forget: multiply all sums and weights by ``factor`` (exponential moving average)."""
+        for statistic in self.statistics.values():
+            statistic.decay(factor)
+        if self.joint is not None:
+            self.joint.decay(factor)
+
+    def next_pass(self) -> None:
+        """Go on to the next pass over the same data, where the approximation takes several; see :func:`estimate`."""
+        for statistic in self.statistics.values():
+            statistic.next_pass()
+
+    def curvature(self) -> BlockDiagonal:
+        """Return the curvature of what was gathered.
+
+        Returns:
+            The operator.
+
+        Raises:
+            RuntimeError: A layer gathered nothing.
+            TypeError: The approximation couples layers.
+        """
+        if self.joint is not None:
+            raise TypeError(f"approximation={self.approximation.name!r} couples layers; call coupled_curvature().")
+        missing = [name for name, statistic in self.statistics.items() if statistic.empty]
+        if missing:
+            raise RuntimeError(
+                f"No statistics for layers {missing}: the forward pass never called them. Freeze them "
+                "(requires_grad=False) or call them."
+            )
+        blocks = {name: statistic.block() for name, statistic in self.statistics.items()}
+        return BlockDiagonal(blocks, self.adaptation.adapters, self.adaptation.order, options=self.options)
+
+    def coupled_curvature(self) -> CoupledCurvature:
+        """Return the curvature of what was gathered, where the approximation couples layers.
+
+        Returns:
+            The operator.
+
+        Raises:
+            RuntimeError: Nothing was gathered.
+            TypeError: The approximation is one of blocks alone.
+        """
+        if self.joint is None:
+            raise TypeError(f"approximation={self.approximation.name!r} couples no layers; call curvature().")
+        if self.joint.empty:
+            raise RuntimeError("No statistics: no forward pass was seen.")
+        layouts = self.adaptation.adapters
+        return coupled_curvature(self.joint.blocks(), layouts, self.adaptation.order, self.options)
+
+
+def mean_over_processes(value: float, device: torch.device) -> float:
+    """Mean of a number over all processes of a distributed run, so that each of them decides alike.
+
+    Args:
+        value: This process's number.
+        device: Device of the tensors that the processes exchange.
+
+    Returns:
+        The mean, or the number itself outside of distributed runs.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    distributed.all_reduce(total)
+    return float(total) / distributed.get_world_size()
+
+
+def _reasons(uncovered: Mapping[str, str]) -> str:
+    grouped: dict[str, list[str]] = {}
+    for name, reason in uncovered.items():
+        grouped.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in grouped.items())

@@ -1,0 +1,82 @@
+"""Which parameters take an optimiser's step, in which groups, and which are left to another optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kronfac.estimator import Estimator
+from kronfac.optim.options import KFACOptions, check_group
+
+
+class Membership(Optimizer):
+    """Parameter groups, and the optimiser of parameters without curvature; the part of KFAC that has no curvature.
+
+    Its attributes are set by the class that takes steps.
+    """
+
+    _options: KFACOptions
+    _estimator: Estimator
+    _names: dict[int, str]
+    _fallback: Optimizer | None
+
+    def _make_fallback(
+        self, root: nn.Module, fallback: Callable[[list[nn.Parameter]], Optimizer] | None
+    ) -> Optimizer | None:
+        plain = self._estimator.adaptation.uncovered
+        if not plain:
+            return None
+        self._estimator.warn_uncovered("Trained without curvature" if fallback is None else "Trained by fallback")
+        if fallback is None:
+            return None
+        optimizer = fallback([root.get_parameter(name) for name in plain])
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"fallback must return a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+        return optimizer
+
+    def _groups(self, root: nn.Module) -> Iterable[dict[str, Any]]:
+        elsewhere = set(self._estimator.adaptation.uncovered) if self._fallback is not None else set()
+        given = self._options["param_groups"]
+        if given is None:
+            kept = [p for name, p in root.named_parameters() if p.requires_grad and name not in elsewhere]
+            return [{"params": kept}]
+        groups = [dict(group) for group in given]
+        for group in groups:
+            params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+            group["params"] = [p for p in params if self._names.get(id(p)) not in elsewhere]
+        return groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of the model's parameters, as PyTorch's optimisers do; called at construction too.
+
+        Args:
+            param_group: ``params`` and hyper-parameters of its own.
+
+        Raises:
+            ValueError: A hyper-parameter is out of range, or a tensor is no parameter of the model.
+        """
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1], self._names)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @property
+    def _own_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if "kl_clip" in group]
+
+    def _members(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+        for group in self._own_groups:
+            for parameter in group["params"]:
+                yield parameter, group
+
+    def _damping(self, layer: str) -> float:
+        own = {id(p) for p in self._estimator.adaptation.adapters[layer].parameters.values()}
+        for parameter, group in self._members():
+            if id(parameter) in own:
+                return float(group["damping"]) + (0.0 if group["decoupled_weight_decay"] else group["weight_decay"])
+        return float(self.defaults["damping"])
