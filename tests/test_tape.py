@@ -82,6 +82,55 @@ def test_gradients_are_untouched() -> None:
     assert all(torch.equal(g, copy) for g, copy in zip(before, copies, strict=True))
 
 
+class Turned(nn.Linear):
+    """A linear layer whose output is a view with other strides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).T.contiguous().T
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: nn.Linear(4, 5), (6, 2, 4)),  # a view of the product of all rows
+        (lambda: nn.Linear(4, 5), (6, 3, 2, 4)),
+        (lambda: nn.Linear(4, 5, bias=False), (6, 2, 4)),
+        (lambda: nn.InstanceNorm1d(4, affine=True), (6, 4, 5)),  # a view of one example's batch norm
+        (lambda: nn.InstanceNorm2d(4, affine=True), (6, 4, 5, 2)),
+        (lambda: nn.Conv1d(4, 5, 3), (6, 4, 7)),
+        (lambda: nn.GroupNorm(2, 4), (6, 4, 5)),
+        (lambda: nn.LayerNorm(5), (6, 4, 5)),
+        (lambda: nn.Embedding(7, 5), (6, 3)),
+    ],
+)
+@pytest.mark.parametrize("source", ["exact", "sampled"])
+def test_outputs_that_are_views_may_be_changed_in_place(
+    layer: Callable[[], nn.Module], shape: tuple[int, ...], source: str
+) -> None:
+    first = layer()
+    x = torch.randint(7, shape) if isinstance(first, nn.Embedding) else draw(*shape)
+    found = []
+    for inplace in (False, True):
+        body = nn.Sequential(first, nn.ReLU(inplace=inplace), nn.Flatten())
+        model = double(nn.Sequential(body, nn.Linear(body.to(torch.float64)(x).shape[1], 3)))
+        blocks = kf.estimate(model, kf.Gaussian(), (x, draw(6, 3)), source=source).blocks
+        found.append({name: block.to_dense() for name, block in blocks.items()})
+        assert float(blocks["0.0"].trace()) > 0
+    for name, block in found[0].items():
+        assert torch.equal(block, found[1][name])
+
+
+def test_a_view_of_another_order_that_is_changed_in_place_is_refused() -> None:
+    for inplace in (False, True):
+        model = double(nn.Sequential(Turned(4, 5), nn.ReLU(inplace=inplace), nn.Linear(5, 3)))
+        batch = (draw(6, 4), draw(6, 3))
+        if inplace:
+            with pytest.raises(TapeError, match=r"output of layer '0', a view.*inplace=False"):
+                kf.estimate(model, kf.Gaussian(), batch)
+        else:
+            assert float(kf.estimate(model, kf.Gaussian(), batch).blocks["0"].trace()) > 0
+
+
 @pytest.mark.parametrize(("inplace", "plain"), [(nn.ReLU(inplace=True), nn.ReLU()), (nn.ELU(inplace=True), nn.ELU())])
 def test_activations_in_place_after_a_layer_are_fine(inplace: nn.Module, plain: nn.Module) -> None:
     x, y = draw(6, 3), draw(6, 2)

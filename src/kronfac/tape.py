@@ -3,7 +3,8 @@
 Forward hooks keep each layer's input and the *gradient edge* of its output; a pull differentiates the model's outputs
 with respect to those edges.  No parameter gradient is computed and ``.grad`` is untouched.  The edge, not the output
 tensor, is kept: an in-place activation after the layer replaces the tensor's history, so that differentiating the
-tensor later is silently wrong.
+tensor later is silently wrong.  Of an output that is a view (a linear layer's with positions) it is the edge of what it
+views: a change in place leaves the view's own out of the graph.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Call:
         edge: Where its output entered the graph.
         output_shape: Shape of the output.
         version: The input's version at the call, to notice a later change in place.
+        output: The output, detached, and its version, where a later change in place would cut the edge off.
     """
 
     adapter: LayerAdapter
@@ -43,9 +45,10 @@ class Call:
     edge: GradientEdge
     output_shape: torch.Size
     version: int
+    output: tuple[Tensor, int] | None = None
 
     def check(self) -> None:
-        """Refuse an input that was changed in place after the call.
+        """Refuse an input that was changed in place after the call, and an output that must not be.
 
         Raises:
             TapeError: It was.
@@ -54,6 +57,11 @@ class Call:
             raise TapeError(
                 f"The input of layer {self.adapter.name!r} was changed in place after the layer used it, so its "
                 "statistics would be wrong; make the operation that follows out of place (e.g. inplace=False)."
+            )
+        if self.output is not None and self.output[0]._version != self.output[1]:
+            raise TapeError(
+                f"The output of layer {self.adapter.name!r}, a view of a part of another tensor, was changed in place, "
+                "which hides its derivative; make the operation that follows out of place (e.g. inplace=False)."
             )
 
 
@@ -120,7 +128,9 @@ class Tape:
             if adapter.autocast and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
                 # What it multiplied, in half the memory, of which matrix units make moments at their full rate.
                 x = x.to(torch.get_autocast_dtype(x.device.type))
-            self.calls[name] = Call(adapter, x, get_gradient_edge(output), output.shape, x._version)
+            edge, certain = output_edge(output)
+            kept = None if certain else (output.detach(), output._version)
+            self.calls[name] = Call(adapter, x, edge, output.shape, x._version, kept)
 
         return hook
 
@@ -174,7 +184,7 @@ class Tape:
             def take(gradients: tuple[Tensor | None, ...]) -> None:
                 gradient = gradients[index]
                 if gradient is not None:
-                    receive(name, gradient.detach())
+                    receive(name, gradient.detach().reshape(self.calls[name].output_shape))
 
             return take
 
@@ -197,7 +207,7 @@ class Tape:
                 handle.remove()
         for name, gradient in zip(last, gradients, strict=True):
             if gradient is not None:
-                receive(name, gradient.detach())
+                receive(name, gradient.detach().reshape(self.calls[name].output_shape))
 
     def _last_edges(self, outputs: Tensor) -> list[str]:
         """Names of recorded layers from which no other recorded layer can be reached, and of unreachable ones."""
@@ -254,6 +264,25 @@ class Tape:
         if last is not None:
             feeders[None] = {recorded[last]} if last in recorded else behind(last)
         return feeders
+
+
+def output_edge(output: Tensor) -> tuple[GradientEdge, bool]:
+    """Find where a layer's output entered the graph, whatever is done to it in place later.
+
+    Args:
+        output: The output.
+
+    Returns:
+        The edge, whose derivative has the output's entries in their order, and whether no change in place can cut it
+        off: that of the output itself, or, for a view of a whole tensor in another shape, of that tensor.
+    """
+    base = output._base
+    if base is None:
+        return get_gradient_edge(output), True
+    same = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    if same and base.requires_grad:
+        return get_gradient_edge(base), True
+    return get_gradient_edge(output), False
 
 
 @contextmanager

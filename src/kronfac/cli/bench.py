@@ -212,7 +212,7 @@ def _run(
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        total = len(precisions) * sum(advances(rounds, plan) for plan in plans.values())
+        total = len(precisions) * sum(advances(name, rounds, plan) for name, plan in plans.items())
         task = bar.add_task("", total=total)
         for name, plan in plans.items():
             for precision in precisions:

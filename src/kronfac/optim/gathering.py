@@ -114,6 +114,7 @@ class Gatherer:
         forwards: Number of forwards with gradients seen since :meth:`reset`.
         last: Arguments of the last forward that carried gradients, for curvature products.
         last_random: Random state before it, so that products see the same dropout masks.
+        measuring: Whether cotangents are being pulled for statistics.
         beside: Further estimators of the same model that take each forward too.
     """
 
@@ -130,6 +131,7 @@ class Gatherer:
         check_fits(examples, estimator)
         self.model, self.root, self.estimator = model, estimator.model, estimator
         self.gathered, self.forwards, self.enabled, self._capturing = 0, 0, True, False
+        self.measuring = False
         self.last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.last_targets: Any = None
         self.last_random: tuple[Tensor, ...] | None = None
@@ -152,7 +154,8 @@ class Gatherer:
         self.last = self.last_targets = self.last_random = None
 
     @property
-    def _wanted(self) -> bool:
+    def wanted(self) -> bool:
+        """Whether a forward now would be one of training."""
         return self.enabled and torch.is_grad_enabled() and self.root.training and not is_apart_from_training()
 
     @contextmanager
@@ -190,7 +193,7 @@ class Gatherer:
             self._capturing = before
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        counts = self._wanted
+        counts = self.wanted
         if (counts or self._capturing) and self._keep():
             self.last, self.last_random = (args, kwargs), random_state(self.root)
         if not counts:
@@ -241,8 +244,12 @@ class Gatherer:
     def _update(self, tape: Tape, outputs: Tensor, targets: Any, part: Part | None) -> None:
         if self.gathered == 0:
             self._begin()
-        for estimator in (self.estimator, *self.beside):
-            estimator.update(tape, outputs, targets, continues=self.gathered > 0, part=part)
+        self.measuring = True
+        try:
+            for estimator in (self.estimator, *self.beside):
+                estimator.update(tape, outputs, targets, continues=self.gathered > 0, part=part)
+        finally:
+            self.measuring = False
         self.gathered += 1
         self.last_targets = targets
 

@@ -25,6 +25,7 @@ from kronfac.optim.health import Record
 from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator
 from kronfac.optim.reduced import RoundedDirections
 from kronfac.optim.renewal import Renewal
+from kronfac.optim.rows import RowGradients, check_groups, check_rows
 from kronfac.optim.state import gather_generators, load_curvature_state, save_curvature_state
 from kronfac.sources import Source
 
@@ -117,6 +118,7 @@ class KFAC(Renewal):
         self._check_renewal(plain=type(self).step is KFAC.step)
         self._record = Record()
         self._rounded = RoundedDirections() if self._options["products"] == "bfloat16" else None
+        self._rows: RowGradients | None = None
         self._pending: Pending | None = None
         self._clip = KLClip()
         self._generators: list[Tensor] | None = None
@@ -129,6 +131,10 @@ class KFAC(Renewal):
             keep=lambda: self._keeps_arguments,
             examples=self._options["stats_examples"],
         )
+        if self._options["gradients"] == "rows":
+            check_rows(model, self._options)
+            wanted, measuring = lambda: self._gatherer.wanted, lambda: self._gatherer.measuring
+            self._rows = RowGradients(self._estimator.adaptation.adapters, wanted, measuring)
         self._names = {id(p): name for name, p in root.named_parameters()}
         self._fallback = self._make_fallback(root, fallback)
         defaults = {
@@ -141,6 +147,8 @@ class KFAC(Renewal):
         }
         check_group(defaults)
         super().__init__(self._groups(root), defaults)
+        if self._rows is not None:
+            check_groups(self._own_groups)
         if self._fallback is not None:
             # The very same groups, so that schedulers, zero_grad and GradScaler reach them too.
             self.param_groups.extend(self._fallback.param_groups)
@@ -183,7 +191,7 @@ class KFAC(Renewal):
         return loss
 
     def _move(self, gradients: dict[str, Tensor]) -> None:
-        members = [(self._names[id(p)], p, group) for p, group in self._members() if p.grad is not None]
+        members = [(self._names[id(p)], p, group) for p, group in self._members() if self._has_gradient(p)]
         for name, parameter, group in members:
             if group["weight_decay"] and not group["decoupled_weight_decay"]:
                 gradients[name] = gradients[name].add(parameter, alpha=group["weight_decay"])
@@ -191,7 +199,7 @@ class KFAC(Renewal):
         check_finite(gradients, moved)
         scale = self._clip_scale(gradients, moved, members)
         for group in self._own_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params = [p for p in group["params"] if self._has_gradient(p)]
             if not params:
                 continue
             moves = [moved[self._names[id(p)]] for p in params]
@@ -215,7 +223,13 @@ class KFAC(Renewal):
         return found
 
     def _directions(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        return directions(self._estimator.adaptation.adapters, self._inverses, gradients, self._rounded)
+        adapters = self._estimator.adaptation.adapters
+        if self._rows is None:
+            return directions(adapters, self._inverses, gradients, self._rounded)
+        check_groups(self._own_groups)
+        moved, layers = self._rows.directions(self._inverses, gradients)
+        others = {name: adapter for name, adapter in adapters.items() if name not in layers}
+        return directions(others, self._inverses, gradients, self._rounded) | moved
 
     # ---------------------------------------------------------------- KL clip
     @property

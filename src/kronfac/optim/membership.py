@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from kronfac.estimator import Estimator
 from kronfac.optim.options import KFACOptions, check_group
+from kronfac.optim.rows import RowGradients
 
 
 class Membership(Optimizer):
@@ -22,6 +23,7 @@ class Membership(Optimizer):
     _estimator: Estimator
     _names: dict[int, str]
     _fallback: Optimizer | None
+    _rows: RowGradients | None
 
     def _make_fallback(
         self, root: nn.Module, fallback: Callable[[list[nn.Parameter]], Optimizer] | None
@@ -80,3 +82,16 @@ class Membership(Optimizer):
             if id(parameter) in own:
                 return float(group["damping"]) + (0.0 if group["decoupled_weight_decay"] else group["weight_decay"])
         return float(self.defaults["damping"])
+
+    def _has_gradient(self, parameter: Tensor) -> bool:
+        return parameter.grad is not None or (self._rows is not None and self._names[id(parameter)] in self._rows.names)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those kept as rows too.
+
+        Args:
+            set_to_none: As for PyTorch's optimisers.
+        """
+        super().zero_grad(set_to_none)
+        if self._rows is not None:
+            self._rows.clear()

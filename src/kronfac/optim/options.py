@@ -28,6 +28,10 @@ class KFACOptions(TypedDict, total=False):
             layers of at least 128 inputs and outputs: what is large in a gradient is multiplied in float32, the rest in
             bfloat16 (:mod:`kronfac.linalg.rounded`). The first direction after each refresh is computed both ways, and
             a layer where their cosine is below 0.99 stays in float32 until the next; ``optimizer.health()`` has it.
+        gradients: ``"dense"``, or ``"rows"``: linear layers wider than the batch keep the inputs and cotangents that
+            their gradient is made of, and only their direction is formed (:mod:`kronfac.optim.rows`). **Their weights'
+            ``.grad`` stays None**, so that nothing else may look at gradients or change them: what scales the biases'
+            is refused. It needs ``kl_clip=None``, no coupled weight decay, one process, and ``optimizer.zero_grad()``.
         burn_in: Statistics are gathered on each of the first so many steps.
         stats_examples: How many examples of a forward statistics are of at most: the first of them, which of shuffled
             batches are as good as any. None for all. ``warm_up`` takes whole batches. Fewer than half of the batch take
@@ -45,6 +49,7 @@ class KFACOptions(TypedDict, total=False):
     drift: float | None
     inverse: str
     products: str
+    gradients: str
     burn_in: int
     stats_examples: int | None
     sharing: str
@@ -53,7 +58,11 @@ class KFACOptions(TypedDict, total=False):
     param_groups: Iterable[dict[str, Any]] | None
 
 
-CHOICES = {"inverse": ("cholesky", "newton_schulz"), "products": ("float32", "bfloat16")}
+CHOICES = {
+    "inverse": ("cholesky", "newton_schulz"),
+    "products": ("float32", "bfloat16"),
+    "gradients": ("dense", "rows"),
+}
 
 DEFAULTS = KFACOptions(
     decoupled_weight_decay=False,
@@ -61,6 +70,7 @@ DEFAULTS = KFACOptions(
     drift=None,
     inverse="cholesky",
     products="float32",
+    gradients="dense",
     burn_in=10,
     stats_examples=None,
     sharing="expand",

@@ -78,7 +78,7 @@ class Renewal(Membership):
     @property
     def _of_factors(self) -> dict[str, str]:
         """Options that are for inverses of Kronecker factors alone, where they are not the default."""
-        names = ("inverse", "products")
+        names = ("inverse", "products", "gradients")
         return {n: self._options[n] for n in names if self._options[n] != DEFAULTS[n]}  # type: ignore[literal-required]
 
     @property

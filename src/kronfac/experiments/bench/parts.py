@@ -14,18 +14,15 @@ from kronfac.experiments.bench.steps import (
     combine,
     gradients_of,
     make_kfac,
-    rounds_well,
     single,
-    whole_rounds,
-    whole_steps,
 )
 from kronfac.experiments.bench.timing import Clock, Spread, clock_of, timed
+from kronfac.experiments.bench.whole import whole_kinds, whole_rounds, whole_steps
+from kronfac.experiments.bench.wide import wide_parts
 from kronfac.experiments.bench.workloads import LARGE, Workload, make
 from kronfac.experiments.errors import ExperimentError
 from kronfac.optim import KFAC, TKFAC
 from kronfac.optim.background import submit
-from kronfac.optim.directions import directions
-from kronfac.optim.reduced import RoundedDirections
 from kronfac.optim.refresh import refresh, snapshot
 
 #: What can be asked for by name. ``whole`` takes hundreds of steps, ``step`` one of each kind.
@@ -166,10 +163,7 @@ def parts(work: Workload, wanted: Sequence[str]) -> dict[str, Callable[[], objec
         functions |= {"alone": alone, "inverse beside": inverse_beside}
     if "precondition" in wanted:
         functions["precondition"] = lambda: optimizer._directions(gradients)
-        if rounds_well(work):
-            rounded = RoundedDirections()
-            adapters, inverses = optimizer._estimator.adaptation.adapters, dict(optimizer._inverses)
-            functions["precondition, bfloat16"] = lambda: directions(adapters, inverses, gradients, rounded)
+        functions |= wide_parts(work, optimizer, gradients)
     if "step" in wanted:
         functions |= {f"step, {kind}": function for kind, function in single(work, optimizer).items()}
     return functions
@@ -274,7 +268,7 @@ def over_base(times: dict[str, list[float]], visible: bool = True) -> dict[str, 
     def extra(values: list[float], over: list[float]) -> Spread:
         return Spread.of([(v - o) / middle for v, o in zip(values, over, strict=True)])
 
-    for row in ("statistics", "statistics of TKFAC"):
+    for row in ("statistics", "statistics of TKFAC", "precondition by rows"):
         if f"with {row}" in times:
             rows[row] = extra(times.pop(f"with {row}"), base)
     if "inverse" in times:
@@ -290,8 +284,9 @@ def over_base(times: dict[str, list[float]], visible: bool = True) -> dict[str, 
     return rows
 
 
-def advances(rounds: int, wanted: Sequence[str]) -> int:
+def advances(name: str, rounds: int, wanted: Sequence[str]) -> int:
     """How often :func:`measure` calls ``advance`` for the parts of a workload."""
     if not set(TIMED).intersection(wanted):
         return 0
-    return rounds + _WARM_UP + (5 * whole_rounds(rounds) if "whole" in wanted else 0)
+    whole = len(whole_kinds(make(name))) * whole_rounds(rounds) if "whole" in wanted else 0
+    return rounds + _WARM_UP + whole

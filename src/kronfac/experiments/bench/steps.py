@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kronfac.experiments.bench.timing import Clock, Spread, timed
-from kronfac.experiments.bench.workloads import Workload, make
-from kronfac.layers import adapt_model
+from kronfac.experiments.bench.workloads import Workload
 from kronfac.optim import KFAC
-from kronfac.optim.reduced import fits
 
 #: Steps of a KFAC past its start, with the default periods of 10 and 100, at which nothing, statistics, and statistics
 #: and inverses are due; and how many of a hundred steps are of the kind.
 KINDS = {"kfac": (101, 90), "kfac with statistics": (110, 9), "kfac with refresh": (200, 1)}
-
-
-#: The step that there is only where layers are wide enough.
-ROUNDED = "kfac, bfloat16 products"
-
-
-def rounds_well(work: Workload) -> bool:
-    """Whether a workload has layers whose products with inverses can be rounded.
-
-    Args:
-        work: The workload.
-
-    Returns:
-        True if ``products="bfloat16"`` fits it.
-    """
-    return work.approximation == "kfac" and any(map(fits, adapt_model(work.model).adapters.values()))
 
 
 def make_kfac(work: Workload, **options: Any) -> KFAC:
@@ -118,80 +98,3 @@ def combine(times: dict[str, list[float]]) -> list[float]:
         sum(share * seconds[i] for seconds, share in kinds) / sum(share for _, share in kinds)
         for i in range(len(kinds[0][0]))
     ]
-
-
-def whole(work: Workload, kind: str, steps: int, clock: Clock) -> Callable[[], float]:
-    """Make a measurement of whole training steps, over a whole period of KFAC's refreshes.
-
-    Args:
-        work: The workload.
-        kind: The optimiser.
-        steps: How many steps.
-        clock: Gives seconds.
-
-    Returns:
-        A function that takes the steps and gives the mean seconds of one.
-    """
-    make_optimizer: dict[str, Callable[[], torch.optim.Optimizer]] = {
-        "sgd": lambda: torch.optim.SGD(work.model.parameters(), lr=0.0, momentum=0.9),
-        "adamw": lambda: torch.optim.AdamW(work.model.parameters(), lr=0.0),
-        "kfac": lambda: make_kfac(work),
-        "kfac, asynchronous": lambda: make_kfac(work, asynchronous=20),
-        "kfac, default clip": lambda: make_kfac(work, kl_clip="auto"),
-        ROUNDED: lambda: make_kfac(work, products="bfloat16"),
-    }
-    optimizer = make_optimizer[kind]()
-    if isinstance(optimizer, KFAC):
-        step(work, optimizer)
-        optimizer._steps = 100  # past the geometric start, at a multiple of the inverse period
-    return lambda: sum(timed(lambda: step(work, optimizer), clock) for _ in range(steps)) / steps
-
-
-def whole_steps(
-    name: str, rounds: int, clock: Clock, device: str, precision: str, advance: Callable[[str], None]
-) -> dict[str, Spread]:
-    """Measure whole training steps of each optimiser.
-
-    Args:
-        name: The workload.
-        rounds: Rounds of the parts.
-        clock: Gives seconds.
-        device: Where to compute.
-        precision: The number format.
-        advance: Called with a note after each optimiser.
-
-    Returns:
-        A mean step over forward+backward, by optimiser.
-    """
-    plain = make(name, device=device, precision=precision)
-    kinds = [
-        "sgd",
-        "adamw",
-        "kfac",
-        "kfac, asynchronous",
-        "kfac, default clip",
-        *([ROUNDED] if rounds_well(plain) else []),
-    ]
-    steps = {
-        kind: whole(make(name, device=device, precision=precision), kind, 100 if kind.startswith("kfac") else 20, clock)
-        for kind in kinds
-    }
-
-    def reference() -> float:
-        return statistics.median(timed(plain.forward_backward, clock) for _ in range(10))
-
-    ratios: dict[str, list[float]] = {kind: [] for kind in steps}
-    for _ in range(whole_rounds(rounds)):
-        here = reference()
-        for kind, run in steps.items():
-            seconds = run()
-            there = reference()
-            ratios[kind].append(seconds / (0.5 * (here + there)))
-            here = there
-            advance(f"{name}: whole steps, {kind}")
-    return {f"whole step, {kind}": Spread.of(values) for kind, values in ratios.items()}
-
-
-def whole_rounds(rounds: int) -> int:
-    """Rounds of whole steps, each of which takes hundreds of steps, for a number of rounds of the parts."""
-    return max(2, rounds // 10)

@@ -1,0 +1,68 @@
+"""Cheaper forms of a step for wide linear layers, where a workload has any: rounded products, and rows as gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from kronfac.experiments.bench.steps import make_kfac, step
+from kronfac.experiments.bench.workloads import Workload, make
+from kronfac.optim import KFAC
+from kronfac.optim.directions import directions
+from kronfac.optim.reduced import RoundedDirections
+
+
+def wide_parts(work: Workload, optimizer: KFAC, gradients: Mapping[str, Tensor]) -> dict[str, Callable[[], object]]:
+    """Make the parts that are to be had for wide layers.
+
+    Args:
+        work: The workload.
+        optimizer: Its KFAC, which has inverses.
+        gradients: By parameter name.
+
+    Returns:
+        ``"precondition, bfloat16"``, the directions of these gradients, and ``"with precondition by rows"``, a forward
+        and backward that keeps rows with the directions of these; nothing where no layer is wide enough.
+    """
+    found: dict[str, Callable[[], object]] = {}
+    if "bfloat16 products" in wide_options(work):
+        rounded = RoundedDirections()
+        adapters, inverses = optimizer._estimator.adaptation.adapters, dict(optimizer._inverses)
+        found["precondition, bfloat16"] = lambda: directions(adapters, inverses, gradients, rounded)
+    if "rows" in wide_options(work):
+        twin = make(work.name, device=work.device.type, precision=work.precision)
+        other = make_kfac(twin, gradients="rows")
+        step(twin, other)
+        other._steps = 1  # nothing is due, and no forward is paused, in which no rows are kept
+        found["with precondition by rows"] = lambda: _by_rows(twin, other)
+    return found
+
+
+def _by_rows(work: Workload, optimizer: KFAC) -> object:
+    optimizer.zero_grad()
+    work.forward().backward()
+    named = work.model.named_parameters()
+    return optimizer._directions({name: p.grad for name, p in named if p.grad is not None})
+
+
+def wide_options(work: Workload) -> dict[str, dict[str, Any]]:
+    """Options of KFAC for wide layers that a workload can have.
+
+    Args:
+        work: The workload.
+
+    Returns:
+        Options by their name in tables.
+    """
+    known: dict[str, dict[str, Any]] = {"bfloat16 products": {"products": "bfloat16"}, "rows": {"gradients": "rows"}}
+    return {name: options for name, options in known.items() if _fits(work, options)}
+
+
+def _fits(work: Workload, options: dict[str, Any]) -> bool:
+    try:
+        make_kfac(work, **options)
+    except ValueError:  # no layer is wide enough, or no block is a Kronecker product
+        return False
+    return True

@@ -1,0 +1,284 @@
+"""``gradients="rows"``: wide linear layers keep the rows that their gradient is made of, and never form it.
+
+A batch of ``R`` rows has the gradient ``∇ = gᵀ ā`` with inputs ``ā`` of ``R × d_in`` and cotangents ``g`` of
+``R × d_out``.  Autograd forms it by a product, and preconditioning takes two more with it.  With fewer rows than the
+layer is wide it is cheaper to solve first and multiply once:
+
+    G⁻¹ ∇ A⁻¹  =  (g G⁻¹)ᵀ (ā A⁻¹)             R d_out² + R d_in² + R d_in d_out   multiplications and additions
+
+instead of ``R d_in d_out + d_out² d_in + d_out d_in²``.  The weight takes no part in autograd's graph during the
+layer's forward; its ``.grad`` stays None.  The bias's gradient is formed as ever, and is the sum of the cotangents:
+whatever was done to the gradients between backward and step shows there, and is refused.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kronfac.blocks import Inverse, KroneckerInverse
+from kronfac.layers import LayerAdapter
+from kronfac.optim.gathering import is_compiled
+from kronfac.optim.options import KFACOptions
+from kronfac.tape import output_edge
+
+#: Least side of a layer whose rows are kept.
+LEAST = 64
+#: How far the bias's gradient may be from the sum of the cotangents, relatively: rounding.
+TOLERANCE = 1e-3
+
+
+@dataclass
+class Rows:
+    """What one forward and backward gave a layer.
+
+    Attributes:
+        inputs: ``[R, d_in]`` without ones.
+        cotangents: ``[R, d_out]``.
+    """
+
+    inputs: Tensor
+    cotangents: Tensor
+
+
+def pay(layer: LayerAdapter, rows: int) -> bool:
+    """Whether solving with rows is cheaper than with the gradient that they make.
+
+    Args:
+        layer: The adapter of a linear layer.
+        rows: How many there are.
+
+    Returns:
+        True if so, by nine tenths of the multiplications.
+    """
+    height, width = layer.shape
+    return rows * (height**2 + width**2 + height * width) < 0.9 * height * width * (height + width + rows)
+
+
+class RowGradients:
+    """Keeps rows in place of the gradients of a model's wide linear layers.
+
+    Args:
+        layers: Adapters by layer.
+        training: Says whether the present forward is one of training.
+        measuring: Says whether the present backward is a measurement and no training.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, LayerAdapter], training: Callable[[], bool], measuring: Callable[[], bool]
+    ) -> None:
+        self.layers = {name: layer for name, layer in layers.items() if fits(layer)}
+        if not self.layers:
+            raise ValueError(
+                f"gradients='rows' is for linear layers with a bias and at least {LEAST} inputs and outputs, and the "
+                "model has none: leave gradients out."
+            )
+        self._training, self._measuring = training, measuring
+        self._kept: dict[str, list[Rows]] = {}
+        self._frozen: set[str] = set()
+        handles: list[RemovableHandle] = []
+        for name, layer in self.layers.items():
+            handles += [
+                layer.module.register_forward_pre_hook(_Hook(self, "_before", name)),
+                layer.module.register_forward_hook(_Hook(self, "_after", name), always_call=True),
+            ]
+        weakref.finalize(self, _remove, handles)
+
+    @property
+    def names(self) -> set[str]:
+        """Parameters whose gradients are kept as rows now."""
+        return {self.layers[name].weight_key for name in self._kept}
+
+    def clear(self) -> None:
+        """Forget all rows, as gradients are set to None."""
+        self._kept = {}
+
+    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0] if len(args) == 1 else None
+        if not self._training() or not isinstance(x, Tensor) or not pay(self.layers[name], x[..., 0].numel()):
+            return
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if weight.requires_grad:
+            weight.requires_grad_(False)
+            self._frozen.add(name)
+
+    def _after(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if name not in self._frozen:
+            return
+        self._frozen.discard(name)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        weight.requires_grad_(True)
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return  # the forward raised, or was run without gradients
+        x = args[0].detach()
+        version, kept = x._version, weakref.ref(self)
+
+        edge, _ = output_edge(output)
+
+        def take(gradients: tuple[Tensor | None, ...]) -> None:
+            rows, gradient = kept(), gradients[edge.output_nr]
+            if rows is None or gradient is None or rows._measuring():
+                return
+            if x._version != version:
+                raise RuntimeError(f"The input of layer {name!r} was changed in place after the layer had taken it.")
+            inputs = x.flatten(0, -2)
+            rows._kept.setdefault(name, []).append(Rows(inputs, gradient.detach().reshape(len(inputs), -1)))
+
+        edge.node.register_prehook(take)
+
+    def directions(
+        self, inverses: Mapping[str, Inverse], gradients: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], set[str]]:
+        """Multiply what is kept by the layers' inverses.
+
+        Args:
+            inverses: By layer.
+            gradients: The other gradients, those of the biases among them, by parameter name.
+
+        Returns:
+            Directions by parameter name, and the layers that they are of.
+
+        Raises:
+            RuntimeError: A gradient is not that of the rows, or a layer has no inverse of Kronecker factors.
+        """
+        self._check(gradients)
+        out: dict[str, Tensor] = {}
+        for name, kept in self._kept.items():
+            layer, inverse = self.layers[name], inverses.get(name)
+            if not isinstance(inverse, KroneckerInverse):
+                raise RuntimeError(f"Layer {name!r} has no inverse of Kronecker factors: leave gradients='rows' out.")
+            columns, dtype = layer.shape[-1] - 1, inverse.input.dtype
+            weight = bias = None
+            for rows in kept:
+                left = rows.cotangents.to(dtype) @ inverse.output
+                right = torch.addmm(inverse.input[columns], rows.inputs.to(dtype), inverse.input[:columns])
+                if weight is None or bias is None:
+                    weight, bias = left.mT @ right[:, :columns], left.mT @ right[:, columns]
+                else:
+                    weight.addmm_(left.mT, right[:, :columns])
+                    bias.addmv_(left.mT, right[:, columns])
+            assert weight is not None
+            assert bias is not None
+            moved = {layer.weight_key: weight, layer.bias_key: bias}
+            out |= {key: value.to(layer.parameters[key].dtype) for key, value in moved.items()}
+        return out, set(self._kept)
+
+    def _check(self, gradients: Mapping[str, Tensor]) -> None:
+        """Refuse gradients that are not those that the rows make, with one read for all layers."""
+        for name, layer in self.layers.items():
+            if name not in self._kept and layer.bias_key in gradients and layer.weight_key not in gradients:
+                raise RuntimeError(_changed(name))
+        if not self._kept:
+            return
+        apart, size = [], []
+        for name, kept in self._kept.items():
+            layer = self.layers[name]
+            if layer.weight_key in gradients or layer.bias_key not in gradients:
+                raise RuntimeError(_changed(name))
+            wanted = gradients[layer.bias_key]
+            found = torch.stack([rows.cotangents.sum(0, dtype=wanted.dtype) for rows in kept]).sum(0)
+            apart.append(torch.linalg.vector_norm(found - wanted))
+            size.append(torch.linalg.vector_norm(wanted))
+        for name, difference, norm in zip(self._kept, *torch.stack([*apart, *size]).view(2, -1).tolist(), strict=True):
+            if difference > TOLERANCE * norm:  # what is not finite passes, and is refused by its own name
+                raise RuntimeError(_changed(name))
+
+
+def fits(layer: LayerAdapter) -> bool:
+    """Whether a layer's rows can be kept.
+
+    Args:
+        layer: The adapter.
+
+    Returns:
+        True for wide linear layers with a bias, whose gradient in turn shows what is done to gradients.
+    """
+    linear = type(layer.module) is nn.Linear
+    return linear and layer.has_weight and layer.has_bias and layer.sharing == "expand" and min(layer.shape) >= LEAST
+
+
+def check_rows(model: nn.Module, options: KFACOptions) -> None:
+    """Refuse what does not go with rows at all.
+
+    Args:
+        model: The module that the training loop calls.
+        options: All options; a ``ValueError`` says what does not.
+    """
+    distributed = torch.distributed
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    _refuse(
+        {
+            "products='bfloat16': leave one of the two out": options["products"] != "float32",
+            "a model that was compiled": is_compiled(model),
+            "several processes": several,
+        }
+    )
+
+
+def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse settings that need the gradients themselves.
+
+    Args:
+        groups: The optimiser's parameter groups; a ``ValueError`` says which setting does.
+    """
+    for group in groups:
+        coupled = bool(group["weight_decay"]) and not group["decoupled_weight_decay"]
+        _refuse(
+            {
+                "kl_clip, which multiplies directions by gradients: set kl_clip=None": group["kl_clip"] is not None,
+                "weight decay in the gradient: set decoupled_weight_decay=True": coupled,
+            }
+        )
+
+
+def _refuse(reasons: Mapping[str, bool]) -> None:
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"gradients='rows' does not go with {reason}.")
+
+
+def _changed(layer: str) -> str:
+    return (
+        f"The bias's gradient of layer {layer!r} is not that of the rows kept with gradients='rows': gradients were "
+        "scaled, clipped or set to zero between backward and step by something other than optimizer.zero_grad(), or "
+        "some were formed with the optimiser paused. Leave gradients='rows' out where gradients are changed."
+    )
+
+
+class _Hook:
+    """A hook that keeps neither its owner alive nor follows a copied or pickled model."""
+
+    def __init__(self, owner: RowGradients, method: str, layer: str) -> None:
+        self._owner, self._method, self._layer = weakref.ref(owner), method, layer
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        owner = self._owner()
+        if owner is not None and owner.layers[self._layer].module is module:
+            getattr(owner, self._method)(self._layer, module, *args)
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
+def _nothing() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*args: Any) -> None:
+    return None
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
