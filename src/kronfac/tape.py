@@ -1,4 +1,4 @@
-"""The only file with hooks: what layers saw, and derivatives with respect to what they gave.
+"""Hooks that read layers: what they saw, and derivatives with respect to what they gave.
 
 Forward hooks keep each layer's input and the *gradient edge* of its output; a pull differentiates the model's outputs
 with respect to those edges.  No parameter gradient is computed and ``.grad`` is untouched.  The edge, not the output

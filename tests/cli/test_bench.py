@@ -56,7 +56,13 @@ def test_whole_steps_and_progress() -> None:
         "whole step, kfac, asynchronous",
         "whole step, kfac, default clip",
     ]
-    assert len(notes) == advances(2, ["whole"])
+    assert len(notes) == advances("small", 2, ["whole"])
+
+
+def test_wide_layers_have_cheaper_forms() -> None:
+    rows = measure("autoencoder", 2, only=["precondition"])
+    assert list(rows) == ["forward+backward, ms", "precondition by rows", "precondition", "precondition, bfloat16"]
+    assert all(spread.median > 0 for name, spread in rows.items() if name != "precondition by rows")
 
 
 def test_floors_and_profiles_are_written_and_printed(tmp_path: Path) -> None:

@@ -195,3 +195,14 @@ def test_an_optimiser_that_is_collected_during_a_forward_leaves_no_hook_behind()
     for _ in range(2):
         model(torch.ones(5, 3))
     assert not any(module._forward_hooks for module in model)
+
+
+@pytest.mark.parametrize("options", [{"lr": -1.0}, {"param_groups": [{"params": [nn.Parameter(torch.ones(1))]}]}])
+def test_an_optimiser_that_refused_its_arguments_hears_nothing(options: dict[str, Any]) -> None:
+    model = network()
+    before = hooks(model)
+    with pytest.raises(ValueError, match=r"lr=|param_groups") as caught:
+        kf.optim.KFAC(model, kf.Categorical(), **{"lr": 0.1, **options})
+    assert hooks(model) == before
+    model(draw(6, 3)).sum().backward()
+    assert caught.value is not None  # whose traceback keeps the optimiser alive

@@ -119,22 +119,12 @@ class KFAC(Renewal):
         self._record = Record()
         self._rounded = RoundedDirections() if self._options["products"] == "bfloat16" else None
         self._rows: RowGradients | None = None
+        rows = self._options["gradients"] == "rows"
+        if rows:
+            check_rows(model, self._options, self._estimator.adaptation.adapters)
         self._pending: Pending | None = None
         self._clip = KLClip()
         self._generators: list[Tensor] | None = None
-        self._gatherer = Gatherer(
-            model,
-            self._estimator,
-            due=lambda: self._stats_due,
-            begin=self._forget,
-            outputs=self._options["outputs"],
-            keep=lambda: self._keeps_arguments,
-            examples=self._options["stats_examples"],
-        )
-        if self._options["gradients"] == "rows":
-            check_rows(model, self._options)
-            wanted, measuring = lambda: self._gatherer.wanted, lambda: self._gatherer.measuring
-            self._rows = RowGradients(self._estimator.adaptation.adapters, wanted, measuring)
         self._names = {id(p): name for name, p in root.named_parameters()}
         self._fallback = self._make_fallback(root, fallback)
         defaults = {
@@ -147,11 +137,24 @@ class KFAC(Renewal):
         }
         check_group(defaults)
         super().__init__(self._groups(root), defaults)
-        if self._rows is not None:
+        if rows:
             check_groups(self._own_groups)
         if self._fallback is not None:
             # The very same groups, so that schedulers, zero_grad and GradScaler reach them too.
             self.param_groups.extend(self._fallback.param_groups)
+        # Its hooks come last: an optimiser that refused its arguments must not hear of the model's forwards.
+        self._gatherer = Gatherer(
+            model,
+            self._estimator,
+            due=lambda: self._stats_due,
+            begin=self._forget,
+            outputs=self._options["outputs"],
+            keep=lambda: self._keeps_arguments,
+            examples=self._options["stats_examples"],
+        )
+        if rows:
+            wanted, measuring = lambda: self._gatherer.wanted, lambda: self._gatherer.measuring
+            self._rows = RowGradients(self._estimator.adaptation.adapters, wanted, measuring)
 
     # ---------------------------------------------------------------- step
     @torch.no_grad()
@@ -213,14 +216,6 @@ class KFAC(Renewal):
                 torch._foreach_add_(params, buffers)
             else:
                 torch._foreach_add_(params, moves, alpha=rate)
-
-    def _buffer(self, parameter: Tensor, key: str) -> Tensor:
-        state = self.state[parameter]
-        if key not in state:
-            state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        found = state[key]
-        assert isinstance(found, Tensor)
-        return found
 
     def _directions(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         adapters = self._estimator.adaptation.adapters

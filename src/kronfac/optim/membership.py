@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -95,3 +96,11 @@ class Membership(Optimizer):
         super().zero_grad(set_to_none)
         if self._rows is not None:
             self._rows.clear()
+
+    def _buffer(self, parameter: Tensor, key: str) -> Tensor:
+        state = self.state[parameter]
+        if key not in state:
+            state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        found = state[key]
+        assert isinstance(found, Tensor)
+        return found

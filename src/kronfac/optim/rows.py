@@ -74,11 +74,6 @@ class RowGradients:
         self, layers: Mapping[str, LayerAdapter], training: Callable[[], bool], measuring: Callable[[], bool]
     ) -> None:
         self.layers = {name: layer for name, layer in layers.items() if fits(layer)}
-        if not self.layers:
-            raise ValueError(
-                f"gradients='rows' is for linear layers with a bias and at least {LEAST} inputs and outputs, and the "
-                "model has none: leave gradients out."
-            )
         self._training, self._measuring = training, measuring
         self._kept: dict[str, list[Rows]] = {}
         self._frozen: set[str] = set()
@@ -205,13 +200,22 @@ def fits(layer: LayerAdapter) -> bool:
     return linear and layer.has_weight and layer.has_bias and layer.sharing == "expand" and min(layer.shape) >= LEAST
 
 
-def check_rows(model: nn.Module, options: KFACOptions) -> None:
+def check_rows(model: nn.Module, options: KFACOptions, layers: Mapping[str, LayerAdapter]) -> None:
     """Refuse what does not go with rows at all.
 
     Args:
         model: The module that the training loop calls.
         options: All options; a ``ValueError`` says what does not.
+        layers: Adapters by layer.
+
+    Raises:
+        ValueError: No layer fits.
     """
+    if not any(map(fits, layers.values())):
+        raise ValueError(
+            f"gradients='rows' is for linear layers with a bias and at least {LEAST} inputs and outputs, and the "
+            "model has none: leave gradients out."
+        )
     distributed = torch.distributed
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     _refuse(

@@ -60,6 +60,13 @@ _OPTIONS = (
         "precision of products with the inverses of wide layers",
         later=True,
     ),
+    Option(
+        "gradients",
+        "dense",
+        choice("dense", "rows"),
+        "rows: linear layers wider than the batch form their direction alone; needs kl_clip=none",
+        later=True,
+    ),
     Option("burn_in", 10, integer(0), "first steps that all gather statistics"),
     Option("ema", 0.95, number(0.0, 1.0, open_high=True), "decay of the running factors"),
     Option(
