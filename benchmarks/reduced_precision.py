@@ -111,7 +111,7 @@ class Layer:
         """What is large in float32; narrow layers wholly."""
         if min(self.gradient.shape) < LEAST:
             return self.plain()
-        return self.product(self.gradient, None, self.work)[0]
+        return self.product(self.left, self.right, self.gradient, None, self.work)[0]
 
     def eigenbasis(self) -> Tensor:
         """Through the eigenvectors."""

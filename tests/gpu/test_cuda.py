@@ -240,8 +240,9 @@ def test_every_optimiser_trains_as_on_the_cpu(name: str) -> None:
 
 def test_rounded_products_keep_the_direction() -> None:
     gradient, output, input = (tensor.float() for tensor in in_range(300, 261, decay=1.0))
-    product = RoundedProduct(here(output), here(input))
-    weight, bias = product(here(gradient[:, :-1].contiguous()), here(gradient[:, -1].contiguous()), Workspace())
+    pair = here(output), here(input)
+    parts = here(gradient[:, :-1].contiguous()), here(gradient[:, -1].contiguous())
+    weight, bias = RoundedProduct(*pair)(*pair, *parts, Workspace())
     assert bias is not None
     wanted, found = output @ gradient @ input, torch.cat([weight, bias.unsqueeze(1)], dim=1).cpu()
     assert cosine(found, wanted) > 0.995

@@ -41,7 +41,8 @@ def test_the_direction_is_kept_where_rounding_turns_it(rows: int, columns: int, 
     plain = (o.bfloat16() @ g.bfloat16() @ i.bfloat16()).float()
     assert cosine(plain, wanted) < 0.7
     product, work = RoundedProduct(o, i), Workspace()
-    weight, column = product(g[:, :-1].contiguous() if bias else g, g[:, -1].contiguous() if bias else None, work)
+    last = g[:, -1].contiguous() if bias else None
+    weight, column = product(o, i, g[:, :-1].contiguous() if bias else g, last, work)
     assert (column is None) == (not bias)
     found = weight if column is None else torch.cat([weight, column.unsqueeze(1)], dim=1)
     assert found.shape == wanted.shape
@@ -54,7 +55,8 @@ def test_the_direction_is_kept_where_rounding_turns_it(rows: int, columns: int, 
 def test_a_matrix_of_low_rank_loses_nothing() -> None:
     (_, output), (_, input) = inverse(200, 60, 0, 1e-2), inverse(150, 70, 1, 1e-2)
     low = torch.randn(200, 5, dtype=torch.float64) @ torch.randn(5, 150, dtype=torch.float64)
-    weight, _ = RoundedProduct(output.float(), input.float())(low.float(), None, Workspace())
+    pair = output.float(), input.float()
+    weight, _ = RoundedProduct(*pair)(*pair, low.float(), None, Workspace())
     wanted = output @ low @ input
     assert torch.linalg.norm(weight - wanted) < 1e-4 * torch.linalg.norm(wanted)
 
@@ -62,9 +64,10 @@ def test_a_matrix_of_low_rank_loses_nothing() -> None:
 def test_memory_is_used_again_without_a_trace() -> None:
     shapes, work = [(200, 150), (300, 260), (160, 140), (200, 150)], Workspace()
     for number, (rows, columns) in enumerate(shapes):
-        product = RoundedProduct(torch.eye(rows) * 2.0, torch.eye(columns) * 3.0)
+        pair = torch.eye(rows) * 2.0, torch.eye(columns) * 3.0
+        product = RoundedProduct(*pair)
         gradient = torch.randn(rows, columns, generator=torch.Generator().manual_seed(number))
-        fresh, used = product(gradient, None, Workspace())[0], product(gradient, None, work)[0]
+        fresh, used = (product(*pair, gradient, None, memory)[0] for memory in (Workspace(), work))
         assert torch.equal(fresh, used)
         assert torch.linalg.norm(used - 6.0 * gradient) < 0.005 * torch.linalg.norm(6.0 * gradient)
 

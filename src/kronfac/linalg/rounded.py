@@ -52,7 +52,7 @@ class Workspace:
 
 
 class RoundedProduct:
-    """Multiplies by two inverses in bfloat16.
+    """Multiplies by two inverses in bfloat16; it keeps their rounded copies alone.
 
     Args:
         output: ``G⁻¹``, shape ``[d_out, d_out]``, float32.
@@ -60,13 +60,16 @@ class RoundedProduct:
     """
 
     def __init__(self, output: Tensor, input: Tensor) -> None:
-        self.output, self.input = output, input
         self._halves = _rounded(output), _rounded(input)
 
-    def __call__(self, weight: Tensor, bias: Tensor | None, work: Workspace) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, work: Workspace
+    ) -> tuple[Tensor, Tensor | None]:
         """Multiply ``V``, which is a weight's part and a bias's column beside it.
 
         Args:
+            output: ``G⁻¹`` itself, for the thin products.
+            input: ``A⁻¹`` itself.
             weight: Shape ``[d_out, d_in]``, or one column less with a bias; float32.
             bias: Shape ``[d_out]``, or None.
             work: Memory for intermediate results.
@@ -74,7 +77,7 @@ class RoundedProduct:
         Returns:
             The two parts of the product, float32.
         """
-        (rows, columns), wide = weight.shape, self.input.shape[0]
+        (rows, columns), wide = weight.shape, input.shape[0]
         mixing = _mixing(wide, weight.device)
         combined = weight @ mixing[:columns]
         if bias is not None:
@@ -90,7 +93,7 @@ class RoundedProduct:
             rest[:, columns] = torch.addmv(bias, basis, main[:, columns], alpha=-1)
         torch.mm(self._halves[0], rest, out=left)
         solved = torch.mm(left, self._halves[1], out=rest)
-        low, high = self.output @ basis, main @ self.input
+        low, high = output @ basis, main @ input
         out.copy_(solved[:, :columns]).addmm_(low, high[:, :columns])
         if bias is None:
             return out, None

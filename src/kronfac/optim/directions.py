@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,14 +47,8 @@ def directions(
             key: gradients[key] if key in gradients else torch.zeros_like(parameter)
             for key, parameter in adapter.parameters.items()
         }
-        inverse = inverses[name]
-        moved = None
-        if rounded is not None and rounded.ready(name, inverse):
-            moved = rounded.apply(name, adapter, given)
-        if moved is None:
-            moved = direction(adapter, inverse, given)
-            if rounded is not None:
-                rounded.measure(name, adapter, inverse, given, moved)
+        plain = partial(direction, adapter, inverses[name], given)
+        moved = plain() if rounded is None else rounded.multiply(name, adapter, inverses[name], given, plain)
         out |= {key: moved[key] for key in moved if key in gradients}
     return out
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ class RoundedDirections:
 
     def __init__(self) -> None:
         self.cosines: dict[str, float] = {}
-        self._kept: dict[str, tuple[KroneckerInverse, RoundedProduct | None]] = {}
+        # Old inverses must not outlive a refresh, which would hold two sets then.
+        self._kept: dict[str, tuple[weakref.ref[KroneckerInverse], RoundedProduct | None]] = {}
         self._work = Workspace()
 
     def restore(self, inverses: Mapping[str, Inverse], cosines: Mapping[str, float]) -> None:
@@ -43,74 +45,52 @@ class RoundedDirections:
             if isinstance(inverse, KroneckerInverse):
                 self._keep(name, inverse, RoundedProduct(inverse.output, inverse.input), cosine)
 
-    def ready(self, name: str, inverse: Inverse) -> bool:
-        """Whether a layer's direction is to be had by :meth:`apply`.
-
-        Args:
-            name: The layer.
-            inverse: Its inverse.
-
-        Returns:
-            True once its present inverse was measured and found to keep the direction.
-        """
-        kept = self._kept.get(name)
-        return kept is not None and kept[0] is inverse and kept[1] is not None
-
-    def apply(self, name: str, layer: LayerAdapter, gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """Multiply one layer's gradients.
-
-        Args:
-            name: The layer, which is ready.
-            layer: Its adapter.
-            gradients: By parameter name.
-
-        Returns:
-            Directions by parameter name; None for gradients that cannot be viewed as a matrix in float32.
-        """
-        product = self._kept[name][1]
-        return None if product is None else self._multiply(product, layer, gradients)
-
-    def measure(
+    def multiply(
         self,
         name: str,
         layer: LayerAdapter,
         inverse: Inverse,
         gradients: Mapping[str, Tensor],
-        plain: Mapping[str, Tensor],
-    ) -> None:
-        """Compare the two directions of a layer, unless that was done with this inverse.
+        plain: Callable[[], dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Multiply one layer's gradients by its inverse.
 
         Args:
             name: The layer.
             layer: Its adapter.
             inverse: Its inverse.
             gradients: By parameter name.
-            plain: Directions in float32.
+            plain: Computes the direction in float32.
+
+        Returns:
+            The direction by parameter name; the plain one where nothing is rounded, or was not measured yet.
         """
-        kept = self._kept.get(name)
-        if not fits(layer) or not isinstance(inverse, KroneckerInverse) or (kept is not None and kept[0] is inverse):
-            return
-        product = RoundedProduct(inverse.output, inverse.input)
-        found = self._multiply(product, layer, gradients)
-        if found is None:
-            return
-        cosine = _cosine(found, plain)
+        if not fits(layer) or not isinstance(inverse, KroneckerInverse):
+            return plain()
+        kept, product = self._kept.get(name, (None, None))
+        if kept is not None and kept() is inverse:
+            found = None if product is None else self._multiply(product, layer, inverse, gradients)
+            return plain() if found is None else found
+        exact, product = plain(), RoundedProduct(inverse.output, inverse.input)
+        found = self._multiply(product, layer, inverse, gradients)
+        cosine = math.nan if found is None else _cosine(found, exact)
         if math.isfinite(cosine):  # else a gradient of zeros, or one that the optimiser is about to refuse
             self._keep(name, inverse, product, cosine)
+        return exact
 
     def _keep(self, name: str, inverse: KroneckerInverse, product: RoundedProduct, cosine: float) -> None:
         self.cosines[name] = cosine
-        self._kept[name] = inverse, product if cosine >= COSINE else None
+        self._kept[name] = weakref.ref(inverse), product if cosine >= COSINE else None
 
     def _multiply(
-        self, product: RoundedProduct, layer: LayerAdapter, gradients: Mapping[str, Tensor]
+        self, product: RoundedProduct, layer: LayerAdapter, inverse: KroneckerInverse, gradients: Mapping[str, Tensor]
     ) -> dict[str, Tensor] | None:
         weight = gradients[layer.weight_key]
         matrix = layer.matrix_view(weight)
         if matrix is None or matrix.dtype != torch.float32:
             return None
         bias = gradients[layer.bias_key] if layer.has_bias else None
-        moved, column = product(matrix, bias, self._work)
+        moved, column = product(inverse.output, inverse.input, matrix, bias, self._work)
         out = {layer.weight_key: moved.view(weight.shape)}
         return out if column is None else out | {layer.bias_key: column}
 
