@@ -175,13 +175,18 @@ def test_gradients_that_were_changed_are_refused(change: Any) -> None:
 
 def test_an_input_that_was_changed_in_place_is_refused() -> None:
     model = network()
-    make_kept = make(model)
+    optimizer = make(model)
     x, y = batch(0)
     loss = F.cross_entropy(model(x), y)
     x.mul_(2.0)
     with pytest.raises(RuntimeError, match="input of layer '0' was changed in place"):
         loss.backward()
-    assert make_kept is not None
+    optimizer.zero_grad()
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    x.mul_(2.0)
+    with pytest.raises(RuntimeError, match=r"input of layer '0' was changed in place.*after optimizer\.step\(\)"):
+        optimizer.step()
 
 
 def test_a_loss_that_is_not_finite_changes_nothing() -> None:

@@ -16,6 +16,7 @@ from kronfac.estimator import Estimator
 from kronfac.forwards import pick_outputs
 from kronfac.measuring import is_apart_from_training
 from kronfac.operators.passes import random_state, run, same_random_state
+from kronfac.optim.hooks import WeakHook, do_nothing
 from kronfac.optim.sub_batch import Plan, check_fits, part_of
 from kronfac.sources.part import Part
 from kronfac.tape import Tape, TapeError, record
@@ -53,36 +54,10 @@ def eager_root(model: nn.Module) -> nn.Module:
             return model
 
 
-class _Hook:
-    """A hook that keeps neither the gatherer alive nor follows a copied or pickled model."""
-
-    def __init__(self, gatherer: Gatherer, method: str) -> None:
-        self._gatherer, self._method = weakref.ref(gatherer), method
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        gatherer = self._gatherer()
-        if gatherer is not None and module is gatherer.model:
-            getattr(gatherer, self._method)(*args)
-
-    def __deepcopy__(self, memo: Any) -> _Hook:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _inert, ()
-
-
 def _remove(handles: list[RemovableHandle], tape: Tape) -> None:
     for handle in handles:
         handle.remove()
     tape.close()  # the collector may come in the middle of a forward, whose end then nobody hears of
-
-
-def _inert() -> Callable[..., None]:
-    return _do_nothing
-
-
-def _do_nothing(*args: Any) -> None:
-    return None
 
 
 def _require_calls(tape: Tape) -> None:
@@ -143,8 +118,8 @@ class Gatherer:
         self._identities = _identities(self.root)
         self._compiled = is_compiled(model)
         handles = [
-            model.register_forward_pre_hook(_Hook(self, "_before"), with_kwargs=True),
-            model.register_forward_hook(_Hook(self, "_after"), with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(WeakHook(self, "_before", model), with_kwargs=True),
+            model.register_forward_hook(WeakHook(self, "_after", model), with_kwargs=True, always_call=True),
         ]
         weakref.finalize(self, _remove, handles, self._tape)
 
@@ -171,7 +146,7 @@ class Gatherer:
     def capture(self) -> Iterator[Callable[..., None]]:
         """Gather by hand: yields a function to be called with the outputs, and targets where they are needed."""
         if not (self.enabled and self._due()):
-            yield _do_nothing
+            yield do_nothing
             return
         self.check_layers()
         with self.paused(), self._keeping(), record(self.estimator.adaptation.adapters) as tape:

@@ -25,7 +25,8 @@ from kronfac.optim.health import Record
 from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator
 from kronfac.optim.reduced import RoundedDirections
 from kronfac.optim.renewal import Renewal
-from kronfac.optim.rows import RowGradients, check_groups, check_rows
+from kronfac.optim.rows import RowGradients
+from kronfac.optim.rows_checks import check_groups, check_rows
 from kronfac.optim.state import gather_generators, load_curvature_state, save_curvature_state
 from kronfac.sources import Source
 

@@ -14,7 +14,7 @@ whatever was done to the gradients between backward and step shows there, and is
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kronfac.blocks import Inverse, KroneckerInverse
 from kronfac.layers import LayerAdapter
-from kronfac.optim.gathering import is_compiled
-from kronfac.optim.options import KFACOptions
+from kronfac.optim.hooks import WeakHook
 from kronfac.tape import output_edge
 
 #: Least side of a layer whose rows are kept.
@@ -41,10 +40,27 @@ class Rows:
     Attributes:
         inputs: ``[R, d_in]`` without ones.
         cotangents: ``[R, d_out]``.
+        version: The inputs' version when the layer took them.
     """
 
     inputs: Tensor
     cotangents: Tensor
+    version: int
+
+    def check(self, layer: str) -> None:
+        """Refuse inputs that were changed in place.
+
+        Args:
+            layer: The layer's name.
+
+        Raises:
+            RuntimeError: They were.
+        """
+        if self.inputs._version != self.version:
+            raise RuntimeError(
+                f"The input of layer {layer!r} was changed in place before the step that is made of it with "
+                "gradients='rows': leave it alone until after optimizer.step()."
+            )
 
 
 def pay(layer: LayerAdapter, rows: int) -> bool:
@@ -80,8 +96,8 @@ class RowGradients:
         handles: list[RemovableHandle] = []
         for name, layer in self.layers.items():
             handles += [
-                layer.module.register_forward_pre_hook(_Hook(self, "_before", name)),
-                layer.module.register_forward_hook(_Hook(self, "_after", name), always_call=True),
+                layer.module.register_forward_pre_hook(WeakHook(self, "_before", layer.module, name)),
+                layer.module.register_forward_hook(WeakHook(self, "_after", layer.module, name), always_call=True),
             ]
         weakref.finalize(self, _remove, handles)
 
@@ -94,38 +110,35 @@ class RowGradients:
         """Forget all rows, as gradients are set to None."""
         self._kept = {}
 
-    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before(self, name: str, args: tuple[Any, ...]) -> None:
         x = args[0] if len(args) == 1 else None
         if not self._training() or not isinstance(x, Tensor) or not pay(self.layers[name], x[..., 0].numel()):
             return
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        weight = self.layers[name].parameters[self.layers[name].weight_key]
         if weight.requires_grad:
             weight.requires_grad_(False)
             self._frozen.add(name)
 
-    def _after(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after(self, name: str, args: tuple[Any, ...], output: Any) -> None:
         if name not in self._frozen:
             return
         self._frozen.discard(name)
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        weight = self.layers[name].parameters[self.layers[name].weight_key]
         weight.requires_grad_(True)
         if not isinstance(output, Tensor) or not output.requires_grad:
             return  # the forward raised, or was run without gradients
         x = args[0].detach()
         version, kept = x._version, weakref.ref(self)
-
         edge, _ = output_edge(output)
 
         def take(gradients: tuple[Tensor | None, ...]) -> None:
             rows, gradient = kept(), gradients[edge.output_nr]
             if rows is None or gradient is None or rows._measuring():
                 return
-            if x._version != version:
-                raise RuntimeError(f"The input of layer {name!r} was changed in place after the layer had taken it.")
             inputs = x.flatten(0, -2)
-            rows._kept.setdefault(name, []).append(Rows(inputs, gradient.detach().reshape(len(inputs), -1)))
+            found = Rows(inputs, gradient.detach().reshape(len(inputs), -1), version)
+            found.check(name)
+            rows._kept.setdefault(name, []).append(found)
 
         edge.node.register_prehook(take)
 
@@ -176,6 +189,8 @@ class RowGradients:
         apart, size = [], []
         for name, kept in self._kept.items():
             layer = self.layers[name]
+            for rows in kept:
+                rows.check(name)
             if layer.weight_key in gradients or layer.bias_key not in gradients:
                 raise RuntimeError(_changed(name))
             wanted = gradients[layer.bias_key]
@@ -200,87 +215,12 @@ def fits(layer: LayerAdapter) -> bool:
     return linear and layer.has_weight and layer.has_bias and layer.sharing == "expand" and min(layer.shape) >= LEAST
 
 
-def check_rows(model: nn.Module, options: KFACOptions, layers: Mapping[str, LayerAdapter]) -> None:
-    """Refuse what does not go with rows at all.
-
-    Args:
-        model: The module that the training loop calls.
-        options: All options; a ``ValueError`` says what does not.
-        layers: Adapters by layer.
-
-    Raises:
-        ValueError: No layer fits.
-    """
-    if not any(map(fits, layers.values())):
-        raise ValueError(
-            f"gradients='rows' is for linear layers with a bias and at least {LEAST} inputs and outputs, and the "
-            "model has none: leave gradients out."
-        )
-    distributed = torch.distributed
-    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    _refuse(
-        {
-            "products='bfloat16': leave one of the two out": options["products"] != "float32",
-            "a model that was compiled": is_compiled(model),
-            "several processes": several,
-        }
-    )
-
-
-def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse settings that need the gradients themselves.
-
-    Args:
-        groups: The optimiser's parameter groups; a ``ValueError`` says which setting does.
-    """
-    for group in groups:
-        coupled = bool(group["weight_decay"]) and not group["decoupled_weight_decay"]
-        _refuse(
-            {
-                "kl_clip, which multiplies directions by gradients: set kl_clip=None": group["kl_clip"] is not None,
-                "weight decay in the gradient: set decoupled_weight_decay=True": coupled,
-            }
-        )
-
-
-def _refuse(reasons: Mapping[str, bool]) -> None:
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(f"gradients='rows' does not go with {reason}.")
-
-
 def _changed(layer: str) -> str:
     return (
         f"The bias's gradient of layer {layer!r} is not that of the rows kept with gradients='rows': gradients were "
         "scaled, clipped or set to zero between backward and step by something other than optimizer.zero_grad(), or "
         "some were formed with the optimiser paused. Leave gradients='rows' out where gradients are changed."
     )
-
-
-class _Hook:
-    """A hook that keeps neither its owner alive nor follows a copied or pickled model."""
-
-    def __init__(self, owner: RowGradients, method: str, layer: str) -> None:
-        self._owner, self._method, self._layer = weakref.ref(owner), method, layer
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        owner = self._owner()
-        if owner is not None and owner.layers[self._layer].module is module:
-            getattr(owner, self._method)(self._layer, module, *args)
-
-    def __deepcopy__(self, memo: Any) -> _Hook:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
-
-
-def _nothing() -> Callable[..., None]:
-    return _do_nothing
-
-
-def _do_nothing(*args: Any) -> None:
-    return None
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
