@@ -197,6 +197,24 @@ def test_an_optimiser_that_is_collected_during_a_forward_leaves_no_hook_behind()
     assert not any(module._forward_hooks for module in model)
 
 
+@pytest.mark.parametrize("options", [{}, {"asynchronous": 1}, {"kl_clip": None, "gradients": "rows"}])
+def test_an_optimiser_that_was_dropped_hears_nothing_at_once(options: dict[str, Any]) -> None:
+    model = double(nn.Sequential(nn.Linear(70, 80), nn.Tanh(), nn.Linear(80, 3)))
+    gc.disable()
+    try:
+        optimizer = kf.optim.KFAC(model, kf.Categorical(), lr=0.1, **options)
+        F.cross_entropy(model(draw(8, 70)), LABELS).backward()
+        optimizer.step()
+        del optimizer
+        assert hooks(model) == 0
+        optimizer = kf.optim.KFAC(model, kf.Categorical(), lr=0.1, **options)
+        optimizer.zero_grad()
+        F.cross_entropy(model(draw(8, 70)), LABELS).backward()
+        optimizer.step()
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("options", [{"lr": -1.0}, {"param_groups": [{"params": [nn.Parameter(torch.ones(1))]}]}])
 def test_an_optimiser_that_refused_its_arguments_hears_nothing(options: dict[str, Any]) -> None:
     model = network()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Unpack
@@ -143,19 +144,18 @@ class KFAC(Renewal):
         if self._fallback is not None:
             # The very same groups, so that schedulers, zero_grad and GradScaler reach them too.
             self.param_groups.extend(self._fallback.param_groups)
-        # Its hooks come last: an optimiser that refused its arguments must not hear of the model's forwards.
+        me = weakref.proxy(self)  # an optimiser that was dropped, or refused its arguments, must hear of no forward
         self._gatherer = Gatherer(
             model,
             self._estimator,
-            due=lambda: self._stats_due,
-            begin=self._forget,
+            due=lambda: me._stats_due,
+            begin=lambda: me._forget(),
             outputs=self._options["outputs"],
-            keep=lambda: self._keeps_arguments,
+            keep=lambda: me._keeps_arguments,
             examples=self._options["stats_examples"],
         )
         if rows:
-            wanted, measuring = lambda: self._gatherer.wanted, lambda: self._gatherer.measuring
-            self._rows = RowGradients(self._estimator.adaptation.adapters, wanted, measuring)
+            self._rows = RowGradients(self._estimator.adaptation.adapters, self._gatherer)
 
     # ---------------------------------------------------------------- step
     @torch.no_grad()

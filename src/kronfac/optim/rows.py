@@ -14,7 +14,7 @@ whatever was done to the gradients between backward and step shows there, and is
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kronfac.blocks import Inverse, KroneckerInverse
 from kronfac.layers import LayerAdapter
+from kronfac.optim.gathering import Gatherer
 from kronfac.optim.hooks import WeakHook
 from kronfac.tape import output_edge
 
@@ -82,15 +83,12 @@ class RowGradients:
 
     Args:
         layers: Adapters by layer.
-        training: Says whether the present forward is one of training.
-        measuring: Says whether the present backward is a measurement and no training.
+        gatherer: Knows which forwards are of training, and which backwards are of statistics alone.
     """
 
-    def __init__(
-        self, layers: Mapping[str, LayerAdapter], training: Callable[[], bool], measuring: Callable[[], bool]
-    ) -> None:
+    def __init__(self, layers: Mapping[str, LayerAdapter], gatherer: Gatherer) -> None:
         self.layers = {name: layer for name, layer in layers.items() if fits(layer)}
-        self._training, self._measuring = training, measuring
+        self._gatherer = gatherer
         self._kept: dict[str, list[Rows]] = {}
         self._frozen: set[str] = set()
         handles: list[RemovableHandle] = []
@@ -112,7 +110,7 @@ class RowGradients:
 
     def _before(self, name: str, args: tuple[Any, ...]) -> None:
         x = args[0] if len(args) == 1 else None
-        if not self._training() or not isinstance(x, Tensor) or not pay(self.layers[name], x[..., 0].numel()):
+        if not self._gatherer.wanted or not isinstance(x, Tensor) or not pay(self.layers[name], x[..., 0].numel()):
             return
         weight = self.layers[name].parameters[self.layers[name].weight_key]
         if weight.requires_grad:
@@ -133,7 +131,7 @@ class RowGradients:
 
         def take(gradients: tuple[Tensor | None, ...]) -> None:
             rows, gradient = kept(), gradients[edge.output_nr]
-            if rows is None or gradient is None or rows._measuring():
+            if rows is None or gradient is None or rows._gatherer.measuring:
                 return
             inputs = x.flatten(0, -2)
             found = Rows(inputs, gradient.detach().reshape(len(inputs), -1), version)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kronfac.experiments.bench.steps import make_kfac, step
 from kronfac.experiments.bench.workloads import Workload, make
-from kronfac.optim import KFAC
+from kronfac.layers import LayerAdapter, adapt_model
+from kronfac.optim import KFAC, reduced, rows
 from kronfac.optim.directions import directions
-from kronfac.optim.reduced import RoundedDirections
 
 
 def wide_parts(work: Workload, optimizer: KFAC, gradients: Mapping[str, Tensor]) -> dict[str, Callable[[], object]]:
@@ -28,7 +28,7 @@ def wide_parts(work: Workload, optimizer: KFAC, gradients: Mapping[str, Tensor])
     """
     found: dict[str, Callable[[], object]] = {}
     if "bfloat16 products" in wide_options(work):
-        rounded = RoundedDirections()
+        rounded = reduced.RoundedDirections()
         adapters, inverses = optimizer._estimator.adaptation.adapters, dict(optimizer._inverses)
         found["precondition, bfloat16"] = lambda: directions(adapters, inverses, gradients, rounded)
     if "rows" in wide_options(work):
@@ -56,13 +56,11 @@ def wide_options(work: Workload) -> dict[str, dict[str, Any]]:
     Returns:
         Options by their name in tables.
     """
-    known: dict[str, dict[str, Any]] = {"bfloat16 products": {"products": "bfloat16"}, "rows": {"gradients": "rows"}}
-    return {name: options for name, options in known.items() if _fits(work, options)}
-
-
-def _fits(work: Workload, options: dict[str, Any]) -> bool:
-    try:
-        make_kfac(work, **options)
-    except ValueError:  # no layer is wide enough, or no block is a Kronecker product
-        return False
-    return True
+    if work.approximation != "kfac":
+        return {}
+    layers = adapt_model(work.model).adapters.values()
+    known: dict[str, tuple[Callable[[LayerAdapter], bool], dict[str, Any]]] = {
+        "bfloat16 products": (reduced.fits, {"products": "bfloat16"}),
+        "rows": (rows.fits, {"gradients": "rows"}),
+    }
+    return {name: options for name, (fits, options) in known.items() if any(map(fits, layers))}
