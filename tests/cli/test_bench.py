@@ -60,7 +60,7 @@ def test_whole_steps_and_progress() -> None:
 
 
 def test_wide_layers_have_cheaper_forms() -> None:
-    rows = measure("autoencoder", 2, only=["precondition"])
+    rows = measure("autoencoder", 2, only=["precondition", "wide"])
     assert list(rows) == ["forward+backward, ms", "precondition by rows", "precondition", "precondition, bfloat16"]
     assert all(spread.median > 0 for name, spread in rows.items() if name != "precondition by rows")
 

@@ -14,7 +14,7 @@ from tests.optim.test_state import assert_same_state, make, through_a_file, trai
 from torch import Tensor, nn
 
 import kronfac as kf
-from kronfac.optim import background, preconditioning
+from kronfac.optim import background, refresh
 
 OPTIONS: dict[str, Any] = {"asynchronous": 3, "stats_every": 1, "invert_every": 5}
 
@@ -75,13 +75,13 @@ def test_a_run_resumed_while_inverses_are_on_their_way_is_the_run_that_never_sto
 
 def test_work_is_done_in_one_thread_of_its_own_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, int]] = []
-    original = preconditioning._factorise
+    original = refresh._factorise
 
     def spy(*args: Any) -> Any:
         seen.append((threading.current_thread().name, torch.get_num_threads()))
         return original(*args)
 
-    monkeypatch.setattr(preconditioning, "_factorise", spy)
+    monkeypatch.setattr(refresh, "_factorise", spy)
     before, elsewhere = torch.get_num_threads(), []
     model = network()
     optimizer = make(model, **OPTIONS)
@@ -159,7 +159,7 @@ def test_health_counts_retries_and_knows_the_condition() -> None:
 
 def test_statistics_wait_until_they_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow worker changes nothing: the next statistics and the hand-over wait for it."""
-    original = preconditioning.damped_blocks
+    original = refresh.damped_blocks
 
     def slow(*args: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
@@ -169,7 +169,7 @@ def test_statistics_wait_until_they_are_copied(monkeypatch: pytest.MonkeyPatch) 
     runs = []
     for late in (False, True):
         if late:
-            monkeypatch.setattr(preconditioning, "damped_blocks", slow)
+            monkeypatch.setattr(refresh, "damped_blocks", slow)
         model = network()
         optimizer = make(model, **OPTIONS)
         train(model, optimizer, vectors, range(13))

@@ -32,6 +32,7 @@ PARTS = (
     "inverse",
     "asynchronous",
     "precondition",
+    "wide",
     "whole",
     "step",
     "roofline",
@@ -41,7 +42,7 @@ PARTS = (
 #: The parts whose time the roofline is beside.
 BOUNDED = ("statistics", "inverse", "precondition")
 #: What is timed in rounds.
-TIMED = (*BOUNDED, "tkfac", "asynchronous", "whole", "step")
+TIMED = (*BOUNDED, "wide", "tkfac", "asynchronous", "whole", "step")
 #: Forwards and backwards beside which an asynchronous inverse is computed.
 BESIDE = 10
 #: Rounds before those that count.
@@ -68,7 +69,7 @@ def chosen(name: str, device: str = "cpu", only: Sequence[str] | None = None) ->
         elif name.removesuffix("-small") in LARGE:
             only = (*BOUNDED, "step")
         else:
-            only = (*BOUNDED, "tkfac", "asynchronous", "whole")
+            only = (*BOUNDED, "wide", "tkfac", "asynchronous", "whole")
     if unknown := [part for part in only if part not in PARTS]:
         raise ExperimentError(f"there is no part {unknown[0]!r}; known are {', '.join(PARTS)}")
     if device != "cuda" and "memory" in only:
@@ -163,6 +164,7 @@ def parts(work: Workload, wanted: Sequence[str]) -> dict[str, Callable[[], objec
         functions |= {"alone": alone, "inverse beside": inverse_beside}
     if "precondition" in wanted:
         functions["precondition"] = lambda: optimizer._directions(gradients)
+    if "wide" in wanted:
         functions |= wide_parts(work, optimizer, gradients)
     if "step" in wanted:
         functions |= {f"step, {kind}": function for kind, function in single(work, optimizer).items()}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from kronfac.experiments.bench.steps import make_kfac, step
-from kronfac.experiments.bench.workloads import Workload, make
+from kronfac.experiments.bench.workloads import Workload
 from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.optim import KFAC, reduced, rows
 from kronfac.optim.directions import directions
@@ -32,7 +34,7 @@ def wide_parts(work: Workload, optimizer: KFAC, gradients: Mapping[str, Tensor])
         adapters, inverses = optimizer._estimator.adaptation.adapters, dict(optimizer._inverses)
         found["precondition, bfloat16"] = lambda: directions(adapters, inverses, gradients, rounded)
     if "rows" in wide_options(work):
-        twin = make(work.name, device=work.device.type, precision=work.precision)
+        twin = replace(work, model=copy.deepcopy(work.model))
         other = make_kfac(twin, gradients="rows")
         step(twin, other)
         other._steps = 1  # nothing is due, and no forward is paused, in which no rows are kept
