@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -67,6 +68,10 @@ def test_a_damping_that_changes_between_refreshes() -> None:
 
 
 def test_tkfac_takes_it_too() -> None:
+    make = partial(kf.optim.TKFAC, network(), kf.Categorical(), lr=0.05, scheme="trace_restricted")
+    make()  # after which PyTorch has wrapped the class's step
+    for options in ({"asynchronous": 1}, {"drift": 0.3}, {"kl_clip": None, "inverse": "newton_schulz"}):
+        make(**options)
     model, plain = network(), network()
     for net, inverse in ((model, "newton_schulz"), (plain, "cholesky")):
         options = {**OPTIONS, "inverse": inverse, "source": "exact", "damping": 0.1, "kl_clip": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -117,7 +118,8 @@ class KFAC(Renewal):
         self._periods, self._ema, self._average = (stats_every, invert_every), ema, average
         self._steps = 0
         self._inverses: dict[str, Inverse] = {}
-        self._check_renewal(plain=type(self).step is KFAC.step)
+        plain = inspect.unwrap(type(self).step) is inspect.unwrap(KFAC.step)  # PyTorch wraps the step of each class
+        self._check_renewal(plain=plain)
         self._record = Record()
         self._rounded = RoundedDirections() if self._options["products"] == "bfloat16" else None
         self._rows: RowGradients | None = None
@@ -227,7 +229,6 @@ class KFAC(Renewal):
         others = {name: adapter for name, adapter in adapters.items() if name not in layers}
         return directions(others, self._inverses, gradients, self._rounded) | moved
 
-    # ---------------------------------------------------------------- KL clip
     @property
     def _clips(self) -> bool:
         return any(group["kl_clip"] is not None for group in self._own_groups)
