@@ -120,14 +120,13 @@ class KFAC(Renewal):
         self._inverses: dict[str, Inverse] = {}
         plain = inspect.unwrap(type(self).step) is inspect.unwrap(KFAC.step)  # PyTorch wraps the step of each class
         self._check_renewal(plain=plain)
-        self._record = Record()
         self._rounded = RoundedDirections() if self._options["products"] == "bfloat16" else None
         self._rows: RowGradients | None = None
         rows = self._options["gradients"] == "rows"
         if rows:
             check_rows(model, self._options, self._estimator.adaptation.adapters)
         self._pending: Pending | None = None
-        self._clip = KLClip()
+        self._record, self._clip = Record(), KLClip()
         self._generators: list[Tensor] | None = None
         self._names = {id(p): name for name, p in root.named_parameters()}
         self._fallback = self._make_fallback(root, fallback)
