@@ -215,6 +215,17 @@ def test_an_optimiser_that_was_dropped_hears_nothing_at_once(options: dict[str, 
         gc.enable()
 
 
+def test_a_capture_that_outlives_its_optimiser_does_nothing() -> None:
+    model = network()
+    optimizer = kf.optim.KFAC(model, kf.Categorical(), lr=0.1)
+    with optimizer.capture() as capture:
+        capture(model(draw(8, 3)))
+    del optimizer
+    gc.collect()
+    model(draw(8, 3)).sum().backward()  # its hooks are still there, since the function holds them
+    assert capture is not None
+
+
 @pytest.mark.parametrize("options", [{"lr": -1.0}, {"param_groups": [{"params": [nn.Parameter(torch.ones(1))]}]}])
 def test_an_optimiser_that_refused_its_arguments_hears_nothing(options: dict[str, Any]) -> None:
     model = network()

@@ -104,6 +104,43 @@ def test_accumulated_backwards_closures_and_positions() -> None:
     torch.testing.assert_close(parameters(models[0]), parameters(models[1]), rtol=1e-11, atol=1e-12)
 
 
+def test_autocast_and_a_gradient_scaler() -> None:
+    models = [network().float(), network().float()]
+    start = parameters(models[0]).clone()
+    for model, gradients in zip(models, ("rows", "dense"), strict=True):
+        optimizer = make(model, gradients=gradients)
+        for step in range(10):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                x, y = batch(step)
+                loss = F.cross_entropy(model(x.float()), y)
+            loss.backward()
+            optimizer.step()
+    moved = torch.linalg.norm(parameters(models[1]) - start)
+    assert moved > 0.1
+    assert torch.linalg.norm(parameters(models[0]) - parameters(models[1])) < 0.1 * moved  # whose gradients are rounded
+    optimizer, scaler = make(models[0]), torch.amp.GradScaler("cpu")
+    x, y = batch(0)
+    optimizer.zero_grad()
+    scaler.scale(F.cross_entropy(models[0](x.float()), y)).backward()
+    with pytest.raises(RuntimeError, match="is not that of the rows"):  # it cannot unscale what it does not see
+        scaler.step(optimizer)
+
+
+def test_outputs_captured_by_hand_leave_the_gradients_dense() -> None:
+    model = network()
+    optimizer = make(model)
+    for step in range(3):
+        optimizer.zero_grad()
+        x, y = batch(step)
+        with optimizer.capture() as capture:
+            outputs = model(x)
+            capture(outputs)
+        F.cross_entropy(outputs, y).backward()
+        optimizer.step()
+    assert optimizer.health()["0"].age is not None
+
+
 def test_layers_take_the_cheaper_way_at_each_forward() -> None:
     model = network()
     optimizer = make(model)

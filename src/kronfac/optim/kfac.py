@@ -24,6 +24,7 @@ from kronfac.optim.clipping import KLClip, clip_scale
 from kronfac.optim.directions import directions
 from kronfac.optim.gathering import Gatherer, eager_root
 from kronfac.optim.health import Record
+from kronfac.optim.hooks import do_nothing
 from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator
 from kronfac.optim.reduced import RoundedDirections
 from kronfac.optim.renewal import Renewal
@@ -145,14 +146,15 @@ class KFAC(Renewal):
         if self._fallback is not None:
             # The very same groups, so that schedulers, zero_grad and GradScaler reach them too.
             self.param_groups.extend(self._fallback.param_groups)
-        me = weakref.proxy(self)  # an optimiser that was dropped, or refused its arguments, must hear of no forward
+        # An optimiser that was dropped, or refused its arguments, must hear of no forward.
+        me, forget = weakref.ref(self), weakref.WeakMethod(self._forget)
         self._gatherer = Gatherer(
             model,
             self._estimator,
-            due=lambda: me._stats_due,
-            begin=lambda: me._forget(),
+            due=lambda: (own := me()) is not None and own._stats_due,
+            begin=lambda: (forget() or do_nothing)(),
             outputs=self._options["outputs"],
-            keep=lambda: me._keeps_arguments,
+            keep=lambda: (own := me()) is not None and own._keeps_arguments,
             examples=self._options["stats_examples"],
         )
         if rows:
@@ -227,10 +229,6 @@ class KFAC(Renewal):
         moved, layers = self._rows.directions(self._inverses, gradients)
         others = {name: adapter for name, adapter in adapters.items() if name not in layers}
         return directions(others, self._inverses, gradients, self._rounded) | moved
-
-    @property
-    def _clips(self) -> bool:
-        return any(group["kl_clip"] is not None for group in self._own_groups)
 
     @property
     def _keeps_arguments(self) -> bool:

@@ -72,6 +72,10 @@ class Membership(Optimizer):
     def _own_groups(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if "kl_clip" in group]
 
+    @property
+    def _clips(self) -> bool:
+        return any(group["kl_clip"] is not None for group in self._own_groups)
+
     def _members(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
         for group in self._own_groups:
             for parameter in group["params"]:

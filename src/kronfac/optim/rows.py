@@ -30,8 +30,8 @@ from kronfac.tape import output_edge
 
 #: Least side of a layer whose rows are kept.
 LEAST = 64
-#: How far the bias's gradient may be from the sum of the cotangents, relatively: rounding.
-TOLERANCE = 1e-3
+#: How far the bias's gradient may be from the sum of the cotangents, relatively: rounding, of 16 bits under autocast.
+TOLERANCE, TOLERANCE_16 = 1e-3, 1e-2
 
 
 @dataclass
@@ -196,7 +196,8 @@ class RowGradients:
             apart.append(torch.linalg.vector_norm(found - wanted))
             size.append(torch.linalg.vector_norm(wanted))
         for name, difference, norm in zip(self._kept, *torch.stack([*apart, *size]).view(2, -1).tolist(), strict=True):
-            if difference > TOLERANCE * norm:  # what is not finite passes, and is refused by its own name
+            bound = TOLERANCE_16 if self._kept[name][0].cotangents.itemsize == 2 else TOLERANCE
+            if difference > bound * norm:  # what is not finite passes, and is refused by its own name
                 raise RuntimeError(_changed(name))
 
 
