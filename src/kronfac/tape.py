@@ -180,13 +180,12 @@ class Tape:
             call.check()
         last = self._last_edges(outputs)
 
-        def hook(name: str, index: int) -> Callable[[tuple[Tensor | None, ...]], None]:
-            def take(gradients: tuple[Tensor | None, ...]) -> None:
-                gradient = gradients[index]
-                if gradient is not None:
-                    receive(name, gradient.detach().reshape(self.calls[name].output_shape))
+        def hand_out(name: str, gradient: Tensor | None) -> None:
+            if gradient is not None:
+                receive(name, gradient.detach().reshape(self.calls[name].output_shape))
 
-            return take
+        def hook(name: str, index: int) -> Callable[[tuple[Tensor | None, ...]], None]:
+            return lambda gradients: hand_out(name, gradients[index])
 
         # Layers behind which no other recorded layer lies end the pull; the others are met on the way.
         handles = [
@@ -206,8 +205,7 @@ class Tape:
             for handle in handles:
                 handle.remove()
         for name, gradient in zip(last, gradients, strict=True):
-            if gradient is not None:
-                receive(name, gradient.detach().reshape(self.calls[name].output_shape))
+            hand_out(name, gradient)
 
     def _last_edges(self, outputs: Tensor) -> list[str]:
         """Names of recorded layers from which no other recorded layer can be reached, and of unreachable ones."""

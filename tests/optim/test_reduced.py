@@ -76,11 +76,11 @@ def test_a_layer_whose_direction_is_not_kept_stays_in_float32() -> None:
         inverses, rounded = {"0": kf.blocks.KroneckerInverse(input, output)}, RoundedDirections()
         plain = output @ gradient @ input
         for call in range(2):
-            found = directions({"0": adapter}, inverses, {"0.weight": gradient}, rounded)["0.weight"]
+            found = directions({"0": adapter}, inverses, {"0.weight": gradient}, rounded.multiply)["0.weight"]
             assert torch.allclose(found, plain, rtol=1e-4, atol=1e-5) == (call == 0 or not kept)
         assert (rounded.cosines["0"] > 0.99) == kept
         inverses["0"] = kf.blocks.KroneckerInverse(input, output)  # the next inverse is measured anew
-        again = directions({"0": adapter}, inverses, {"0.weight": gradient}, rounded)["0.weight"]
+        again = directions({"0": adapter}, inverses, {"0.weight": gradient}, rounded.multiply)["0.weight"]
         assert torch.allclose(again, plain, rtol=1e-4, atol=1e-5)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kronfac.linalg.symmetric import row_step
 
-#: Columns of the basis. Four keep a cosine of 0.9999 on the autoencoder of `benchmarks/reduced_precision.py`.
+#: Columns of the basis; `benchmarks/reduced_precision.py` measures what they keep.
 RANK = 8
 #: Least side of a matrix whose products are worth rounding.
 LEAST = 128

@@ -16,7 +16,7 @@ from kronfac.optim.averaging import update_average
 from kronfac.optim.closure import Closure
 from kronfac.optim.levenberg_marquardt import LevenbergMarquardt
 from kronfac.optim.objective import PROBATION
-from kronfac.optim.options import KFACOptions, at_least
+from kronfac.optim.options import KFACOptions, at_least, several_processes
 from kronfac.optim.proposal import Proposal
 from kronfac.optim.proposing import Proposing
 from kronfac.optim.report import StepReport
@@ -112,8 +112,7 @@ class AdaptiveKFAC(Proposing):
             raise TypeError(
                 f"{type(self).__name__} takes no {', '.join(unfit)}: it minimises one objective in all parameters."
             )
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        if several_processes():
             raise ValueError(f"{type(self).__name__} does not run on several processes; kronfac.optim.KFAC does.")
         super().__init__(
             model,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,14 +10,40 @@ from torch import Tensor
 from kronfac.blocks import Inverse, KroneckerInverse
 from kronfac.layers import LayerAdapter
 from kronfac.linalg.symmetric import row_step
-from kronfac.optim.reduced import RoundedDirections
+
+#: Multiplies a layer's weight, as a matrix, and its bias by its inverse: layer's name, inverse, weight, bias.
+Multiply = Callable[[str, KroneckerInverse, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+def multiply_plainly(
+    name: str, inverse: KroneckerInverse, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Multiply by both inverses in their own precision; ``[W b]`` is never put together.
+
+    Args:
+        name: The layer, which makes no difference.
+        inverse: Its inverse.
+        weight: Shape ``[d_out, d_in]``, or one column less with a bias.
+        bias: Shape ``[d_out]``, or None.
+
+    Returns:
+        The two parts of the product.
+    """
+    if bias is None:
+        return inverse.output @ weight @ inverse.input, None
+    # The left product is written into one temporary, the right one read by columns.
+    rows, columns = weight.shape
+    left = weight.new_empty(rows, row_step(columns + 1, weight.dtype))[:, : columns + 1]
+    torch.mm(inverse.output, weight, out=left[:, :columns])
+    left[:, columns] = inverse.output @ bias
+    return left @ inverse.input[:, :columns], left @ inverse.input[:, columns]
 
 
 def directions(
     layers: Mapping[str, LayerAdapter],
     inverses: Mapping[str, Inverse],
     gradients: Mapping[str, Tensor],
-    rounded: RoundedDirections | None = None,
+    multiply: Multiply = multiply_plainly,
 ) -> dict[str, Tensor]:
     """Multiply the gradients of all layers by their inverses.
 
@@ -26,7 +51,7 @@ def directions(
         layers: Adapters by layer.
         inverses: Inverses by layer.
         gradients: Gradients by parameter name.
-        rounded: Multiplies in reduced precision where that was measured to keep the direction.
+        multiply: Multiplies layers that are one matrix and have the inverses of Kronecker factors.
 
     Returns:
         New tensors by parameter name; parameters without curvature keep the plain gradient.
@@ -47,19 +72,21 @@ def directions(
             key: gradients[key] if key in gradients else torch.zeros_like(parameter)
             for key, parameter in adapter.parameters.items()
         }
-        plain = partial(direction, adapter, inverses[name], given)
-        moved = plain() if rounded is None else rounded.multiply(name, adapter, inverses[name], given, plain)
+        moved = direction(adapter, inverses[name], given, multiply)
         out |= {key: moved[key] for key in moved if key in gradients}
     return out
 
 
-def direction(layer: LayerAdapter, inverse: Inverse, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def direction(
+    layer: LayerAdapter, inverse: Inverse, gradients: Mapping[str, Tensor], multiply: Multiply = multiply_plainly
+) -> dict[str, Tensor]:
     """Multiply one layer's gradients by its inverse block.
 
     Args:
         layer: The adapter.
         inverse: Its inverse.
         gradients: Gradients by parameter name.
+        multiply: As for :func:`directions`.
 
     Returns:
         New tensors by parameter name, in the gradients' dtype.
@@ -68,26 +95,11 @@ def direction(layer: LayerAdapter, inverse: Inverse, gradients: Mapping[str, Ten
         weight = gradients[layer.weight_key]
         matrix = layer.matrix_view(weight)
         if matrix is not None and matrix.dtype == inverse.input.dtype:
-            return _factored(layer, inverse, matrix, gradients)
+            bias = gradients[layer.bias_key] if layer.has_bias else None
+            moved, column = multiply(layer.name, inverse, matrix, bias)
+            out = {layer.weight_key: moved.view(weight.shape)}
+            return out if column is None else out | {layer.bias_key: column}
     dtype = next(iter(inverse.tensors().values())).dtype
     packed = layer.pack({name: gradient.to(dtype) for name, gradient in gradients.items()})
     solved = layer.unpack(inverse.apply(packed.contiguous()))
     return {name: solved[name].to(gradient.dtype) for name, gradient in gradients.items()}
-
-
-def _factored(
-    layer: LayerAdapter, inverse: KroneckerInverse, matrix: Tensor, gradients: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    weight = gradients[layer.weight_key]
-    if not layer.has_bias:
-        return {layer.weight_key: (inverse.output @ matrix @ inverse.input).view_as(weight)}
-    # [W b] is never put together: the left product is written into one temporary, the right one read by columns.
-    columns = matrix.shape[1]
-    left = matrix.new_empty(matrix.shape[0], row_step(columns + 1, matrix.dtype))[:, : columns + 1]
-    torch.mm(inverse.output, matrix, out=left[:, :columns])
-    left[:, columns] = inverse.output @ gradients[layer.bias_key]
-    solved = left @ inverse.input[:, :columns]
-    return {
-        layer.weight_key: solved.view(weight.shape),
-        layer.bias_key: left @ inverse.input[:, columns],
-    }

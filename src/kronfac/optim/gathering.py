@@ -16,7 +16,7 @@ from kronfac.estimator import Estimator
 from kronfac.forwards import pick_outputs
 from kronfac.measuring import is_apart_from_training
 from kronfac.operators.passes import random_state, run, same_random_state
-from kronfac.optim.hooks import WeakHook, do_nothing
+from kronfac.optim.hooks import WeakHook, do_nothing, remove
 from kronfac.optim.sub_batch import Plan, check_fits, part_of
 from kronfac.sources.part import Part
 from kronfac.tape import Tape, TapeError, record
@@ -55,8 +55,7 @@ def eager_root(model: nn.Module) -> nn.Module:
 
 
 def _remove(handles: list[RemovableHandle], tape: Tape) -> None:
-    for handle in handles:
-        handle.remove()
+    remove(handles)
     tape.close()  # the collector may come in the middle of a forward, whose end then nobody hears of
 
 

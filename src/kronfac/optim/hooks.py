@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 class WeakHook:
@@ -40,6 +41,16 @@ class WeakHook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _inert, ()
+
+
+def remove(handles: Iterable[RemovableHandle]) -> None:
+    """Remove hooks.
+
+    Args:
+        handles: Of the hooks.
+    """
+    for handle in handles:
+        handle.remove()
 
 
 def _inert() -> Callable[..., None]:

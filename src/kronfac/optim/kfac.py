@@ -21,7 +21,7 @@ from kronfac.likelihoods import Likelihood
 from kronfac.optim.averaging import swapped_in, update_average
 from kronfac.optim.background import Pending
 from kronfac.optim.clipping import KLClip, clip_scale
-from kronfac.optim.directions import directions
+from kronfac.optim.directions import directions, multiply_plainly
 from kronfac.optim.gathering import Gatherer, eager_root
 from kronfac.optim.health import Record
 from kronfac.optim.hooks import do_nothing
@@ -206,7 +206,7 @@ class KFAC(Renewal):
         check_finite(gradients, moved)
         scale = self._clip_scale(gradients, moved, members)
         for group in self._own_groups:
-            params = [p for p in group["params"] if self._has_gradient(p)]
+            params = [p for p in group["params"] if self._names[id(p)] in moved]
             if not params:
                 continue
             moves = [moved[self._names[id(p)]] for p in params]
@@ -224,11 +224,12 @@ class KFAC(Renewal):
     def _directions(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         adapters = self._estimator.adaptation.adapters
         if self._rows is None:
-            return directions(adapters, self._inverses, gradients, self._rounded)
+            multiply = multiply_plainly if self._rounded is None else self._rounded.multiply
+            return directions(adapters, self._inverses, gradients, multiply)
         check_groups(self._own_groups)
         moved, layers = self._rows.directions(self._inverses, gradients)
         others = {name: adapter for name, adapter in adapters.items() if name not in layers}
-        return directions(others, self._inverses, gradients, self._rounded) | moved
+        return directions(others, self._inverses, gradients) | moved
 
     @property
     def _keeps_arguments(self) -> bool:

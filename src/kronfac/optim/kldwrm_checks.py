@@ -7,12 +7,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from kronfac.damping import Rule, exact
 from kronfac.estimator import Estimator
 from kronfac.likelihoods import Likelihood
-from kronfac.optim.options import at_least
+from kronfac.optim.options import at_least, several_processes
 
 _CHOICES = {
     "variant": ("so", "q", "qe"),
@@ -95,8 +93,7 @@ def check_blocks(estimator: Estimator, variant: str, solve: str, rule: Rule) -> 
     Raises:
         ValueError: There is such a block, or several processes.
     """
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if several_processes():
         raise ValueError("KLDWRM does not run on several processes; kronfac.optim.KFAC does.")
     check_statistics(estimator, "approximation")
     approximation = estimator.approximation.name

@@ -89,7 +89,7 @@ class Membership(Optimizer):
         return float(self.defaults["damping"])
 
     def _has_gradient(self, parameter: Tensor) -> bool:
-        return parameter.grad is not None or (self._rows is not None and self._names[id(parameter)] in self._rows.names)
+        return parameter.grad is not None or (self._rows is not None and self._rows.hold(self._names[id(parameter)]))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those kept as rows too.

@@ -182,6 +182,16 @@ def make_generator(generator: torch.Generator | None, device: torch.device) -> t
     return generator
 
 
+def several_processes() -> bool:
+    """Whether this is one of several processes of a distributed run.
+
+    Returns:
+        True if so.
+    """
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def check_finite(gradients: dict[str, Tensor], directions: dict[str, Tensor] | None = None) -> None:
     """Refuse gradients that are not finite, and directions, which any such gradient spoils.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from kronfac.blocks import Inverse, KroneckerInverse
 from kronfac.layers import LayerAdapter
 from kronfac.linalg.rounded import LEAST, RoundedProduct, Workspace
+from kronfac.optim.directions import multiply_plainly
 
 #: Least cosine between the rounded and the plain direction of a layer; below, it takes float32 until its next inverse.
 COSINE = 0.99
@@ -46,34 +47,28 @@ class RoundedDirections:
                 self._keep(name, inverse, RoundedProduct(inverse.output, inverse.input), cosine)
 
     def multiply(
-        self,
-        name: str,
-        layer: LayerAdapter,
-        inverse: Inverse,
-        gradients: Mapping[str, Tensor],
-        plain: Callable[[], dict[str, Tensor]],
-    ) -> dict[str, Tensor]:
-        """Multiply one layer's gradients by its inverse.
+        self, name: str, inverse: KroneckerInverse, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Multiply one layer's gradients by its inverse; a `kronfac.optim.directions.Multiply`.
 
         Args:
             name: The layer.
-            layer: Its adapter.
             inverse: Its inverse.
-            gradients: By parameter name.
-            plain: Computes the direction in float32.
+            weight: Shape ``[d_out, d_in]``, or one column less with a bias.
+            bias: Shape ``[d_out]``, or None.
 
         Returns:
-            The direction by parameter name; the plain one where nothing is rounded, or was not measured yet.
+            The two parts of the product; the plain ones where nothing is rounded, or was not measured yet.
         """
-        if not fits(layer) or not isinstance(inverse, KroneckerInverse):
-            return plain()
+        if min(inverse.shape) < LEAST or weight.dtype != torch.float32:
+            return multiply_plainly(name, inverse, weight, bias)
         kept, product = self._kept.get(name, (None, None))
         if kept is not None and kept() is inverse:
-            found = None if product is None else self._multiply(product, layer, inverse, gradients)
-            return plain() if found is None else found
-        exact, product = plain(), RoundedProduct(inverse.output, inverse.input)
-        found = self._multiply(product, layer, inverse, gradients)
-        cosine = math.nan if found is None else _cosine(found, exact)
+            if product is None:
+                return multiply_plainly(name, inverse, weight, bias)
+            return product(inverse.output, inverse.input, weight, bias, self._work)
+        exact, product = multiply_plainly(name, inverse, weight, bias), RoundedProduct(inverse.output, inverse.input)
+        cosine = _cosine(product(inverse.output, inverse.input, weight, bias, self._work), exact)
         if math.isfinite(cosine):  # else a gradient of zeros, or one that the optimiser is about to refuse
             self._keep(name, inverse, product, cosine)
         return exact
@@ -81,18 +76,6 @@ class RoundedDirections:
     def _keep(self, name: str, inverse: KroneckerInverse, product: RoundedProduct, cosine: float) -> None:
         self.cosines[name] = cosine
         self._kept[name] = weakref.ref(inverse), product if cosine >= COSINE else None
-
-    def _multiply(
-        self, product: RoundedProduct, layer: LayerAdapter, inverse: KroneckerInverse, gradients: Mapping[str, Tensor]
-    ) -> dict[str, Tensor] | None:
-        weight = gradients[layer.weight_key]
-        matrix = layer.matrix_view(weight)
-        if matrix is None or matrix.dtype != torch.float32:
-            return None
-        bias = gradients[layer.bias_key] if layer.has_bias else None
-        moved, column = product(inverse.output, inverse.input, matrix, bias, self._work)
-        out = {layer.weight_key: moved.view(weight.shape)}
-        return out if column is None else out | {layer.bias_key: column}
 
 
 def fits(layer: LayerAdapter) -> bool:
@@ -123,10 +106,9 @@ def check_reduced(layers: Mapping[str, LayerAdapter]) -> None:
         )
 
 
-def _cosine(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+def _cosine(left: tuple[Tensor, Tensor | None], right: tuple[Tensor, Tensor | None]) -> float:
     """Cosine between two sets of tensors, in float64."""
-    pairs = [(left[name].flatten(), right[name].flatten()) for name in left]
-    sums = [torch.stack([(a * b).sum(dtype=torch.float64), (a * a).sum(dtype=torch.float64),
-                         (b * b).sum(dtype=torch.float64)]) for a, b in pairs]  # fmt: skip
-    inner, first, second = torch.stack(sums).sum(0).tolist()
+    pairs = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
+    sums = [[(x * y).sum(dtype=torch.float64) for x, y in ((a, b), (a, a), (b, b))] for a, b in pairs]
+    inner, first, second = torch.stack([torch.stack(row) for row in sums]).sum(0).tolist()
     return inner / math.sqrt(first * second) if first * second > 0 else math.nan

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from kronfac.blocks import Inverse, KroneckerInverse
 from kronfac.layers import LayerAdapter
 from kronfac.optim.gathering import Gatherer
-from kronfac.optim.hooks import WeakHook
+from kronfac.optim.hooks import WeakHook, remove
 from kronfac.tape import output_edge
 
 #: Least side of a layer whose rows are kept.
@@ -88,6 +88,7 @@ class RowGradients:
 
     def __init__(self, layers: Mapping[str, LayerAdapter], gatherer: Gatherer) -> None:
         self.layers = {name: layer for name, layer in layers.items() if fits(layer)}
+        self._layer_of = {layer.weight_key: name for name, layer in self.layers.items()}
         self._gatherer = gatherer
         self._kept: dict[str, list[Rows]] = {}
         self._frozen: set[str] = set()
@@ -97,12 +98,18 @@ class RowGradients:
                 layer.module.register_forward_pre_hook(WeakHook(self, "_before", layer.module, name)),
                 layer.module.register_forward_hook(WeakHook(self, "_after", layer.module, name), always_call=True),
             ]
-        weakref.finalize(self, _remove, handles)
+        weakref.finalize(self, remove, handles)
 
-    @property
-    def names(self) -> set[str]:
-        """Parameters whose gradients are kept as rows now."""
-        return {self.layers[name].weight_key for name in self._kept}
+    def hold(self, parameter: str) -> bool:
+        """Whether a parameter's gradient is kept as rows now.
+
+        Args:
+            parameter: Its name.
+
+        Returns:
+            True if so.
+        """
+        return self._layer_of.get(parameter) in self._kept
 
     def clear(self) -> None:
         """Forget all rows, as gradients are set to None."""
@@ -162,18 +169,10 @@ class RowGradients:
             if not isinstance(inverse, KroneckerInverse):
                 raise RuntimeError(f"Layer {name!r} has no inverse of Kronecker factors: leave gradients='rows' out.")
             columns, dtype = layer.shape[-1] - 1, inverse.input.dtype
-            weight = bias = None
-            for rows in kept:
-                left = rows.cotangents.to(dtype) @ inverse.output
-                right = torch.addmm(inverse.input[columns], rows.inputs.to(dtype), inverse.input[:columns])
-                if weight is None or bias is None:
-                    weight, bias = left.mT @ right[:, :columns], left.mT @ right[:, columns]
-                else:
-                    weight.addmm_(left.mT, right[:, :columns])
-                    bias.addmv_(left.mT, right[:, columns])
-            assert weight is not None
-            assert bias is not None
-            moved = {layer.weight_key: weight, layer.bias_key: bias}
+            left = _joined([rows.cotangents for rows in kept]).to(dtype) @ inverse.output
+            inputs = _joined([rows.inputs for rows in kept]).to(dtype)
+            right = torch.addmm(inverse.input[columns], inputs, inverse.input[:columns])
+            moved = {layer.weight_key: left.mT @ right[:, :columns], layer.bias_key: left.mT @ right[:, columns]}
             out |= {key: value.to(layer.parameters[key].dtype) for key, value in moved.items()}
         return out, set(self._kept)
 
@@ -214,14 +213,14 @@ def fits(layer: LayerAdapter) -> bool:
     return linear and layer.has_weight and layer.has_bias and layer.sharing == "expand" and min(layer.shape) >= LEAST
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Rows of all backwards of a step; those of a single one are not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _changed(layer: str) -> str:
     return (
         f"The bias's gradient of layer {layer!r} is not that of the rows kept with gradients='rows': gradients were "
         "scaled, clipped or set to zero between backward and step by something other than optimizer.zero_grad(), or "
         "some were formed with the optimiser paused. Leave gradients='rows' out where gradients are changed."
     )
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from kronfac.layers import LayerAdapter
 from kronfac.optim.gathering import is_compiled
-from kronfac.optim.options import KFACOptions
+from kronfac.optim.options import KFACOptions, several_processes
 from kronfac.optim.rows import LEAST, fits
 
 
@@ -30,13 +29,11 @@ def check_rows(model: nn.Module, options: KFACOptions, layers: Mapping[str, Laye
             f"gradients='rows' is for linear layers with a bias and at least {LEAST} inputs and outputs, and the "
             "model has none: leave gradients out."
         )
-    distributed = torch.distributed
-    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     _refuse(
         {
             "products='bfloat16': leave one of the two out": options["products"] != "float32",
             "a model that was compiled": is_compiled(model),
-            "several processes": several,
+            "several processes": several_processes(),
         }
     )
 

@@ -9,13 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from kronfac.experiments.bench.steps import (
-    KINDS,
-    combine,
-    gradients_of,
-    make_kfac,
-    single,
-)
+from kronfac.experiments.bench.steps import KINDS, combine, gradients_of, make_kfac, single
 from kronfac.experiments.bench.timing import Clock, Spread, clock_of, timed
 from kronfac.experiments.bench.whole import whole_kinds, whole_rounds, whole_steps
 from kronfac.experiments.bench.wide import wide_parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -26,15 +27,14 @@ def whole(work: Workload, kind: str, steps: int, clock: Clock) -> Callable[[], f
     Returns:
         A function that takes the steps and gives the mean seconds of one.
     """
-    make_optimizer: dict[str, Callable[[], torch.optim.Optimizer]] = {
-        "sgd": lambda: torch.optim.SGD(work.model.parameters(), lr=0.0, momentum=0.9),
-        "adamw": lambda: torch.optim.AdamW(work.model.parameters(), lr=0.0),
-        "kfac": lambda: make_kfac(work),
-        "kfac, asynchronous": lambda: make_kfac(work, asynchronous=20),
-        "kfac, default clip": lambda: make_kfac(work, kl_clip="auto"),
-    }
-    wide = {f"kfac, {name}": options for name, options in wide_options(work).items()}
-    optimizer = make_kfac(work, **wide[kind]) if kind in wide else make_optimizer[kind]()
+    parameters = work.model.parameters()
+    optimizer: torch.optim.Optimizer
+    if kind == "sgd":
+        optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
+    elif kind == "adamw":
+        optimizer = torch.optim.AdamW(parameters, lr=0.0)
+    else:
+        optimizer = make_kfac(work, **kfac_options(work)[kind])
     if isinstance(optimizer, KFAC):
         step(work, optimizer)
         optimizer._steps = 100  # past the geometric start, at a multiple of the inverse period
@@ -78,6 +78,23 @@ def whole_steps(
     return {f"whole step, {kind}": Spread.of(values) for kind, values in ratios.items()}
 
 
+def kfac_options(work: Workload) -> dict[str, dict[str, Any]]:
+    """Options of the KFACs whose whole steps are measured.
+
+    Args:
+        work: The workload.
+
+    Returns:
+        Options by the optimiser's name.
+    """
+    return {
+        "kfac": {},
+        "kfac, asynchronous": {"asynchronous": 20},
+        "kfac, default clip": {"kl_clip": "auto"},
+        **{f"kfac, {name}": options for name, options in wide_options(work).items()},
+    }
+
+
 def whole_kinds(work: Workload) -> list[str]:
     """Optimisers whose steps are measured.
 
@@ -87,8 +104,7 @@ def whole_kinds(work: Workload) -> list[str]:
     Returns:
         Their names.
     """
-    wide = [f"kfac, {name}" for name in wide_options(work)]
-    return ["sgd", "adamw", "kfac", "kfac, asynchronous", "kfac, default clip", *wide]
+    return ["sgd", "adamw", *kfac_options(work)]
 
 
 def whole_rounds(rounds: int) -> int:

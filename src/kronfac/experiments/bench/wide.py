@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kronfac.experiments.bench.steps import make_kfac, step
+from kronfac.experiments.bench.steps import gradients_of, make_kfac, step
 from kronfac.experiments.bench.workloads import Workload
 from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.optim import KFAC, reduced, rows
@@ -29,13 +29,14 @@ def wide_parts(work: Workload, optimizer: KFAC, gradients: Mapping[str, Tensor])
         and backward that keeps rows with the directions of these; nothing where no layer is wide enough.
     """
     found: dict[str, Callable[[], object]] = {}
-    if "bfloat16 products" in wide_options(work):
+    options = wide_options(work)
+    if "bfloat16 products" in options:
         rounded = reduced.RoundedDirections()
         adapters, inverses = optimizer._estimator.adaptation.adapters, dict(optimizer._inverses)
-        found["precondition, bfloat16"] = lambda: directions(adapters, inverses, gradients, rounded)
-    if "rows" in wide_options(work):
+        found["precondition, bfloat16"] = lambda: directions(adapters, inverses, gradients, rounded.multiply)
+    if "rows" in options:
         twin = replace(work, model=copy.deepcopy(work.model))
-        other = make_kfac(twin, gradients="rows")
+        other = make_kfac(twin, **options["rows"])
         step(twin, other)
         other._steps = 1  # nothing is due, and no forward is paused, in which no rows are kept
         found["with precondition by rows"] = lambda: _by_rows(twin, other)
@@ -45,8 +46,7 @@ def wide_parts(work: Workload, optimizer: KFAC, gradients: Mapping[str, Tensor])
 def _by_rows(work: Workload, optimizer: KFAC) -> object:
     optimizer.zero_grad()
     work.forward().backward()
-    named = work.model.named_parameters()
-    return optimizer._directions({name: p.grad for name, p in named if p.grad is not None})
+    return optimizer._directions(gradients_of(work))
 
 
 def wide_options(work: Workload) -> dict[str, dict[str, Any]]:
