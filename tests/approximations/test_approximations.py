@@ -216,6 +216,34 @@ def test_an_infinite_input_touches_no_layers_statistics(name: str) -> None:
     assert all(statistic.empty for statistic in estimator.statistics.values())
 
 
+@pytest.mark.parametrize("what", ["input", "cotangent"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_never_enters_a_normalisation_layer(value: float, what: str) -> None:
+    layer = nn.BatchNorm2d(3).double()
+    x, g = draw(4, 3, 2, 2), draw(4, 3, 2, 2)
+    statistic = get_approximation("kfac").start(adapt(layer, "layer"))
+    statistic.add(sample(layer, x, g))
+    before = statistic.means()["moment"].total.clone()
+    (x if what == "input" else g)[1, 1, 0, 1] = value
+    with pytest.raises(FloatingPointError, match=f"NaN or Inf in the {what} of layer 'layer'"):
+        statistic.add(sample(layer, x, g))
+    assert torch.equal(statistic.means()["moment"].total, before)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_batch_norm_hands_on_what_is_not_finite_and_is_named_for_it(value: float) -> None:
+    """Its input is not looked at itself: the layer behind it, of which every example is spoilt, is."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Sigmoid(), nn.Linear(4, 2)).double()
+    estimator, x = Estimator(model, kf.Categorical()), draw(5, 3)
+    model[0].register_forward_hook(lambda module, inputs, out: out.index_fill(0, torch.tensor([1]), value))
+    with record(estimator.adaptation.adapters) as tape:
+        out = model(x)
+    assert not out.isfinite().any(1).all()
+    with pytest.raises(FloatingPointError, match="they first appear in the input of layer '1', after layer '0'"):
+        estimator.update(tape, out)
+    assert all(statistic.empty for statistic in estimator.statistics.values())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_overflow_is_named(name: str) -> None:
     layer = nn.Linear(3, 2)

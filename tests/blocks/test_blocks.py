@@ -8,6 +8,7 @@ from tests.blocks.block_cases import BlockCase, FactoredCase, close, random_psd,
 from torch import Tensor
 
 from kronfac.blocks import (
+    KINDS,
     Block,
     Dense,
     Diagonal,
@@ -15,12 +16,15 @@ from kronfac.blocks import (
     EigenKronecker,
     Kronecker,
     KroneckerInverse,
+    KroneckerSums,
     PerFactor,
     Rescaled,
     ScaledKronecker,
     Shift,
     Uniform,
 )
+from kronfac.damping import factored
+from kronfac.linalg.inverse import invert
 
 
 class TestKronecker(FactoredCase):
@@ -52,6 +56,36 @@ class TestKronecker(FactoredCase):
 
 class TestKroneckerStack(TestKronecker):
     stack = (3,)
+
+
+class TestKroneckerSums(TestKronecker):
+    """From upper triangles and scales; what lies below them is never read."""
+
+    stack = (2,)
+
+    def block(self) -> Block:
+        sums = [self.input_matrices() / 0.25, self.output_matrices() / 3.0]
+        for total in sums:
+            total[torch.ones_like(total).tril(-1).bool()] = torch.nan
+        return KroneckerSums(*sums, 0.25, 3.0)
+
+    def test_tensors_round_trip(self) -> None:
+        """What was saved holds its factors."""
+        block = self.block()
+        again = type(block).from_tensors(block.tensors(), block.shape)
+        assert type(again) is KINDS[block.kind] is Kronecker
+        close(again.to_dense(), TestKronecker.block(self).to_dense())
+
+    @pytest.mark.parametrize("damping", [0.3, 0.0])
+    def test_a_refresh_reads_what_it_would_of_the_factors(self, damping: float) -> None:
+        shifts = [factored(block, damping) for block in (self.block(), TestKronecker.block(self))]
+        close(torch.stack([shifts[0].input, shifts[0].output]), torch.stack([shifts[1].input, shifts[1].output]))
+        sums = self.block().sums()
+        for side, scale in (("input", 0.25), ("output", 3.0)):
+            assert sums[side][1] == scale
+            (found,) = invert([sums[side][0]], [0.3], scales=[scale])
+            (wanted,) = invert([self.block().tensors()[side]], [0.3])
+            close(found.inverse, wanted.inverse)
 
 
 class TestKroneckerStackOfStacks(TestKronecker):

@@ -11,6 +11,17 @@ from kronfac.linalg.symmetric import PANEL, add_gram_, add_product_, all_finite,
 WIDTHS = [1, 5, PANEL - 1, PANEL, 2 * PANEL - 1, 2 * PANEL, 2 * PANEL + 1, 3 * PANEL + 77]
 
 
+def test_finite_numbers_of_several_tensors() -> None:
+    assert all_finite()
+    large = torch.full((3,), torch.finfo(torch.float32).max)
+    assert all_finite(torch.ones(2), large, torch.ones(2, dtype=torch.float64))  # their sum overflows
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for place in range(3):
+            tensors = [torch.ones(4) for _ in range(3)]
+            tensors[place][2] = value
+            assert not all_finite(*tensors)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_gram_is_the_product_after_mirroring(width: int) -> None:
     rows, start = draw(9, width), draw(width, width, seed=1)

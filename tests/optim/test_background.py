@@ -77,9 +77,9 @@ def test_work_is_done_in_one_thread_of_its_own_on_one_core(monkeypatch: pytest.M
     seen: list[tuple[str, int]] = []
     original = refresh._factorise
 
-    def spy(*args: Any) -> Any:
+    def spy(*args: Any, **options: Any) -> Any:
         seen.append((threading.current_thread().name, torch.get_num_threads()))
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(refresh, "_factorise", spy)
     before, elsewhere = torch.get_num_threads(), []
@@ -161,10 +161,10 @@ def test_statistics_wait_until_they_are_copied(monkeypatch: pytest.MonkeyPatch) 
     """A slow worker changes nothing: the next statistics and the hand-over wait for it."""
     original = refresh.damped_blocks
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **options: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
             time.sleep(0.2)
-        return original(*args)
+        return original(*args, **options)
 
     runs = []
     for late in (False, True):

@@ -54,6 +54,13 @@ class Mean:
         distributed.all_reduce(weight)
         return total.div_(weight.item())
 
+    def parts(self) -> tuple[Tensor, float]:
+        """Return two factors of :meth:`value`, the first of which is the sum itself outside of distributed runs."""
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self.total, self.scale / self.weight
+        return self.value(), 1.0
+
     def consolidate(self) -> None:
         """Give every process of a distributed run the same share of the sums; :meth:`value` stays what it is."""
         distributed = torch.distributed
@@ -99,6 +106,10 @@ class Statistic(ABC):
     @abstractmethod
     def block(self) -> Block:
         """Return what the statistics stand for, divided by the denominators gathered."""
+
+    def draft(self) -> Block:
+        """Return :meth:`block` for use before the statistics change: it may be made of them."""
+        return self.block()
 
     def decay(self, factor: float) -> None:
         """Forget: multiply sums and weights by ``factor``."""

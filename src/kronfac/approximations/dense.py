@@ -6,7 +6,7 @@ from kronfac.approximations.base import Approximation, Mean, Statistic, require_
 from kronfac.blocks import Block, Dense
 from kronfac.layers import LayerAdapter
 from kronfac.linalg.symmetric import add_gram_, all_finite, mirror_
-from kronfac.sources import Sample, require_examples
+from kronfac.sources import Sample, not_finite, require_examples
 
 #: Largest block kept densely: 2 GiB in float64.
 LIMIT = 16_384
@@ -38,7 +38,8 @@ class DenseStatistic(Statistic):
 
     def add(self, sample: Sample) -> None:
         """Add the outer products of one pull's per-example gradients."""
-        require_finite(sample)
+        if not self.layer.unit_wise:
+            require_finite(sample)
         require_no_moment(sample)
         if sample.first:
             self.moment.weight += sample.denominator
@@ -49,6 +50,10 @@ class DenseStatistic(Statistic):
             return
         require_examples(self.layer, sample.inputs, sample.batch, "A dense block")
         gradients = self.layer.per_example_gradients(sample.inputs, sample.cotangents)
+        if self.layer.unit_wise and not all_finite(gradients):  # fewer numbers than the cotangent has
+            require_finite(sample)
+            what = "gradients" if all_finite(sample.inputs) else "input"
+            raise FloatingPointError(not_finite(what, self.layer.name))
         rows = gradients.flatten(-2).movedim(0, -2)
         add_gram_(self.moment.total, rows.to(self.moment.total.dtype), alpha=sample.weight * self.moment.alpha)
 

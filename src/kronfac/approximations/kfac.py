@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, zeros
 from kronfac.approximations.dense import DenseStatistic
-from kronfac.blocks import Block, DiagonalKronecker, Kronecker
+from kronfac.blocks import Block, DiagonalKronecker, Kronecker, KroneckerSums
 from kronfac.layers import LayerAdapter
 from kronfac.linalg.symmetric import all_finite, mirror_
 from kronfac.sources import Sample
@@ -57,11 +57,29 @@ class KFACStatistic(Statistic):
 
     def block(self) -> Block:
         """Return the Kronecker block."""
-        a, g = self.factors()
-        for what, factor in (("input", a), ("output", g)):
-            if not all_finite(factor):
-                raise FloatingPointError(f"The {what} factor of layer {self.layer.name!r} overflowed to NaN or Inf.")
-        return DiagonalKronecker(a, g) if self.layer.diagonal_input else Kronecker(a, g)
+        self._check()
+        return (DiagonalKronecker if self.layer.diagonal_input else Kronecker)(*self.factors())
+
+    def draft(self) -> Block:
+        """Return the Kronecker block of the running sums themselves."""
+        if self.layer.diagonal_input:
+            return self.block()
+        self._check()
+        (a, a_scale), (g, g_scale) = self.input.parts(), self.output.parts()
+        return KroneckerSums(a, g, a_scale, g_scale)
+
+    def _check(self) -> None:
+        """Look at the diagonals, which the other entries of a sum of squares do not exceed."""
+        a, g = self.input.total, self.output.total
+        diagonals = {"input": a if self.layer.diagonal_input else _diagonal(a), "output": _diagonal(g)}
+        if all_finite(*diagonals.values()):
+            return
+        what = next(what for what, diagonal in diagonals.items() if not all_finite(diagonal))
+        raise FloatingPointError(f"The {what} factor of layer {self.layer.name!r} overflowed to NaN or Inf.")
+
+
+def _diagonal(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1)
 
 
 class KFAC(Approximation):

@@ -149,6 +149,10 @@ class XKFACStatistic(KFACStatistic):
                 )
         return Kronecker(**found) if len(found) == 2 else KroneckerSum(**found)
 
+    def draft(self) -> Block:
+        """Return :meth:`block`, unless it is K-FAC's."""
+        return super().draft() if self.coupling in (None, Coupling.NONE) else self.block()
+
 
 class XKFACNormStatistic(DenseStatistic):
     """Exact block of a normalisation layer: its parameters have one gradient per pull, whatever is coupled.

@@ -40,15 +40,10 @@ class Kronecker(Block):
 
         Raises:
             ValueError: If the shapes do not fit.
-        """
-        check_square("input", input)
-        check_square("output", output)
-        check_pair(("input", "output"), input, output)
-        if input.shape[:-2] != output.shape[:-2]:
-            raise ValueError(f"input {tuple(input.shape)} and output {tuple(output.shape)} have different stacks")
+        """  # noqa: DOC502
+        self.shape = product_shape(input, output)
         self.input = input
         self.output = output
-        self.shape = torch.Size([*output.shape[:-1], input.shape[-1]])
 
     def tensors(self) -> dict[str, Tensor]:
         """Both factors.
@@ -100,7 +95,7 @@ class Kronecker(Block):
         Returns:
             The diagonal in the block's shape.
         """
-        return _diagonal(self.output).unsqueeze(-1) * _diagonal(self.input).unsqueeze(-2)
+        return diagonal(self.output).unsqueeze(-1) * diagonal(self.input).unsqueeze(-2)
 
     def frobenius_norm(self) -> Tensor:
         """Frobenius norm, from those of the factors.
@@ -117,6 +112,14 @@ class Kronecker(Block):
         inputs = (self.input * other.input).sum((-2, -1))
         outputs = (self.output * other.output).sum((-2, -1))
         return (inputs * outputs).sum()
+
+    def sums(self) -> dict[str, tuple[Tensor, float]]:
+        """What a factorisation reads.
+
+        Returns:
+            By factor a matrix and a number: the upper triangle of their product is that of the factor.
+        """
+        return {"input": (self.input, 1.0), "output": (self.output, 1.0)}
 
     def factor_means(self) -> tuple[Tensor, Tensor]:
         """Mean eigenvalues of the two factors.
@@ -181,9 +184,38 @@ class Kronecker(Block):
         return type(self)(self.input, self.output * factor)
 
 
-def _diagonal(matrix: Tensor) -> Tensor:
+def product_shape(input: Tensor, output: Tensor) -> torch.Size:
+    """Check two factors.
+
+    Args:
+        input: Shape ``[*stack, d_in, d_in]``, float32 or float64.
+        output: Shape ``[*stack, d_out, d_out]``, of the same dtype and device.
+
+    Returns:
+        ``[*stack, d_out, d_in]``.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    check_square("input", input)
+    check_square("output", output)
+    check_pair(("input", "output"), input, output)
+    if input.shape[:-2] != output.shape[:-2]:
+        raise ValueError(f"input {tuple(input.shape)} and output {tuple(output.shape)} have different stacks")
+    return torch.Size([*output.shape[:-1], input.shape[-1]])
+
+
+def diagonal(matrix: Tensor) -> Tensor:
+    """Diagonal of each matrix of a stack.
+
+    Args:
+        matrix: Shape ``[*stack, n, n]``.
+
+    Returns:
+        Shape ``[*stack, n]``, not a copy.
+    """
     return matrix.diagonal(dim1=-2, dim2=-1)
 
 
 def _trace(matrix: Tensor) -> Tensor:
-    return _diagonal(matrix).sum(-1)
+    return diagonal(matrix).sum(-1)

@@ -67,9 +67,14 @@ class LayerAdapter(ABC):
         return {self._prefix + key: getattr(self.module, key) for key, has in kept if has}
 
     @property
+    def spreads(self) -> bool:
+        """Whether one NaN or Inf in the input makes NaN of the output for every example."""
+        return False
+
+    @property
     def parameter_names(self) -> tuple[str, ...]:
         """Full names of the trained parameters."""
-        return tuple(self.parameters)
+        return (self.weight_key,) * self.has_weight + (self.bias_key,) * self.has_bias
 
     @property
     def shape(self) -> torch.Size:

@@ -25,6 +25,8 @@ from kronfac.linalg.symmetric import add_gram_, add_product_, summed_in_float32
 
 #: Entries of whole patches held at once on an accelerator: 1 GB in float32.
 PATCHES_ACCELERATOR = 1 << 28
+#: Multiplications with whole patches that an accelerator is through with before the products of lines are launched.
+LAUNCH_BOUND = 4e9
 
 
 def _chain_cost(previous: LinePair | None, pair: LinePair) -> tuple[int, bool]:
@@ -198,9 +200,14 @@ def _lines_pay(x: Tensor, geometry: Geometry) -> bool:
     """Whether kernel lines are cheaper than whole patches."""
     if not row_correlation_pays(geometry, tuple(x.shape[2:])):
         return False
+    if x.device.type == "cpu":
+        return True
+    channels = x.shape[1] // geometry.groups
+    rows = x.shape[0] * math.prod(geometry.output_size(tuple(x.shape[2:])))
+    work = rows * geometry.groups * (channels * math.prod(geometry.kernel)) ** 2
     # On a GPU (benchmarks/gpu_forms.py) the matrix units are through with patches of 16 bits before lines are cut out,
     # and lines of few channels are too narrow for it.
-    return x.device.type == "cpu" or (x.shape[1] // geometry.groups >= 16 and not summed_in_float32(x))
+    return channels >= 16 and work >= LAUNCH_BOUND and not summed_in_float32(x)
 
 
 def add_conv_gram_(total: Tensor, x: Tensor, geometry: Geometry, *, ones: bool, alpha: float = 1.0) -> float:

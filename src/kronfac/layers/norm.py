@@ -96,6 +96,16 @@ class ChannelNorm(NormAdapter):
 
     channel_dim = 1
 
+    @property
+    def spreads(self) -> bool:
+        """True of batch norm over the batch."""
+        return self._over_batch
+
+    @property
+    def _over_batch(self) -> bool:
+        module = self.module
+        return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
     def positions(self, x: Tensor) -> tuple[int, ...]:
         """Batch and spatial dimensions."""
         return (x.shape[0], *x.shape[2:])
@@ -105,8 +115,7 @@ class ChannelNorm(NormAdapter):
 
     def per_example_gradients(self, x: Tensor, g: Tensor) -> Tensor:
         """As for all norms; for batch norm over the batch by sums of products, without the normalised input."""
-        module = self.module
-        if not isinstance(module, _BatchNorm) or not (module.training or module.running_mean is None):
+        if not self._over_batch:
             return super().per_example_gradients(x, g)
         x, g = (each.reshape(*each.shape[:2], -1) for each in (x, g))
         if x.dtype == g.dtype == torch.bfloat16 and summed_in_float32(x):
@@ -119,11 +128,13 @@ class ChannelNorm(NormAdapter):
             entries = CENTRED if x.device.type == "cpu" else CENTRED_ACCELERATOR
             at_once = max(1, entries // x[0].numel())
             products, variance = [], torch.zeros_like(mean[:, 0])
-            for a, b in zip(x.split(at_once), g.split(at_once), strict=True):
-                a = a - mean
-                products.append(_dots(a, b))
-                variance += _dots(a, a).sum(0) / count
-            parts.append(torch.cat(products) * (variance + module.eps).rsqrt())
+            room = x.new_empty(min(at_once, len(x)), *x.shape[1:])  # fresh pages cost as much as the arithmetic
+            for part, cotangents in zip(x.split(at_once), g.split(at_once), strict=True):
+                centred = torch.sub(part, mean, out=room[: len(part)])
+                variance += torch.linalg.vector_norm(centred, dim=2).square_().sum(0)
+                products.append(centred.mul_(cotangents).sum(2))
+            variance /= count
+            parts.append(torch.cat(products) * (variance + self.module.eps).rsqrt())  # type: ignore[operator]
         if self.has_bias:
             parts.append(g.sum(2))
         return torch.stack(parts, dim=-1).unsqueeze(-2)

@@ -26,7 +26,7 @@ _ROWS_PER_MATRIX = 256
 
 
 def invert_by_products_(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace positive definite matrices by their inverses.
+    """Replace positive definite matrices, of which the upper triangles are read, by their inverses.
 
     Args:
         matrices: Shape ``[count, n, n]``, float32 or float64.
@@ -57,7 +57,7 @@ def _filled(matrices: Tensor) -> Tensor:
 def _cholesky(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Lower factors, row after row, and which of them are some."""
     together = len(matrices) * _ROWS_PER_MATRIX >= matrices.shape[-1]
-    parts = [torch.linalg.cholesky_ex(part) for part in ([matrices] if together else matrices.split(1))]
+    parts = [torch.linalg.cholesky_ex(part.mT) for part in ([matrices] if together else matrices.split(1))]
     return torch.cat([part.L for part in parts]).contiguous(), torch.cat([part.info for part in parts]) == 0
 
 

@@ -12,6 +12,7 @@ A matrix accumulated here is valid in its **upper** triangle only, until :func:`
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -129,6 +130,21 @@ def row_step(columns: int, dtype: torch.dtype) -> int:
     return step + whole if step * dtype.itemsize % 4096 == 0 else step
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether every entry is finite, by one reduction (an overflowing sum is looked at again)."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether every entry is finite, by one reduction of each tensor and one read for all that share a device.
+
+    Args:
+        *tensors: Floating point; an overflowing sum is looked at again.
+
+    Returns:
+        True if so; true of none.
+    """
+    sums: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        sums.setdefault(tensor.device, []).append(tensor.sum())
+    totals = [each[0] if len(each) == 1 else torch.stack([s.float() for s in each]).sum() for each in sums.values()]
+    return all(map(_is_finite, totals)) or all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _is_finite(number: Tensor) -> bool:
+    return math.isfinite(number.item())

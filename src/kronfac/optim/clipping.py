@@ -145,11 +145,12 @@ def clip_scale(
     terms = estimator.terms
     if any(isinstance(bound, str) for bound in given):
         terms = mean_over_processes(terms, members[0][1].device)  # all processes must clip alike
-    products = [rates[n] ** 2 * torch.dot(gradients[n].flatten(), directions[n].flatten()).double() for n in rates]
+    # One rate for all, as there mostly is, comes out of the forms, and the directions need no copy.
+    several = len(set(rates.values())) > 1
+    products = torch.stack([torch.dot(gradients[n].flatten(), directions[n].flatten()) for n in rates]).double()
+    squares = products.new_tensor([rate**2 for rate in rates.values()]) if several else next(iter(rates.values())) ** 2
 
     def exact() -> float:
-        # One rate for all, as there mostly is, comes out of the form, and the directions need no copy.
-        several = len(set(rates.values())) > 1
         vector = {n: directions[n] * rate if several else directions[n] for n, rate in rates.items()}
         decay = sum(
             group["weight_decay"] * float(vector[n].square().sum())
@@ -160,4 +161,4 @@ def clip_scale(
         return value if several else value * next(iter(rates.values())) ** 2
 
     bound = min(bound_of(bound, terms) for bound in given)
-    return clip(bound, float(torch.stack(products).sum()), exact if due else None)
+    return clip(bound, float((products * squares).sum()), exact if due else None)

@@ -61,7 +61,8 @@ def directions(
     """
     out = dict(gradients)
     for name, adapter in layers.items():
-        if not any(key in gradients for key in adapter.parameter_names):
+        present = [key for key in adapter.parameter_names if key in gradients]
+        if not present:
             continue
         if name not in inverses:
             raise RuntimeError(
@@ -69,11 +70,11 @@ def directions(
                 "Freeze it, or call it in every forward."
             )
         given = {
-            key: gradients[key] if key in gradients else torch.zeros_like(parameter)
-            for key, parameter in adapter.parameters.items()
+            key: gradients[key] if key in gradients else torch.zeros_like(adapter.parameters[key])
+            for key in adapter.parameter_names
         }
         moved = direction(adapter, inverses[name], given, multiply)
-        out |= {key: moved[key] for key in moved if key in gradients}
+        out |= moved if len(present) == len(moved) else {key: moved[key] for key in present}
     return out
 
 

@@ -68,7 +68,16 @@ def _require_calls(tape: Tape) -> None:
 
 
 def _identities(model: nn.Module) -> list[int]:
-    return [id(part) for part in (*model.modules(), *model.parameters())]
+    """Identities of all modules and parameters, by a walk that is cheap enough for every step."""
+    found, waiting = {id(model): None}, [model]
+    while waiting:
+        module = waiting.pop()
+        for part in (*module._parameters.values(), *module._modules.values()):
+            if part is not None and id(part) not in found:
+                found[id(part)] = None
+                if isinstance(part, nn.Module):
+                    waiting.append(part)
+    return list(found)
 
 
 class Gatherer:

@@ -31,6 +31,7 @@ from kronfac.optim.renewal import Renewal
 from kronfac.optim.rows import RowGradients
 from kronfac.optim.rows_checks import check_groups, check_rows
 from kronfac.optim.state import gather_generators, load_curvature_state, save_curvature_state
+from kronfac.optim.unit_directions import UnitDirections
 from kronfac.sources import Source
 
 
@@ -122,7 +123,7 @@ class KFAC(Renewal):
         plain = inspect.unwrap(type(self).step) is inspect.unwrap(KFAC.step)  # PyTorch wraps the step of each class
         self._check_renewal(plain=plain)
         self._rounded = RoundedDirections() if self._options["products"] == "bfloat16" else None
-        self._rows: RowGradients | None = None
+        self._units, self._rows = UnitDirections(), None
         rows = self._options["gradients"] == "rows"
         if rows:
             check_rows(model, self._options, self._estimator.adaptation.adapters)
@@ -223,13 +224,14 @@ class KFAC(Renewal):
 
     def _directions(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         adapters = self._estimator.adaptation.adapters
-        if self._rows is None:
-            multiply = multiply_plainly if self._rounded is None else self._rounded.multiply
-            return directions(adapters, self._inverses, gradients, multiply)
-        check_groups(self._own_groups)
-        moved, layers = self._rows.directions(self._inverses, gradients)
-        others = {name: adapter for name, adapter in adapters.items() if name not in layers}
-        return directions(others, self._inverses, gradients) | moved
+        moved, done = self._units(adapters, self._inverses, gradients)
+        if self._rows is not None:
+            check_groups(self._own_groups)
+            by_rows, layers = self._rows.directions(self._inverses, gradients)
+            moved, done = moved | by_rows, done | layers
+        multiply = multiply_plainly if self._rounded is None else self._rounded.multiply
+        others = {name: adapter for name, adapter in adapters.items() if name not in done}
+        return directions(others, self._inverses, gradients, multiply) | moved
 
     @property
     def _keeps_arguments(self) -> bool:

@@ -14,6 +14,7 @@ from kronfac.damping import Rule
 from kronfac.linalg.factorise import retries
 from kronfac.linalg.inverse import invert
 from kronfac.linalg.newton_schulz import renew
+from kronfac.linalg.symmetric import mirror_
 from kronfac.optim.warm import as_product
 
 
@@ -77,7 +78,7 @@ def refresh(
         for name in names:
             inverses.pop(name, None)
             statistics[name].rebase()
-        found = _factorise(damped_blocks(names, statistics, damping, rule), starts)
+        found = _factorise(damped_blocks(names, statistics, damping, rule, draft=True), starts)
         inverses |= found.inverses
         out.merge(found)
     return out
@@ -158,6 +159,7 @@ def damped_blocks(
     statistics: Mapping[str, Statistic],
     damping: Callable[[str], float],
     rule: Rule | Mapping[str, Rule],
+    draft: bool = False,
 ) -> _Damped:
     """Blocks of layers, and what is added to them.
 
@@ -166,11 +168,12 @@ def damped_blocks(
         statistics: Their running statistics.
         damping: Damping of a layer.
         rule: How it is added: a rule for all layers, or one for each by name.
+        draft: Whether they are needed no longer than the statistics stay what they are.
 
     Returns:
         Block and shift by layer.
     """
-    blocks = {name: statistics[name].block() for name in names}
+    blocks = {name: statistics[name].draft() if draft else statistics[name].block() for name in names}
     rules = rule if isinstance(rule, Mapping) else dict.fromkeys(names, rule)
     return {name: (block, rules[name](block, damping(name))) for name, block in blocks.items()}
 
@@ -183,20 +186,21 @@ def _factorise(damped: _Damped, starts: Mapping[str, Inverse] | None = None) -> 
     if all(isinstance(block, Kronecker) and isinstance(shift, PerFactor) for block, shift in damped.values()):
         sides: dict[str, list[Tensor]] = {}
         shifts = [shift for _, shift in damped.values()]
-        factors = {
-            "input": [block.input for block, _ in damped.values() if isinstance(block, Kronecker)],
-            "output": [block.output for block, _ in damped.values() if isinstance(block, Kronecker)],
-        }
+        blocks = [block for block, _ in damped.values() if isinstance(block, Kronecker)]
         damped.clear()
+        factors = {side: [block.sums()[side] for block in blocks] for side in ("input", "output")}
+        blocks.clear()
         for side in list(factors):
             labels = {f"the {side} factor of layer {name!r}": name for name in names}
             added = [getattr(shift, side) for shift in shifts]
+            matrices, scales = (list(column) for column in zip(*factors.pop(side), strict=True))
             with retries() as again:
                 if starts is None:
-                    sides[side] = [result.inverse for result in invert(factors.pop(side), added, list(labels))]
+                    sides[side] = [result.inverse for result in invert(matrices, added, list(labels), scales)]
                 else:
                     olds = [getattr(starts.get(name), side, None) for name in names]
-                    found = renew(factors.pop(side), added, olds, list(labels))
+                    wholes = [mirror_(total * scale) for total, scale in zip(matrices, scales, strict=True)]
+                    found = renew(wholes, added, olds, list(labels))
                     sides[side] = [result.inverse for result in found]
                     for name, result in zip(names, found, strict=True):
                         out.iterations[name] = out.iterations.get(name, 0) + result.iterations

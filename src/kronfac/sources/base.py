@@ -169,10 +169,11 @@ class Source(ABC):
             values = values if values.dtype in (torch.float32, torch.float64) else values.float()
             if not all_finite(values):
                 raise FloatingPointError(_first_not_finite(tape))
-            for name, call in tape.calls.items():
-                # All of them before the first statistic is touched: activations that saturate hide an infinity.
-                if call.input.is_floating_point() and not all_finite(call.input):
-                    raise FloatingPointError(not_finite("input", name))
+            # All of them before the first statistic is touched: activations that saturate hide an infinity.
+            inputs = {n: c.input for n, c in tape.calls.items() if c.input.is_floating_point()}
+            if not all_finite(*(x for n, x in inputs.items() if not tape.calls[n].adapter.spreads)):
+                broken = next(n for n, x in inputs.items() if not all_finite(x))
+                raise FloatingPointError(not_finite("input", broken))
             likelihood.validate(values, targets)  # type: ignore[arg-type]
             denominator = float(likelihood.denominator(values, targets))  # type: ignore[arg-type]
             weights = likelihood.row_weights(values, targets)  # type: ignore[arg-type]
