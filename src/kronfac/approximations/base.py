@@ -107,8 +107,13 @@ class Statistic(ABC):
     def block(self) -> Block:
         """Return what the statistics stand for, divided by the denominators gathered."""
 
+    @property
+    def drafts(self) -> bool:
+        """Whether :meth:`draft` takes next to no memory."""
+        return False
+
     def draft(self) -> Block:
-        """Return :meth:`block` for use before the statistics change: it may be made of them."""
+        """Return :meth:`block` for use before the statistics change: it may be made of them, and hold NaN or Inf."""
         return self.block()
 
     def decay(self, factor: float) -> None:
@@ -223,7 +228,7 @@ def require_finite(sample: Sample) -> None:
     Raises:
         FloatingPointError: The cotangent of the layer is not finite.
     """
-    if sample.cotangents is not None and not all_finite(sample.cotangents):
+    if not (sample.checked or sample.cotangents is None or all_finite(sample.cotangents)):
         raise FloatingPointError(not_finite("cotangent", sample.layer.name))
 
 

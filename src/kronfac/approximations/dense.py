@@ -50,7 +50,8 @@ class DenseStatistic(Statistic):
             return
         require_examples(self.layer, sample.inputs, sample.batch, "A dense block")
         gradients = self.layer.per_example_gradients(sample.inputs, sample.cotangents)
-        if self.layer.unit_wise and not all_finite(gradients):  # fewer numbers than the cotangent has
+        # Of units these are fewer numbers than the cotangent has.
+        if self.layer.unit_wise and not sample.checked and not all_finite(gradients):
             require_finite(sample)
             what = "gradients" if all_finite(sample.inputs) else "input"
             raise FloatingPointError(not_finite(what, self.layer.name))
@@ -63,6 +64,15 @@ class DenseStatistic(Statistic):
         if not all_finite(moment):
             raise FloatingPointError(f"The block of layer {self.layer.name!r} overflowed to NaN or Inf.")
         return Dense(moment, self.layer.shape)
+
+    @property
+    def drafts(self) -> bool:
+        """The blocks of units are small."""
+        return self.layer.unit_wise
+
+    def draft(self) -> Block:
+        """Return the dense block; a factorisation will find whether it is finite."""
+        return Dense(mirror_(self.moment.value()), self.layer.shape)
 
 
 class DenseBlocks(Approximation):

@@ -60,11 +60,15 @@ class KFACStatistic(Statistic):
         self._check()
         return (DiagonalKronecker if self.layer.diagonal_input else Kronecker)(*self.factors())
 
+    @property
+    def drafts(self) -> bool:
+        """Unless the input factor is a diagonal."""
+        return not self.layer.diagonal_input
+
     def draft(self) -> Block:
         """Return the Kronecker block of the running sums themselves."""
-        if self.layer.diagonal_input:
+        if not self.drafts:
             return self.block()
-        self._check()
         (a, a_scale), (g, g_scale) = self.input.parts(), self.output.parts()
         return KroneckerSums(a, g, a_scale, g_scale)
 

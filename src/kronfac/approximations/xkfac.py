@@ -149,9 +149,10 @@ class XKFACStatistic(KFACStatistic):
                 )
         return Kronecker(**found) if len(found) == 2 else KroneckerSum(**found)
 
-    def draft(self) -> Block:
-        """Return :meth:`block`, unless it is K-FAC's."""
-        return super().draft() if self.coupling in (None, Coupling.NONE) else self.block()
+    @property
+    def drafts(self) -> bool:
+        """Only K-FAC's own blocks."""
+        return self.coupling in (None, Coupling.NONE) and super().drafts
 
 
 class XKFACNormStatistic(DenseStatistic):

@@ -17,7 +17,7 @@ from kronfac.blocks.inverses import DenseInverse, DiagonalKroneckerInverse, Kron
 from kronfac.blocks.khatri_rao import KhatriRao, KhatriRaoInverse
 from kronfac.blocks.kronecker import Kronecker
 from kronfac.blocks.kronecker_sum import KroneckerSum
-from kronfac.blocks.kronecker_sums import KroneckerSums
+from kronfac.blocks.kronecker_sums import KroneckerSums, read_together
 from kronfac.blocks.scaled_kronecker import ScaledKronecker
 from kronfac.blocks.shifts import PerFactor, Rescaled, Shift, Uniform
 from kronfac.blocks.tridiagonal import Link, Tridiagonal, TridiagonalInverse
@@ -65,4 +65,5 @@ __all__ = [
     "TridiagonalInverse",
     "TwoTermInverse",
     "Uniform",
+    "read_together",
 ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
+import torch
 from torch import Size, Tensor
 
+from kronfac.blocks.base import Block
 from kronfac.blocks.checks import check_factor
 from kronfac.blocks.kronecker import Kronecker, diagonal, product_shape
-from kronfac.linalg.symmetric import mirror_
+from kronfac.linalg.symmetric import all_finite, mirror_
 
 
 class KroneckerSums(Kronecker):
@@ -33,6 +35,7 @@ class KroneckerSums(Kronecker):
         check_factor(input_scale)
         check_factor(output_scale)
         self.shape = product_shape(input, output)
+        self._means: tuple[Tensor, Tensor] | None = None
         self._sums = {"input": (input, float(input_scale)), "output": (output, float(output_scale))}
 
     @cached_property
@@ -58,6 +61,16 @@ class KroneckerSums(Kronecker):
         """
         return Kronecker.from_tensors(tensors, shape)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the sums."""
+        return self._sums["input"][0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the sums."""
+        return self._sums["input"][0].device
+
     def sums(self) -> dict[str, tuple[Tensor, float]]:
         """What was stored.
 
@@ -72,10 +85,17 @@ class KroneckerSums(Kronecker):
         Returns:
             As :meth:`Kronecker.factor_means`.
         """
+        if self._means is not None:
+            return self._means
         # In the order of a block that holds its factors, so that both give the same to the last bit.
         diagonals = [diagonal(total) * scale for total, scale in self._sums.values()]
         input, output = (each.sum(-1) / each.shape[-1] for each in diagonals)
-        return input, output
+        self._means = input, output
+        return self._means
+
+    def finite(self) -> bool:
+        """Whether both traces are, and so all entries: none of a sum of squares exceeds the largest of the diagonal."""
+        return all_finite(*self.factor_means())
 
     def scale(self, factor: Tensor | float) -> Kronecker:  # type: ignore[override]
         """Multiply by a number, which goes into the output factor.
@@ -91,3 +111,21 @@ class KroneckerSums(Kronecker):
     def _completed(self, side: str) -> Tensor:
         total, scale = self._sums[side]
         return mirror_(total * scale)
+
+
+def read_together(blocks: Iterable[Block]) -> None:
+    """Bring the mean eigenvalues of many blocks from an accelerator to the host, which is waited for once.
+
+    Numbers on the host go with tensors anywhere, so that what is made of them takes no kernel.
+
+    Args:
+        blocks: Those of one matrix for each factor take part, if they are sums.
+    """
+    waiting: dict[tuple[torch.dtype, torch.device], list[KroneckerSums]] = {}
+    for block in blocks:
+        if isinstance(block, KroneckerSums) and block.device.type != "cpu" and len(block.shape) == 2:
+            waiting.setdefault((block.dtype, block.device), []).append(block)
+    for each in waiting.values():
+        means = torch.stack([mean for block in each for mean in block.factor_means()]).cpu().view(-1, 2)
+        for block, (input, output) in zip(each, means, strict=True):
+            block._means = input, output

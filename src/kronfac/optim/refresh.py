@@ -9,12 +9,23 @@ import torch
 from torch import Tensor
 
 from kronfac.approximations import Statistic
-from kronfac.blocks import Block, Inverse, Kronecker, KroneckerInverse, PerFactor, Shift
+from kronfac.blocks import (
+    Block,
+    Dense,
+    DenseInverse,
+    Inverse,
+    Kronecker,
+    KroneckerInverse,
+    KroneckerSums,
+    PerFactor,
+    Shift,
+    Uniform,
+    read_together,
+)
 from kronfac.damping import Rule
 from kronfac.linalg.factorise import retries
 from kronfac.linalg.inverse import invert
 from kronfac.linalg.newton_schulz import renew
-from kronfac.linalg.symmetric import mirror_
 from kronfac.optim.warm import as_product
 
 
@@ -71,7 +82,7 @@ def refresh(
         The new inverses, which are in ``inverses`` too.
     """
     out = Refreshed()
-    for names in _groups(statistics):
+    for names in _groups(statistics, draft=True):
         starts: dict[str, Inverse] | None = (
             {name: inverses[name] for name in names if name in inverses} if warm else None
         )
@@ -101,7 +112,7 @@ def snapshot(
     Returns:
         A function that factorises the copies, to be called once.
     """
-    groups = [damped_blocks(names, statistics, damping, rule) for names in _groups(statistics)]
+    groups = [damped_blocks(names, statistics, damping, rule) for names in _groups(statistics, draft=False)]
     for inverse in (starts or {}).values():
         for tensor in inverse.tensors().values():
             if tensor.is_cuda:  # read on this stream, though made on another
@@ -145,12 +156,12 @@ def renew_values(
 _Damped = dict[str, tuple[Block, Shift]]
 
 
-def _groups(statistics: Mapping[str, Statistic]) -> list[list[str]]:
-    """Layers of equal kind and shapes."""
+def _groups(statistics: Mapping[str, Statistic], draft: bool) -> list[list[str]]:
+    """Layers whose blocks may be held at once: of equal kind and shapes, and all whose drafts take no memory."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, statistic in statistics.items():
         shapes = tuple((key, mean.total.shape) for key, mean in statistic.means().items())
-        groups.setdefault((type(statistic), shapes), []).append(name)
+        groups.setdefault(() if draft and statistic.drafts else (type(statistic), shapes), []).append(name)
     return list(groups.values())
 
 
@@ -174,42 +185,34 @@ def damped_blocks(
         Block and shift by layer.
     """
     blocks = {name: statistics[name].draft() if draft else statistics[name].block() for name in names}
+    read_together(blocks.values())
+    for name, block in blocks.items():
+        if isinstance(block, KroneckerSums) and not block.finite():
+            statistics[name].block()  # says what is not
     rules = rule if isinstance(rule, Mapping) else dict.fromkeys(names, rule)
     return {name: (block, rules[name](block, damping(name))) for name, block in blocks.items()}
 
 
 def _factorise(damped: _Damped, starts: Mapping[str, Inverse] | None = None) -> Refreshed:
     """Factorise a group; it is emptied on the way."""
-    names, out = list(damped), Refreshed()
+    out = Refreshed()
     if starts is not None:
         damped |= {name: as_product(*pair) for name, pair in damped.items()}
-    if all(isinstance(block, Kronecker) and isinstance(shift, PerFactor) for block, shift in damped.values()):
-        sides: dict[str, list[Tensor]] = {}
-        shifts = [shift for _, shift in damped.values()]
-        blocks = [block for block, _ in damped.values() if isinstance(block, Kronecker)]
-        damped.clear()
-        factors = {side: [block.sums()[side] for block in blocks] for side in ("input", "output")}
-        blocks.clear()
-        for side in list(factors):
-            labels = {f"the {side} factor of layer {name!r}": name for name in names}
-            added = [getattr(shift, side) for shift in shifts]
-            matrices, scales = (list(column) for column in zip(*factors.pop(side), strict=True))
-            with retries() as again:
-                if starts is None:
-                    sides[side] = [result.inverse for result in invert(matrices, added, list(labels), scales)]
-                else:
-                    olds = [getattr(starts.get(name), side, None) for name in names]
-                    wholes = [mirror_(total * scale) for total, scale in zip(matrices, scales, strict=True)]
-                    found = renew(wholes, added, olds, list(labels))
-                    sides[side] = [result.inverse for result in found]
-                    for name, result in zip(names, found, strict=True):
-                        out.iterations[name] = out.iterations.get(name, 0) + result.iterations
-                        out.fallbacks += (name,) * result.fallback
-            out.retried += tuple(labels[label] for label in again)
-        pairs = zip(names, sides["input"], sides["output"], strict=True)
-        out.inverses = {n: KroneckerInverse(a, g) for n, a, g in pairs}
-        return out
-    for name in names:
+    products: dict[str, tuple[Kronecker, PerFactor]] = {}
+    units: dict[str, tuple[Dense, Uniform]] = {}
+    for name in list(damped):
+        match damped[name]:
+            case (Kronecker() as product, PerFactor() as per_factor):
+                products[name] = product, per_factor
+            case (Dense() as dense, Uniform() as uniform):
+                units[name] = dense, uniform
+            case _:
+                continue
+        del damped[name]
+    if starts is not None:
+        out.merge(_renew(products, starts))
+    out.merge(_invert(products, units))
+    for name in list(damped):
         block, shift = damped.pop(name)
         try:
             with retries() as again:
@@ -217,4 +220,57 @@ def _factorise(damped: _Damped, starts: Mapping[str, Inverse] | None = None) -> 
         except torch.linalg.LinAlgError as error:
             raise torch.linalg.LinAlgError(f"layer {name!r}: {error}") from error
         out.retried += (name,) * len(again)
+    return out
+
+
+def _invert(products: dict[str, tuple[Kronecker, PerFactor]], units: dict[str, tuple[Dense, Uniform]]) -> Refreshed:
+    """Invert all matrices of the blocks in one call; the dictionaries are emptied."""
+    names, shapes = list(products), {name: block.shape for name, (block, _) in units.items()}
+    layers: dict[str, str] = {}  # by what a matrix is called
+    matrices: list[Tensor] = []
+    shifts: list[Tensor | float] = []
+    scales: list[float] = []
+
+    def add(label: str, name: str, matrix: Tensor, scale: float, shift: Tensor | float) -> None:
+        layers[f"{label} of layer {name!r}"] = name
+        matrices.append(matrix)
+        scales.append(scale)
+        shifts.append(shift)
+
+    for side in ("input", "output"):
+        for name, (product, per_factor) in products.items():
+            add(f"the {side} factor", name, *product.sums()[side], getattr(per_factor, side))
+    for name, (dense, uniform) in units.items():
+        add("the block", name, dense.matrix, 1.0, uniform.value)
+    products.clear()
+    units.clear()
+    with retries() as again:
+        found = invert(matrices, shifts, list(layers), scales)
+    out = Refreshed(retried=tuple(layers[label] for label in again))
+    count = len(names)
+    for name, a, g in zip(names, found[:count], found[count : 2 * count], strict=True):
+        out.inverses[name] = KroneckerInverse(a.inverse, g.inverse)
+    for (name, shape), unit in zip(shapes.items(), found[2 * count :], strict=True):
+        out.inverses[name] = DenseInverse(unit.inverse, shape, unit.logdet.sum())
+    return out
+
+
+def _renew(products: dict[str, tuple[Kronecker, PerFactor]], starts: Mapping[str, Inverse]) -> Refreshed:
+    """Invert the factors by Newton-Schulz from the inverses that were; the dictionary is emptied."""
+    out, names = Refreshed(), list(products)
+    pairs = [products.pop(name) for name in names]
+    sides: dict[str, list[Tensor]] = {}
+    for side in ("input", "output"):
+        labels = {f"the {side} factor of layer {name!r}": name for name in names}
+        factors = [getattr(block, side) for block, _ in pairs]
+        added = [getattr(shift, side) for _, shift in pairs]
+        olds = [getattr(starts.get(name), side, None) for name in names]
+        with retries() as again:
+            found = renew(factors, added, olds, list(labels))
+        sides[side] = [result.inverse for result in found]
+        for name, result in zip(names, found, strict=True):
+            out.iterations[name] = out.iterations.get(name, 0) + result.iterations
+            out.fallbacks += (name,) * result.fallback
+        out.retried += tuple(labels[label] for label in again)
+    out.inverses = {n: KroneckerInverse(a, g) for n, a, g in zip(names, sides["input"], sides["output"], strict=True)}
     return out

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from kronfac.sources.base import Sample, Seed, Source, align_weights, not_finite, require_examples
+from kronfac.sources.base import Seed, Source, align_weights, require_examples
 from kronfac.sources.empirical import Empirical
 from kronfac.sources.exact import Exact
 from kronfac.sources.forward_only import ForwardOnly
 from kronfac.sources.recursive import Recursive
+from kronfac.sources.sample import Sample, not_finite
 from kronfac.sources.sampled import Sampled
 
 SOURCES: dict[str, type[Source]] = {kind.name: kind for kind in (Sampled, Exact, Empirical, ForwardOnly, Recursive)}

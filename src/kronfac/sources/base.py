@@ -1,4 +1,4 @@
-"""The message between sources and approximations, and what a source must say."""
+"""What a source must say, and how its pulls become samples."""
 
 from __future__ import annotations
 
@@ -12,35 +12,9 @@ from torch import Tensor, nn
 from kronfac.layers import LayerAdapter
 from kronfac.likelihoods import Likelihood
 from kronfac.linalg.symmetric import all_finite
+from kronfac.sources.checked import Checked, held_on
+from kronfac.sources.sample import Sample, not_finite
 from kronfac.tape import Tape
-
-
-@dataclass
-class Sample:
-    """One pull as seen by one layer: always the *pair* of input and cotangent.
-
-    Attributes:
-        layer: The layer's adapter.
-        inputs: The layer's input.
-        cotangents: Derivative of the **sum** loss with respect to its output; None for sources without a pull.
-        weight: Weight of this pull in the sum over pulls (``1/k`` for ``k`` samples, 1 for columns of a root).
-        denominator: What the sum loss is divided by (``Likelihood.denominator``).
-        batch: Number of examples, as the outputs' first dimension says.
-        first: Whether this is the first pull of its forward pass: inputs and denominators count once.
-        row_weights: Weight of every row, ``[B, S]`` as the layer's rows, or None for ones.
-        output_moment: From a source that averages without cotangents: the denominator times the output factor,
-            ``[*stack, d_out, d_out]``, summed over positions as the layer's rows are. None for all others.
-    """
-
-    layer: LayerAdapter
-    inputs: Tensor
-    cotangents: Tensor | None
-    weight: float
-    denominator: float
-    batch: int
-    first: bool
-    row_weights: Tensor | None = None
-    output_moment: Tensor | None = None
 
 
 @dataclass
@@ -143,13 +117,21 @@ class Source(ABC):
         """
         for seed, sample in self._pulls(tape, likelihood, outputs, targets, generator):
             met: set[str] = set()
+            checked = Checked(take, held_on(outputs.device))
 
-            def receive(name: str, cotangent: Tensor, sample: _MakeSample = sample, met: set[str] = met) -> None:
+            def receive(
+                name: str,
+                cotangent: Tensor,
+                sample: _MakeSample = sample,
+                met: set[str] = met,
+                checked: Checked = checked,
+            ) -> None:
                 met.add(name)
-                take(sample(name, cotangent))
+                checked(sample(name, cotangent))
 
             if seed.cotangent is not None:
                 tape.stream(outputs, seed.cotangent, receive)
+            checked.flush()
             for name, call in tape.calls.items():
                 if name not in met:
                     zero = None if seed.cotangent is None else outputs.detach().new_zeros(call.output_shape)
@@ -193,22 +175,6 @@ class Source(ABC):
 
 
 _MakeSample = Callable[[str, Tensor | None], Sample]
-
-
-def not_finite(what: str, layer: str) -> str:
-    """Say that a layer's input or cotangent is not finite.
-
-    Args:
-        what: Which of the two.
-        layer: The layer's name.
-
-    Returns:
-        The message.
-    """
-    return (
-        f"NaN or Inf in the {what} of layer {layer!r}: its statistics were not updated and no parameter was changed. "
-        "Look for a diverged loss or invalid inputs; lower lr or raise damping."
-    )
 
 
 def require_examples(adapter: LayerAdapter, x: Tensor, batch: int, what: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kronfac.likelihoods import Likelihood
 from kronfac.measuring import couples_examples
-from kronfac.sources.base import Sample
+from kronfac.sources.sample import Sample
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from kronfac.layers.base import require_float
 from kronfac.likelihoods import Likelihood
 from kronfac.likelihoods.elementwise import ElementwiseLikelihood
 from kronfac.linalg.symmetric import all_finite
-from kronfac.sources.base import Sample, Seed, Source, not_finite
+from kronfac.sources.base import Seed, Source
 from kronfac.sources.chain import Link, read_chain, require_still
 from kronfac.sources.moments import example_means, pull_back, run
+from kronfac.sources.sample import Sample, not_finite
 from kronfac.tape import Call, Tape, TapeError
 
 #: Largest layer, in numbers per example: its matrix takes 1 GiB in float32, and the step back from it twice as much.
