@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 from torch import Tensor
 
 from kronfac.linalg import rounded
-from kronfac.linalg.rounded import RoundedProduct, Workspace
+from kronfac.linalg.rounded import RoundedProduct, Workspace, pays_on
 
 
 def inverse(width: int, rank: int, seed: int, damping: float) -> tuple[Tensor, Tensor]:
@@ -78,3 +80,17 @@ def test_the_basis_is_a_function_of_the_width_alone() -> None:
     rounded._mixing.cache_clear()
     assert torch.equal(first, rounded._mixing(97, torch.device("cpu")))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "pays"), [((False, False), False), ((True, False), True), ((False, True), True)]
+)
+def test_they_pay_on_processors_with_instructions_for_them(
+    monkeypatch: pytest.MonkeyPatch, instructions: tuple[bool, bool], pays: bool
+) -> None:
+    for name, has in zip(("avx512_bf16", "amx_tile"), instructions, strict=True):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda has=has: has)
+    for machine, wanted in (("x86_64", pays), ("AMD64", pays), ("aarch64", True)):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        assert pays_on(torch.device("cpu")) == wanted
+        assert pays_on(torch.device("cuda"))

@@ -9,7 +9,7 @@ CPU (float32, one thread): small matrices gain from one batched call (64 matrice
 a loop), large ones do not (size 128: equal), and the batched call of `torch.cholesky_inverse` that is *not* in place is
 slower than the loop by 3-5 times. Hence the two thresholds; on an accelerator equal shapes always share a call.
 On a GPU matrix products make the inverse of Cholesky's factor (`kronfac.linalg.by_products`; times of the forms by
-``benchmarks/gpu_forms.py``), unless products are made in TF32. On a CPU they are no faster than LAPACK.
+``benchmarks/gpu_forms.py``), in float32 whatever TF32 is set to. On a CPU they are no faster than LAPACK.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kronfac.linalg.by_products import invert_by_products_
 from kronfac.linalg.factorise import add_shift_, check_matrices, groups_of, note_retry, own, refuse
+from kronfac.linalg.precision import full_products
 from kronfac.linalg.symmetric import is_wide, row_step
 
 #: Up to this size a stack on the CPU goes to LAPACK in one batched call, beyond it one by one.
@@ -121,8 +122,9 @@ def _invert_in_place(work: Tensor) -> tuple[Tensor, Tensor]:
     """Replace matrices by their inverses; give log-determinants and a mask of success. What failed is garbage."""
     n = work.shape[-1]
     flat = work.view(-1, n, n)
-    if work.device.type == "cuda" and not torch.backends.cuda.matmul.allow_tf32:
-        parts = [invert_by_products_(part) for part in flat.split(max(1, _ENTRIES_GPU // (n * n)))]
+    if work.device.type == "cuda":
+        with full_products(work.device):
+            parts = [invert_by_products_(part) for part in flat.split(max(1, _ENTRIES_GPU // (n * n)))]
         logdet, success = (torch.cat(found).view(work.shape[:-2]) for found in zip(*parts, strict=True))
         return logdet, success
     one_by_one = work.device.type == "cpu" and n > _BATCH_UP_TO

@@ -32,6 +32,7 @@ from torch import Tensor
 from kronfac.linalg.closeness import reach, rms_residual, rounding
 from kronfac.linalg.factorise import add_shift_, check_matrices, groups_of, own
 from kronfac.linalg.inverse import invert
+from kronfac.linalg.precision import full_products
 from kronfac.linalg.symmetric import add_product_, mirror_, with_even_rows
 
 #: Root mean square of ``I - M X`` that an accepted inverse has at most, by dtype.
@@ -85,7 +86,7 @@ def renew(
 
     Raises:
         ValueError: If the sequences differ in length, a start has another shape than its matrix, a shift does not
-            broadcast to its stack, or float32 is multiplied in TF32.
+            broadcast to its stack.
     """
     labels = check_matrices(matrices, names)
     if not len(shifts) == len(starts) == len(matrices):
@@ -93,7 +94,6 @@ def renew(
     for matrix, start, label in zip(matrices, starts, labels, strict=True):
         if start is not None and start.shape != matrix.shape:
             raise ValueError(f"the start of {label} has shape {tuple(start.shape)}, not {tuple(matrix.shape)}")
-    _refuse_tf32(matrices)
     results: list[Renewed | None] = [None] * len(matrices)
     taken = [0] * len(matrices)
     begun = {i: start for i, start in enumerate(starts) if start is not None and start.numel()}
@@ -103,7 +103,8 @@ def renew(
         damped = _together([_damped(matrices[i], shifts[i], labels[i]) for i in chosen])
         near = _together([begun[i].to(damped) for i in chosen])
         bound = TOLERANCE[damped.dtype] if tolerance is None else tolerance
-        inverses, courses = _iterate(damped, near, bound, max_iterations)
+        with full_products(damped.device):
+            inverses, courses = _iterate(damped, near, bound, max_iterations)
         each = len(courses) // len(chosen)
         for position, i in enumerate(chosen):
             part = slice(position * each, (position + 1) * each)
@@ -125,14 +126,6 @@ def _portions(groups: list[list[int]], entries: list[int]) -> Iterator[list[int]
         most = max(1, _ENTRIES // entries[group[0]])
         for first in range(0, len(group), most):
             yield group[first : first + most]
-
-
-def _refuse_tf32(matrices: Sequence[Tensor]) -> None:
-    if torch.backends.cuda.matmul.allow_tf32 and any(m.is_cuda and m.dtype == torch.float32 for m in matrices):
-        raise ValueError(
-            "inverse='newton_schulz' needs products of full precision, but torch.backends.cuda.matmul.allow_tf32 is "
-            "on, which leaves three digits: switch it off, or use inverse='cholesky'."
-        )
 
 
 def _damped(matrix: Tensor, shift: Tensor | float, name: str) -> Tensor:

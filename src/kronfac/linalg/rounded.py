@@ -13,6 +13,7 @@ The first term takes thin products in float32; the rest, which is small and so i
 
 from __future__ import annotations
 
+import platform
 from functools import lru_cache
 
 import torch
@@ -24,6 +25,22 @@ from kronfac.linalg.symmetric import row_step
 RANK = 8
 #: Least side of a matrix whose products are worth rounding.
 LEAST = 128
+
+
+def pays_on(device: torch.device) -> bool:
+    """Whether a device has instructions for products in bfloat16; without, they take some fifty times float32's time.
+
+    Args:
+        device: The device.
+
+    Returns:
+        False for x86 processors with neither AVX-512 BF16 nor AMX.
+    """
+    if device.type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    # Not documented, and so perhaps gone one day: then it is for the caller to know.
+    known = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
+    return any(check is None or check() for check in known)
 
 
 class Workspace:
