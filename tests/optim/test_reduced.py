@@ -190,7 +190,7 @@ def test_what_it_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"products='bfloat16' is for layers with at least 128 inputs and outputs"):
         make(narrow, products="bfloat16")
     with pytest.raises(
-        ValueError, match=r"products='half' is unknown; choose one of \('float32', 'bfloat16', 'tf32'\)"
+        ValueError, match=r"products='half' is unknown; choose one of .*'tf32'"
     ):
         make(network(), products="half")
     with pytest.raises(ValueError, match=r"products='bfloat16' does not fit damping_rule='exact'.*leave products out"):
