@@ -26,7 +26,6 @@ import kronfac as kf
 from kronfac.linalg.inverse import invert
 from kronfac.linalg.newton_schulz import renew
 from kronfac.linalg.rounded import RoundedProduct, Workspace
-from kronfac.optim.reduced import RoundedDirections
 
 DEVICE = os.environ.get("KRONFAC_TEST_DEVICE", "cuda")
 TOLERANCE = 1e-9
@@ -249,17 +248,6 @@ def test_rounded_products_keep_the_direction() -> None:
     assert bias is not None
     wanted, found = output @ gradient @ input, torch.cat([weight, bias.unsqueeze(1)], dim=1).cpu()
     assert cosine(found, wanted) > 0.995
-
-
-@pytest.mark.skipif(DEVICE != "cuda", reason="a CPU has no TF32")
-def test_directions_in_tf32_are_rounded_and_kept() -> None:
-    gradient, output, input = (tensor.float() for tensor in in_range(300, 260, decay=1.0))
-    inverse, rounded = kf.blocks.KroneckerInverse(here(input), here(output)), RoundedDirections("tf32")
-    plain, _ = rounded.multiply("0", inverse, here(gradient), None)
-    found, _ = rounded.multiply("0", inverse, here(gradient), None)
-    assert not torch.equal(found, plain)
-    assert cosine(found.cpu(), output @ gradient @ input) > 0.999
-    assert 0.999 < rounded.cosines["0"] < 1.0
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="a CPU has no TF32")

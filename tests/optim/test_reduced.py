@@ -96,32 +96,6 @@ def test_a_processor_without_instructions_for_it_is_warned_of(monkeypatch: pytes
         make(network(), **OPTIONS)
 
 
-def test_tf32_is_refused_where_there_is_none() -> None:
-    with pytest.raises(ValueError, match="products='tf32' is for CUDA devices, and no parameter is on one"):
-        make(network(), products="tf32")
-
-
-def test_tf32_sets_what_cuda_multiplies_in_for_its_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU they are those of float32."""
-    settings, seen = torch.backends.cuda.matmul, []
-    original = reduced.multiply_parts
-
-    def spy(*matrices: Any) -> Any:
-        seen.append(settings.fp32_precision)
-        return original(*matrices)
-
-    monkeypatch.setattr(reduced, "multiply_parts", spy)
-    before, rounded = settings.fp32_precision, RoundedDirections("tf32")
-    gradient, output, input = (tensor.float() for tensor in in_range(300, 260, 1.0))
-    inverse = kf.blocks.KroneckerInverse(input, output)
-    for _ in range(2):
-        found, _ = rounded.multiply("0", inverse, gradient, None)
-        assert torch.equal(found, output @ gradient @ input)
-    assert seen == ["tf32", "tf32"]
-    assert settings.fp32_precision == before
-    assert abs(rounded.cosines["0"] - 1) < 1e-12
-
-
 def test_a_run_whose_directions_are_never_kept_is_that_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reduced, "COSINE", 1.1)
     model, plain = network(), network()
@@ -189,9 +163,7 @@ def test_what_it_does_not_fit_is_refused() -> None:
     narrow = nn.Sequential(nn.Linear(20, 140), nn.Tanh(), nn.Linear(140, 3))
     with pytest.raises(ValueError, match=r"products='bfloat16' is for layers with at least 128 inputs and outputs"):
         make(narrow, products="bfloat16")
-    with pytest.raises(
-        ValueError, match=r"products='half' is unknown; choose one of .*'tf32'"
-    ):
+    with pytest.raises(ValueError, match=r"products='half' is unknown; choose one of .*'bfloat16'"):
         make(network(), products="half")
     with pytest.raises(ValueError, match=r"products='bfloat16' does not fit damping_rule='exact'.*leave products out"):
         make(network(), damping_rule="exact", products="bfloat16")

@@ -18,7 +18,7 @@ Multiply = Callable[[str, KroneckerInverse, Tensor, Tensor | None], tuple[Tensor
 def multiply_plainly(
     name: str, inverse: KroneckerInverse, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Multiply by both inverses in their own precision.
+    """Multiply by both inverses in their own precision; ``[W b]`` is never put together.
 
     Args:
         name: The layer, which makes no difference.
@@ -29,29 +29,14 @@ def multiply_plainly(
     Returns:
         The two parts of the product.
     """
-    return multiply_parts(inverse.output, inverse.input, weight, bias)
-
-
-def multiply_parts(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Multiply by two matrices; ``[W b]`` is never put together.
-
-    Args:
-        output: ``G⁻¹``, shape ``[d_out, d_out]``.
-        input: ``A⁻¹``, shape ``[d_in, d_in]``.
-        weight: Shape ``[d_out, d_in]``, or one column less with a bias.
-        bias: Shape ``[d_out]``, or None.
-
-    Returns:
-        The two parts of the product.
-    """
     if bias is None:
-        return output @ weight @ input, None
+        return inverse.output @ weight @ inverse.input, None
     # The left product is written into one temporary, the right one read by columns.
     rows, columns = weight.shape
     left = weight.new_empty(rows, row_step(columns + 1, weight.dtype))[:, : columns + 1]
-    torch.mm(output, weight, out=left[:, :columns])
-    left[:, columns] = output @ bias
-    return left @ input[:, :columns], left @ input[:, columns]
+    torch.mm(inverse.output, weight, out=left[:, :columns])
+    left[:, columns] = inverse.output @ bias
+    return left @ inverse.input[:, :columns], left @ inverse.input[:, columns]
 
 
 def directions(

@@ -30,8 +30,8 @@ class LayerHealth:
         failures: How often it failed in float64 too.
         iterations: Iterations of Newton-Schulz that its factors have taken, with ``inverse="newton_schulz"``.
         fallbacks: How often a factor was too far from the one before then, and was inverted by Cholesky.
-        cosine: With ``products="bfloat16"`` or ``"tf32"``, between the directions in both precisions right after the
-            last refresh; None for layers that are not rounded.
+        cosine: With ``products="bfloat16"``, between the directions in both precisions right after the last refresh;
+            None for layers that are not rounded.
     """
 
     condition: float | None

@@ -122,7 +122,7 @@ class KFAC(Renewal):
         self._inverses: dict[str, Inverse] = {}
         plain = inspect.unwrap(type(self).step) is inspect.unwrap(KFAC.step)  # PyTorch wraps the step of each class
         self._check_renewal(plain=plain)
-        self._rounded = RoundedDirections.of(self._options["products"])
+        self._rounded = RoundedDirections() if self._options["products"] == "bfloat16" else None
         self._units, self._rows = UnitDirections(), None
         rows = self._options["gradients"] == "rows"
         if rows:

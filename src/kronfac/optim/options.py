@@ -26,9 +26,8 @@ class KFACOptions(TypedDict, total=False):
             far from those of before, or too ill-conditioned, take Cholesky, which ``optimizer.health()`` counts.
         products: Precision of the products with the inverses. ``"float32"`` (the inverses' own), or ``"bfloat16"`` for
             layers of at least 128 inputs and outputs: what is large in a gradient is multiplied in float32, the rest in
-            bfloat16 (:mod:`kronfac.linalg.rounded`). ``"tf32"``, on CUDA: these layers' products with operands rounded
-            to ten bits. The first direction after each refresh is computed both ways, and a layer where their cosine is
-            below 0.99 stays in float32 until the next; ``optimizer.health()`` has it.
+            bfloat16 (:mod:`kronfac.linalg.rounded`). The first direction after each refresh is computed both ways, and
+            a layer where their cosine is below 0.99 stays in float32 until the next; ``optimizer.health()`` has it.
         gradients: ``"dense"``, or ``"rows"``: linear layers wider than the batch keep the inputs and cotangents that
             their gradient is made of, and only their direction is formed (:mod:`kronfac.optim.rows`). **Their weights'
             ``.grad`` stays None**, so that nothing else may look at gradients or change them: what scales the biases'
@@ -61,7 +60,7 @@ class KFACOptions(TypedDict, total=False):
 
 CHOICES = {
     "inverse": ("cholesky", "newton_schulz"),
-    "products": ("float32", "bfloat16", "tf32"),
+    "products": ("float32", "bfloat16"),
     "gradients": ("dense", "rows"),
 }
 

@@ -64,7 +64,7 @@ class Renewal(Membership):
                 f"{name}={value!r}", self._estimator.statistics, self._rule, self._estimator.approximation.name
             )
         if "products" in self._of_factors:
-            check_reduced(self._options["products"], self._estimator.adaptation.adapters)
+            check_reduced(self._estimator.adaptation.adapters)
         if not delay:
             return
         if any(s.keeps_basis for s in self._estimator.statistics.values()):

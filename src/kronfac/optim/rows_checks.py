@@ -31,7 +31,7 @@ def check_rows(model: nn.Module, options: KFACOptions, layers: Mapping[str, Laye
         )
     _refuse(
         {
-            f"products={options['products']!r}: leave one of the two out": options["products"] != "float32",
+            "products='bfloat16': leave one of the two out": options["products"] != "float32",
             "a model that was compiled": is_compiled(model),
             "several processes": several_processes(),
         }

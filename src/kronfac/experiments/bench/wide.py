@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -27,18 +26,15 @@ def wide_parts(work: Workload, optimizer: KFAC, gradients: Mapping[str, Tensor])
         gradients: By parameter name.
 
     Returns:
-        ``"precondition, bfloat16"`` (on CUDA ``tf32`` too), the directions of these gradients, and
-        ``"with precondition by rows"``, a forward and backward that keeps rows with the directions of these; nothing
-        where no layer is wide enough.
+        ``"precondition, bfloat16"``, the directions of these gradients, and ``"with precondition by rows"``, a forward
+        and backward that keeps rows with the directions of these; nothing where no layer is wide enough.
     """
     found: dict[str, Callable[[], object]] = {}
     options = wide_options(work)
-    adapters, inverses = optimizer._estimator.adaptation.adapters, dict(optimizer._inverses)
-    for kind in options:
-        precision, products, _ = kind.partition(" products")
-        if products:
-            multiply = reduced.RoundedDirections(precision).multiply
-            found[f"precondition, {precision}"] = partial(directions, adapters, inverses, gradients, multiply)
+    if "bfloat16 products" in options:
+        rounded = reduced.RoundedDirections()
+        adapters, inverses = optimizer._estimator.adaptation.adapters, dict(optimizer._inverses)
+        found["precondition, bfloat16"] = lambda: directions(adapters, inverses, gradients, rounded.multiply)
     if "rows" in options:
         twin = replace(work, model=copy.deepcopy(work.model))
         other = make_kfac(twin, **options["rows"])
@@ -63,15 +59,13 @@ def wide_options(work: Workload) -> dict[str, dict[str, Any]]:
     Returns:
         Options by their name in tables.
     """
+    if work.approximation != "kfac":
+        return {}
     layers = adapt_model(work.model).adapters.values()
     known: dict[str, tuple[Callable[[LayerAdapter], bool], dict[str, Any]]] = {
         "bfloat16 products": (reduced.fits, {"products": "bfloat16"}),
         "rows": (rows.fits, {"gradients": "rows"}),
     }
-    if work.approximation != "kfac":
-        known = {}
     if not pays_on(work.device):
-        known.pop("bfloat16 products", None)
-    if work.device.type == "cuda":
-        known["tf32 products"] = (reduced.fits, {"products": "tf32"})
+        del known["bfloat16 products"]
     return {name: options for name, (fits, options) in known.items() if any(map(fits, layers))}

@@ -56,8 +56,8 @@ _OPTIONS = (
     Option(
         "products",
         "float32",
-        choice("float32", "bfloat16", "tf32"),
-        "precision of products with the inverses of wide layers; tf32: on a GPU",
+        choice("float32", "bfloat16"),
+        "precision of products with the inverses of wide layers",
         later=True,
     ),
     Option(
