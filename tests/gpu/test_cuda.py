@@ -23,8 +23,6 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import kronfac as kf
-from kronfac.linalg.inverse import invert
-from kronfac.linalg.newton_schulz import renew
 from kronfac.linalg.rounded import RoundedProduct, Workspace
 
 DEVICE = os.environ.get("KRONFAC_TEST_DEVICE", "cuda")
@@ -248,24 +246,6 @@ def test_rounded_products_keep_the_direction() -> None:
     assert bias is not None
     wanted, found = output @ gradient @ input, torch.cat([weight, bias.unsqueeze(1)], dim=1).cpu()
     assert cosine(found, wanted) > 0.995
-
-
-@pytest.mark.skipif(DEVICE != "cuda", reason="a CPU has no TF32")
-@pytest.mark.parametrize("n", [300, 1100])
-def test_inverses_are_those_of_float32_whatever_tf32_is_set_to(n: int) -> None:
-    rows = draw(n, n)
-    matrix = (rows @ rows.mT / n).float()
-    wanted = torch.linalg.inv(matrix.double() + 0.1 * torch.eye(n))
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        (found,) = invert([here(matrix)], [0.1])
-        (renewed,) = renew([here(matrix)], [0.1], [here((0.98 * wanted).float())])
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-    assert not renewed.fallback
-    for inverse in (found.inverse, renewed.inverse):
-        assert relative(inverse.cpu().double(), wanted) < 1e-5
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMISERS if name != "kfra"])  # which refuses dropout

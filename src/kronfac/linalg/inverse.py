@@ -9,7 +9,7 @@ CPU (float32, one thread): small matrices gain from one batched call (64 matrice
 a loop), large ones do not (size 128: equal), and the batched call of `torch.cholesky_inverse` that is *not* in place is
 slower than the loop by 3-5 times. Hence the two thresholds; on an accelerator equal shapes always share a call.
 On a GPU matrix products make the inverse of Cholesky's factor (`kronfac.linalg.by_products`; times of the forms by
-``benchmarks/gpu_forms.py``), in float32 whatever TF32 is set to. On a CPU they are no faster than LAPACK.
+``benchmarks/gpu_forms.py``), unless products are made in TF32. On a CPU they are no faster than LAPACK.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from kronfac.linalg.by_products import invert_by_products_
 from kronfac.linalg.factorise import add_shift_, check_matrices, groups_of, note_retry, own, refuse
-from kronfac.linalg.precision import full_products
+from kronfac.linalg.precision import tf32_allowed
+from kronfac.linalg.side_by_side import side_by_side
 from kronfac.linalg.symmetric import is_wide, row_step
 
 #: Up to this size a stack on the CPU goes to LAPACK in one batched call, beyond it one by one.
@@ -70,9 +71,9 @@ def invert(
         if len(given) != len(matrices):
             raise ValueError(f"{len(matrices)} matrices need as many {what}, got {len(given)}")
     results: dict[int, Inverted] = {}
-    goods: list[Tensor] = []
     groups = groups_of(matrices)
-    for group in groups:
+
+    def work_on(group: list[int]) -> Tensor:
         single = len(group) == 1
         work, parts = _workspace([matrices[i] for i in group], [factors[i] for i in group])
         for part, i in zip(parts, group, strict=True):
@@ -80,9 +81,14 @@ def invert(
         logdets, good = _invert_in_place(work)
         for position, (part, i) in enumerate(zip(parts, group, strict=True)):
             results[i] = Inverted(part if single else own(part), logdets if single else logdets[position])
-        goods.append(good)
+        return good
+
+    wide = [g for g in groups if matrices[g[0]].device.type == "cpu" and matrices[g[0]].shape[-1] > _BATCH_UP_TO]
+    goods = side_by_side(work_on, wide, [matrices[g[0]].numel() * matrices[g[0]].shape[-1] for g in wide])
+    narrow = [group for group in groups if group not in wide]
+    goods += [work_on(group) for group in narrow]
     # Looked at when all are on their way, so that a GPU is not waited for in between.
-    for group, good in zip(groups, goods, strict=True):
+    for group, good in zip(wide + narrow, goods, strict=True):
         if bool(good.all()):
             continue
         for position, i in enumerate(group):
@@ -122,9 +128,8 @@ def _invert_in_place(work: Tensor) -> tuple[Tensor, Tensor]:
     """Replace matrices by their inverses; give log-determinants and a mask of success. What failed is garbage."""
     n = work.shape[-1]
     flat = work.view(-1, n, n)
-    if work.device.type == "cuda":
-        with full_products(work.device):
-            parts = [invert_by_products_(part) for part in flat.split(max(1, _ENTRIES_GPU // (n * n)))]
+    if work.device.type == "cuda" and not tf32_allowed():
+        parts = [invert_by_products_(part) for part in flat.split(max(1, _ENTRIES_GPU // (n * n)))]
         logdet, success = (torch.cat(found).view(work.shape[:-2]) for found in zip(*parts, strict=True))
         return logdet, success
     one_by_one = work.device.type == "cpu" and n > _BATCH_UP_TO

@@ -32,7 +32,7 @@ from torch import Tensor
 from kronfac.linalg.closeness import reach, rms_residual, rounding
 from kronfac.linalg.factorise import add_shift_, check_matrices, groups_of, own
 from kronfac.linalg.inverse import invert
-from kronfac.linalg.precision import full_products
+from kronfac.linalg.precision import tf32_allowed
 from kronfac.linalg.symmetric import add_product_, mirror_, with_even_rows
 
 #: Root mean square of ``I - M X`` that an accepted inverse has at most, by dtype.
@@ -86,7 +86,7 @@ def renew(
 
     Raises:
         ValueError: If the sequences differ in length, a start has another shape than its matrix, a shift does not
-            broadcast to its stack.
+            broadcast to its stack, or float32 is multiplied in TF32.
     """
     labels = check_matrices(matrices, names)
     if not len(shifts) == len(starts) == len(matrices):
@@ -94,6 +94,7 @@ def renew(
     for matrix, start, label in zip(matrices, starts, labels, strict=True):
         if start is not None and start.shape != matrix.shape:
             raise ValueError(f"the start of {label} has shape {tuple(start.shape)}, not {tuple(matrix.shape)}")
+    _refuse_tf32(matrices)
     results: list[Renewed | None] = [None] * len(matrices)
     taken = [0] * len(matrices)
     begun = {i: start for i, start in enumerate(starts) if start is not None and start.numel()}
@@ -103,8 +104,7 @@ def renew(
         damped = _together([_damped(matrices[i], shifts[i], labels[i]) for i in chosen])
         near = _together([begun[i].to(damped) for i in chosen])
         bound = TOLERANCE[damped.dtype] if tolerance is None else tolerance
-        with full_products(damped.device):
-            inverses, courses = _iterate(damped, near, bound, max_iterations)
+        inverses, courses = _iterate(damped, near, bound, max_iterations)
         each = len(courses) // len(chosen)
         for position, i in enumerate(chosen):
             part = slice(position * each, (position + 1) * each)
@@ -126,6 +126,14 @@ def _portions(groups: list[list[int]], entries: list[int]) -> Iterator[list[int]
         most = max(1, _ENTRIES // entries[group[0]])
         for first in range(0, len(group), most):
             yield group[first : first + most]
+
+
+def _refuse_tf32(matrices: Sequence[Tensor]) -> None:
+    if tf32_allowed() and any(m.is_cuda and m.dtype == torch.float32 for m in matrices):
+        raise ValueError(
+            "inverse='newton_schulz' needs products of full precision, but CUDA may multiply in TF32, which leaves "
+            "three digits: set torch.backends.cuda.matmul.fp32_precision = 'ieee', or use inverse='cholesky'."
+        )
 
 
 def _damped(matrix: Tensor, shift: Tensor | float, name: str) -> Tensor:

@@ -11,17 +11,16 @@ On a GPU the copies and the factorisations are queued on a stream of their own, 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 
+from kronfac.linalg.side_by_side import on_one_core
 from kronfac.optim.refresh import Refreshed
 
 
@@ -155,7 +154,7 @@ def _worker() -> ThreadPoolExecutor:
     global _executor
     with _lock:
         if _executor is None:
-            _executor = ThreadPoolExecutor(1, "kronfac-inverses", _on_one_core)
+            _executor = ThreadPoolExecutor(1, "kronfac-inverses", on_one_core)
         return _executor
 
 
@@ -166,25 +165,3 @@ def _forget_worker() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_worker)  # threads do not follow into a forked process
-
-
-def _on_one_core() -> None:
-    """Keep this thread's linear algebra on one core: two teams of threads on the same cores wait for each other.
-
-    Where the libraries can be told so for one thread, they are. `torch.set_num_threads` sets MKL's number for all
-    threads, after which torch 2.13's `torch.linalg.inv` of several matrices hangs. Elsewhere it keeps a number for each
-    thread, and the last one set as the default of threads to come, which a thread of its own puts back.
-    """
-    try:
-        libraries = ctypes.CDLL(None), ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        calls = libraries[0].omp_set_num_threads, libraries[1].MKL_Set_Num_Threads_Local
-    except (AttributeError, OSError, TypeError):  # other libraries, or another system
-        before = torch.get_num_threads()  # this thread is set up by the question, and would be set up anew later
-        torch.set_num_threads(1)
-        restore = threading.Thread(target=torch.set_num_threads, args=(before,))
-        restore.start()
-        restore.join()
-        return
-    torch.get_num_threads()
-    for call in calls:
-        call(1)

@@ -1,0 +1,102 @@
+"""Independent factorisations beside each other on a CPU, each on a core of its own.
+
+LAPACK's inverse from Cholesky's factor gains little from a second core, since much of it is no product of matrices; two
+matrices beside each other gain all of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+_lock = threading.Lock()
+_pools: dict[int, ThreadPoolExecutor] = {}
+
+
+def side_by_side(function: Callable[[_Item], _Result], items: Sequence[_Item], costs: Sequence[float]) -> list[_Result]:
+    """Apply a function to items on as many threads as PyTorch uses, without gradients.
+
+    An item that would keep one thread busy for twice as long as the others take for all the rest has all cores, before
+    them.
+
+    Args:
+        function: Computes on the CPU; what it raises is raised here.
+        items: What it is applied to.
+        costs: Of each item, in any unit.
+
+    Returns:
+        What it gave, in the order of the items.
+    """
+    threads = torch.get_num_threads()
+    alone, shared = divided(costs, threads)
+    results: dict[int, _Result] = {index: function(items[index]) for index in alone}
+    if shared:
+        pool = _pool(threads)
+        futures = {index: pool.submit(torch.no_grad()(function), items[index]) for index in shared}
+        results |= {index: future.result() for index, future in futures.items()}
+    return [results[index] for index in range(len(items))]
+
+
+def divided(costs: Sequence[float], threads: int) -> tuple[list[int], list[int]]:
+    """Say which items have all threads, one after the other, and which have one each.
+
+    Args:
+        costs: Of each item.
+        threads: How many there are.
+
+    Returns:
+        Indices of the ones and of the others, the dearest first.
+    """
+    order = sorted(range(len(costs)), key=lambda index: -costs[index])
+    if threads == 1:
+        return order, []
+    rest, alone = sum(costs), 0
+    while alone < len(order):
+        rest -= costs[order[alone]]
+        if (threads - 1) * costs[order[alone]] <= 2 * rest:
+            break
+        alone += 1
+    return order[:alone], order[alone:]
+
+
+def on_one_core() -> None:
+    """Keep this thread's linear algebra on one core: two teams of threads on the same cores wait for each other.
+
+    Where the libraries can be told so for one thread, they are. `torch.set_num_threads` sets MKL's number for all
+    threads, after which torch 2.13's `torch.linalg.inv` of several matrices hangs. Elsewhere it keeps a number for each
+    thread, and the last one set as the default of threads to come, which a thread of its own puts back.
+    """
+    try:
+        libraries = ctypes.CDLL(None), ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        calls = libraries[0].omp_set_num_threads, libraries[1].MKL_Set_Num_Threads_Local
+    except (AttributeError, OSError, TypeError):  # other libraries, or another system
+        before = torch.get_num_threads()  # this thread is set up by the question, and would be set up anew later
+        torch.set_num_threads(1)
+        restore = threading.Thread(target=torch.set_num_threads, args=(before,))
+        restore.start()
+        restore.join()
+        return
+    torch.get_num_threads()
+    for call in calls:
+        call(1)
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    with _lock:
+        if threads not in _pools:
+            _pools[threads] = ThreadPoolExecutor(threads, "kronfac-linalg", on_one_core)
+        return _pools[threads]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pools.clear)  # threads do not follow into a forked process
