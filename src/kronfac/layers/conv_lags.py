@@ -13,13 +13,23 @@ in float32 then, relative to the largest entry; 1e-5 in one piece of 131 072 pos
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kronfac.layers.conv_rims import (
+    Axis,
+    axes,
+    downward,
+    lag_index,
+    missed_index,
+    missed_lines,
+    places,
+    rims,
+    strip_index,
+)
 from kronfac.layers.geometry import Geometry
 
 #: Positions summed by one call of the weight gradient.
@@ -32,70 +42,6 @@ MOST_IN_SEGMENTS = 32
 MOST_CHANNELS = 256
 #: Entries of a padded map that are copied at once where the lags are matrix products.
 ENTRIES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One spatial dimension of a convolution of unit stride.
-
-    Attributes:
-        size: Size of the map.
-        out: Number of outputs.
-        taps: Number of taps.
-        dilation: Their distance.
-        pad: Zeros before the map.
-    """
-
-    size: int
-    out: int
-    taps: int
-    dilation: int
-    pad: int
-
-    @property
-    def reach(self) -> int:
-        """Largest lag."""
-        return (self.taps - 1) * self.dilation
-
-    def missed(self, tap: int, other: int) -> list[int]:
-        """Positions of the map that ``tap`` does not read although they and their partner at the lag exist."""
-        lag, first = (other - tap) * self.dilation, tap * self.dilation - self.pad
-        return [p for p in range(max(0, -lag), min(self.size, self.size - lag)) if not first <= p < first + self.out]
-
-
-@dataclass(frozen=True)
-class Rims:
-    """What the taps of one axis miss.
-
-    Attributes:
-        strips: Pairs of a position and a lag, in units of the dilation.
-        missed: For each pair of taps the indices of its strips.
-    """
-
-    strips: tuple[tuple[int, int], ...]
-    missed: dict[tuple[int, int], tuple[int, ...]]
-
-
-@lru_cache(maxsize=512)
-def rims(axis: Axis) -> Rims:
-    """Tabulate what the taps of an axis miss."""
-    index: dict[tuple[int, int], int] = {}
-    missed = {}
-    for tap in range(axis.taps):
-        for other in range(axis.taps):
-            found = [(p, other - tap) for p in axis.missed(tap, other)]
-            missed[tap, other] = tuple(index.setdefault(strip, len(index)) for strip in found)
-    return Rims(tuple(index), missed)
-
-
-def axes(geometry: Geometry, size: tuple[int, ...]) -> tuple[Axis, Axis] | None:
-    """The two axes of a convolution over images, or None where this form does not apply."""
-    if len(size) != 2 or geometry.groups > 1 or geometry.stride != (1, 1) or geometry.mode != "constant":
-        return None
-    out = geometry.output_size(size)
-    parts = zip(size, out, geometry.kernel, geometry.dilation, geometry.padding, strict=True)
-    rows, columns = (Axis(n, t, k, d, pad[0]) for n, t, k, d, pad in parts)
-    return rows, columns
 
 
 @lru_cache(maxsize=512)
@@ -150,7 +96,7 @@ def add_by_lags_(total: Tensor, x: Tensor, geometry: Geometry, alpha: float = 1.
     for lag in range(rows.taps):
         # Blocks of the pairs of kernel lines (i, i + lag), for all i.
         part = base[lag].expand(rows.taps - lag, *base.shape[1:])
-        lines_i, missed = _missed_lines(rows, lag, x.device)
+        lines_i, missed = missed_lines(rows, lag, x.device)
         if len(missed):
             part = part.index_add(0, lines_i, strips.index_select(0, missed), alpha=-1)
         part = part.unflatten(1, (taps, taps)).permute(3, 1, 4, 2, 0)
@@ -182,7 +128,7 @@ def _read(x: Tensor, rows: Axis, columns: Axis) -> tuple[Tensor, Tensor, Tensor]
     by_gradient = channels >= LEAST_CHANNELS and gradient_is_exact(x)
     at_once = POSITIONS // (height * width) if by_gradient else ENTRIES // (height * width * channels)
     form = _by_weight_gradient if by_gradient else _by_segments
-    down, right = _places(rows), _places(columns)
+    down, right = places(rows), places(columns)
     upright = x.new_zeros(len(right), batch, height + rows.reach, channels)
     lines = x.new_zeros(len(down), batch, width + 2 * columns.reach, channels)
     found, start = [], 0
@@ -195,11 +141,6 @@ def _read(x: Tensor, rows: Axis, columns: Axis) -> tuple[Tensor, Tensor, Tensor]
             lines[index, here, columns.reach : columns.reach + width] = image[:, place]
         found.append(form(image, rows, columns))
     return found[0] if len(found) == 1 else torch.stack(found).sum(0), upright, lines
-
-
-def _places(axis: Axis) -> list[int]:
-    """Positions of strips and of their partners."""
-    return sorted({p + shift * axis.dilation for p, lag in rims(axis).strips for shift in (0, lag)})
 
 
 def _by_weight_gradient(image: Tensor, rows: Axis, columns: Axis) -> Tensor:
@@ -248,79 +189,42 @@ def _by_segments(image: Tensor, rows: Axis, columns: Axis) -> Tensor:
 
 def _toeplitz(lags: Tensor, taps: int) -> Tensor:
     """Blocks of all pairs of taps, ``[B, taps², C, C]``, from those of their lags ``[B, 2 taps - 1, C, C]``."""
-    return lags.index_select(1, _lag_index(taps, lags.device))
-
-
-@lru_cache(maxsize=64)
-def _lag_index(taps: int, device: torch.device) -> Tensor:
-    tap = torch.arange(taps, device=device)
-    return (tap[None, :] - tap[:, None] + taps - 1).flatten()
-
-
-@lru_cache(maxsize=512)
-def _missed_index(axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pairs of taps that miss something and the strips they miss, as indices."""
-    found = [(i * axis.taps + j, strip) for (i, j), strips in rims(axis).missed.items() for strip in strips]
-    return _indices(found, device)
-
-
-@lru_cache(maxsize=512)
-def _missed_lines(axis: Axis, lag: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Taps that miss something of their pair at a lag, and what they miss among the strips of :func:`_downward`."""
-    strips = _downward(axis)
-    found = [(i, strips.index(s)) for i in range(axis.taps - lag) for s in rims(axis).missed[i, i + lag]]
-    return _indices(found, device)
-
-
-@lru_cache(maxsize=512)
-def _strip_index(axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Positions of all strips and, from 0 on, their lags."""
-    return _indices([(place, lag + axis.taps - 1) for place, lag in rims(axis).strips], device)
-
-
-def _indices(pairs: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    first, second = torch.tensor(pairs, device=device, dtype=torch.int64).view(-1, 2).unbind(1)
-    return first, second
-
-
-def _downward(axis: Axis) -> list[int]:
-    """Numbers of the strips whose partners are not above them."""
-    return [index for index, (_, lag) in enumerate(rims(axis).strips) if lag >= 0]
+    return lags.index_select(1, lag_index(taps, lags.device))
 
 
 def _subtract(blocks: Tensor, axis: Axis, strips: Tensor) -> Tensor:
     """Take from blocks ``[B, taps², C, C]`` what their taps miss of strips ``[B, strips, C, C]``, in place."""
-    pairs, missed = _missed_index(axis, blocks.device)
+    pairs, missed = missed_index(axis, blocks.device)
     return blocks.index_add_(1, pairs, strips.index_select(1, missed), alpha=-1)
 
 
 def _column_strips(upright: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """Products of the columns at the rim with their partners at all lags downwards: ``[k_1, strips, C, C]``."""
-    strips, places = rims(columns).strips, _places(columns)
+    strips, held = rims(columns).strips, places(columns)
     channels = upright.shape[3]
     if not strips:
         return upright.new_zeros(rows.taps, 0, channels, channels)
     whole = upright.flatten(1, 2)
-    left = whole[[places.index(p) for p, _ in strips]]
-    right = whole[[places.index(p + lag * columns.dilation) for p, lag in strips]]
+    left = whole[[held.index(p) for p, _ in strips]]
+    right = whole[[held.index(p + lag * columns.dilation) for p, lag in strips]]
     lines, lags = whole.shape[1], range(0, rows.reach + 1, rows.dilation)
     return torch.stack([torch.bmm(left[:, : lines - lag].mT, right[:, lag:]) for lag in lags])
 
 
 def _row_strips(lines: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """Blocks of the second axis for rows at the rim and their partners below, ``[strips, taps², C, C]``."""
-    places, (_, batch, long, channels) = _places(rows), lines.shape
+    held, (_, batch, long, channels) = places(rows), lines.shape
     reach, taps, step = columns.reach, columns.taps, long * channels
     width, around = columns.size, 2 * reach + 1
     sums, rims_of = [], []
-    for place, lag in (rims(rows).strips[index] for index in _downward(rows)):
-        here, there = lines[places.index(place)], lines[places.index(place + lag * rows.dilation)]
+    for place, lag in (rims(rows).strips[index] for index in downward(rows)):
+        here, there = lines[held.index(place)], lines[held.index(place + lag * rows.dilation)]
         left = here[:, reach : reach + width].permute(1, 2, 0)
         right = there.as_strided((width, batch, around * channels), (channels, step, 1), there.storage_offset())
         products = torch.bmm(left, right).view(width, channels, around, channels)
         products = products[:, :, :: columns.dilation].transpose(1, 2)  # [W, lags, C, C]
         sums.append(products.sum(0))
-        rims_of.append(products[_strip_index(columns, lines.device)])
+        rims_of.append(products[strip_index(columns, lines.device)])
     if not sums:
         return lines.new_zeros(0, taps**2, channels, channels)
     return _subtract(_toeplitz(torch.stack(sums), taps), columns, torch.stack(rims_of))

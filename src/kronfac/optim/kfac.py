@@ -19,7 +19,6 @@ from kronfac.damping import Rule, get_rule
 from kronfac.estimator import Estimator
 from kronfac.likelihoods import Likelihood
 from kronfac.optim.averaging import swapped_in, update_average
-from kronfac.optim.background import Pending
 from kronfac.optim.clipping import KLClip, clip_scale
 from kronfac.optim.directions import directions, multiply_plainly
 from kronfac.optim.gathering import Gatherer, eager_root
@@ -127,8 +126,7 @@ class KFAC(Renewal):
         rows = self._options["gradients"] == "rows"
         if rows:
             check_rows(model, self._options, self._estimator.adaptation.adapters)
-        self._pending: Pending | None = None
-        self._record, self._clip = Record(), KLClip()
+        self._pending, self._record, self._clip = None, Record(), KLClip()
         self._generators: list[Tensor] | None = None
         self._names = {id(p): name for name, p in root.named_parameters()}
         self._fallback = self._make_fallback(root, fallback)
