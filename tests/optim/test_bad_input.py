@@ -250,3 +250,15 @@ def test_uncommon_but_right_uses_are_no_error() -> None:
     model(x)
     optimizer.step()  # no gradients
     assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_factor_that_overflowed_is_named_at_the_refresh(side: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = kf.optim.KFAC(model, kf.Categorical(), lr=0.1)
+    F.cross_entropy(model(torch.ones(5, 3)), torch.arange(5) % 2).backward()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer._estimator.statistics["2"].means()[side].total[1, 1] = torch.inf
+    with pytest.raises(FloatingPointError, match=f"The {side} factor of layer '2' overflowed"):
+        optimizer.step()
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))

@@ -11,7 +11,7 @@ from torch import Size, Tensor
 from kronfac.blocks.base import Block
 from kronfac.blocks.checks import check_factor
 from kronfac.blocks.kronecker import Kronecker, diagonal, product_shape
-from kronfac.linalg.symmetric import all_finite, mirror_
+from kronfac.linalg.symmetric import mirror_
 
 
 class KroneckerSums(Kronecker):
@@ -92,10 +92,6 @@ class KroneckerSums(Kronecker):
         input, output = (each.sum(-1) / each.shape[-1] for each in diagonals)
         self._means = input, output
         return self._means
-
-    def finite(self) -> bool:
-        """Whether both traces are, and so all entries: none of a sum of squares exceeds the largest of the diagonal."""
-        return all_finite(*self.factor_means())
 
     def scale(self, factor: Tensor | float) -> Kronecker:  # type: ignore[override]
         """Multiply by a number, which goes into the output factor.

@@ -19,7 +19,7 @@ import torch
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-_lock = threading.Lock()
+_lock, _numbers = threading.Lock(), threading.Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
 
 
@@ -80,11 +80,12 @@ def on_one_core() -> None:
         libraries = ctypes.CDLL(None), ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         calls = libraries[0].omp_set_num_threads, libraries[1].MKL_Set_Num_Threads_Local
     except (AttributeError, OSError, TypeError):  # other libraries, or another system
-        before = torch.get_num_threads()  # this thread is set up by the question, and would be set up anew later
-        torch.set_num_threads(1)
-        restore = threading.Thread(target=torch.set_num_threads, args=(before,))
-        restore.start()
-        restore.join()
+        with _numbers:
+            before = torch.get_num_threads()  # this thread is set up by the question, and would be set up anew later
+            torch.set_num_threads(1)
+            restore = threading.Thread(target=torch.set_num_threads, args=(before,))
+            restore.start()
+            restore.join()
         return
     torch.get_num_threads()
     for call in calls:

@@ -26,6 +26,7 @@ from kronfac.damping import Rule
 from kronfac.linalg.factorise import retries
 from kronfac.linalg.inverse import invert
 from kronfac.linalg.newton_schulz import renew
+from kronfac.linalg.symmetric import all_finite
 from kronfac.optim.warm import as_product
 
 
@@ -186,9 +187,10 @@ def damped_blocks(
     """
     blocks = {name: statistics[name].draft() if draft else statistics[name].block() for name in names}
     read_together(blocks.values())
-    for name, block in blocks.items():
-        if isinstance(block, KroneckerSums) and not block.finite():
-            statistics[name].block()  # says what is not
+    sums = {name: block for name, block in blocks.items() if isinstance(block, KroneckerSums)}
+    if not all_finite(*(mean for block in sums.values() for mean in block.factor_means())):
+        for name in sums:
+            statistics[name].block()  # says which is not: no entry of a sum of squares exceeds the trace
     rules = rule if isinstance(rule, Mapping) else dict.fromkeys(names, rule)
     return {name: (block, rules[name](block, damping(name))) for name, block in blocks.items()}
 
