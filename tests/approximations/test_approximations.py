@@ -223,11 +223,12 @@ def test_what_is_not_finite_never_enters_a_normalisation_layer(value: float, wha
     x, g = draw(4, 3, 2, 2), draw(4, 3, 2, 2)
     statistic = get_approximation("kfac").start(adapt(layer, "layer"))
     statistic.add(sample(layer, x, g))
-    before = statistic.means()["moment"].total.clone()
+    before, weight = statistic.means()["moment"].total.clone(), statistic.means()["moment"].weight
     (x if what == "input" else g)[1, 1, 0, 1] = value
     with pytest.raises(FloatingPointError, match=f"NaN or Inf in the {what} of layer 'layer'"):
         statistic.add(sample(layer, x, g))
     assert torch.equal(statistic.means()["moment"].total, before)
+    assert statistic.means()["moment"].weight == weight
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

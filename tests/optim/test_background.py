@@ -14,6 +14,7 @@ from tests.optim.test_state import assert_same_state, make, through_a_file, trai
 from torch import Tensor, nn
 
 import kronfac as kf
+from kronfac.linalg.side_by_side import forget_workers
 from kronfac.optim import background, refresh
 
 OPTIONS: dict[str, Any] = {"asynchronous": 3, "stats_every": 1, "invert_every": 5}
@@ -180,7 +181,7 @@ def test_statistics_wait_until_they_are_copied(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_worker_is_made_anew_in_a_forked_process() -> None:
     first = background._worker()
-    background._forget_worker()
+    forget_workers()
     assert background._worker() is not first
 
 

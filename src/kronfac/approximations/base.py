@@ -46,20 +46,18 @@ class Mean:
 
     def value(self) -> Tensor:
         """Return the mean over all processes, a new tensor: sums and weights are reduced, never averages averaged."""
-        distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return self.total * (self.scale / self.weight)
-        total, weight = self.total * self.scale, self.total.new_tensor(self.weight, dtype=torch.float64)
-        distributed.all_reduce(total)
-        distributed.all_reduce(weight)
-        return total.div_(weight.item())
+        total, scale = self.parts()
+        return total * scale if total is self.total else total
 
     def parts(self) -> tuple[Tensor, float]:
         """Return two factors of :meth:`value`, the first of which is the sum itself outside of distributed runs."""
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return self.total, self.scale / self.weight
-        return self.value(), 1.0
+        total, weight = self.total * self.scale, self.total.new_tensor(self.weight, dtype=torch.float64)
+        distributed.all_reduce(total)
+        distributed.all_reduce(weight)
+        return total.div_(weight.item()), 1.0
 
     def consolidate(self) -> None:
         """Give every process of a distributed run the same share of the sums; :meth:`value` stays what it is."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, require_no_moment, zeros
 from kronfac.blocks import Block, Dense
 from kronfac.layers import LayerAdapter
@@ -38,25 +40,28 @@ class DenseStatistic(Statistic):
 
     def add(self, sample: Sample) -> None:
         """Add the outer products of one pull's per-example gradients."""
-        if not self.layer.unit_wise:
-            require_finite(sample)
         require_no_moment(sample)
+        gradients = None if sample.cotangents is None else self._gradients(sample, sample.cotangents)
         if sample.first:
             self.moment.weight += sample.denominator
-        if sample.cotangents is None:
+        if gradients is not None:
+            rows = gradients.flatten(-2).movedim(0, -2)
+            add_gram_(self.moment.total, rows.to(self.moment.total.dtype), alpha=sample.weight * self.moment.alpha)
+        elif sample.first:
             # Forward-only has no gradients; unit cotangents keep the scale of the identity output factor.
-            if sample.first:
-                self.moment.total.diagonal(dim1=-2, dim2=-1).add_(sample.denominator * self.moment.alpha)
-            return
+            self.moment.total.diagonal(dim1=-2, dim2=-1).add_(sample.denominator * self.moment.alpha)
+
+    def _gradients(self, sample: Sample, cotangents: Tensor) -> Tensor:
+        """Those of the examples, refused if they are not finite: of units they are fewer numbers than the cotangent."""
+        if not self.layer.unit_wise:
+            require_finite(sample)
         require_examples(self.layer, sample.inputs, sample.batch, "A dense block")
-        gradients = self.layer.per_example_gradients(sample.inputs, sample.cotangents)
-        # Of units these are fewer numbers than the cotangent has.
+        gradients = self.layer.per_example_gradients(sample.inputs, cotangents)
         if self.layer.unit_wise and not sample.checked and not all_finite(gradients):
             require_finite(sample)
             what = "gradients" if all_finite(sample.inputs) else "input"
             raise FloatingPointError(not_finite(what, self.layer.name))
-        rows = gradients.flatten(-2).movedim(0, -2)
-        add_gram_(self.moment.total, rows.to(self.moment.total.dtype), alpha=sample.weight * self.moment.alpha)
+        return gradients
 
     def block(self) -> Block:
         """Return the dense block."""

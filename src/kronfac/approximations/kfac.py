@@ -7,6 +7,7 @@ from torch import Tensor
 from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, zeros
 from kronfac.approximations.dense import DenseStatistic
 from kronfac.blocks import Block, DiagonalKronecker, Kronecker, KroneckerSums
+from kronfac.blocks.kronecker import diagonal
 from kronfac.layers import LayerAdapter
 from kronfac.linalg.symmetric import all_finite, mirror_
 from kronfac.sources import Sample
@@ -75,15 +76,11 @@ class KFACStatistic(Statistic):
     def _check(self) -> None:
         """Look at the diagonals, which the other entries of a sum of squares do not exceed."""
         a, g = self.input.total, self.output.total
-        diagonals = {"input": a if self.layer.diagonal_input else _diagonal(a), "output": _diagonal(g)}
+        diagonals = {"input": a if self.layer.diagonal_input else diagonal(a), "output": diagonal(g)}
         if all_finite(*diagonals.values()):
             return
-        what = next(what for what, diagonal in diagonals.items() if not all_finite(diagonal))
+        what = next(what for what, entries in diagonals.items() if not all_finite(entries))
         raise FloatingPointError(f"The {what} factor of layer {self.layer.name!r} overflowed to NaN or Inf.")
-
-
-def _diagonal(matrix: Tensor) -> Tensor:
-    return matrix.diagonal(dim1=-2, dim2=-1)
 
 
 class KFAC(Approximation):

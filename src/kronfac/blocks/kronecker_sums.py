@@ -21,9 +21,7 @@ class KroneckerSums(Kronecker):
     completed copy. The sums must not change as long as the block is used.
     """
 
-    def __init__(
-        self, input: Tensor, output: Tensor, input_scale: Tensor | float = 1.0, output_scale: Tensor | float = 1.0
-    ) -> None:
+    def __init__(self, input: Tensor, output: Tensor, input_scale: float = 1.0, output_scale: float = 1.0) -> None:
         """Store the sums.
 
         Args:
@@ -36,7 +34,7 @@ class KroneckerSums(Kronecker):
         check_factor(output_scale)
         self.shape = product_shape(input, output)
         self._means: tuple[Tensor, Tensor] | None = None
-        self._sums = {"input": (input, float(input_scale)), "output": (output, float(output_scale))}
+        self._sums = {"input": (input, input_scale), "output": (output, output_scale)}
 
     @cached_property
     def input(self) -> Tensor:  # type: ignore[override]

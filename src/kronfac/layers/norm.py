@@ -18,6 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from kronfac.layers.base import LayerAdapter, UnsupportedLayer, require_float
 from kronfac.layers.registry import adapt
 from kronfac.linalg.symmetric import summed_in_float32
+from kronfac.measuring import couples_examples
 
 #: Entries of an input that are centred at once: they stay in the cache.
 CENTRED = 1 << 19
@@ -99,12 +100,7 @@ class ChannelNorm(NormAdapter):
     @property
     def spreads(self) -> bool:
         """True of batch norm over the batch."""
-        return self._over_batch
-
-    @property
-    def _over_batch(self) -> bool:
-        module = self.module
-        return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+        return couples_examples(self.module)
 
     def positions(self, x: Tensor) -> tuple[int, ...]:
         """Batch and spatial dimensions."""
@@ -115,7 +111,7 @@ class ChannelNorm(NormAdapter):
 
     def per_example_gradients(self, x: Tensor, g: Tensor) -> Tensor:
         """As for all norms; for batch norm over the batch by sums of products, without the normalised input."""
-        if not self._over_batch:
+        if not self.spreads:
             return super().per_example_gradients(x, g)
         x, g = (each.reshape(*each.shape[:2], -1) for each in (x, g))
         if x.dtype == g.dtype == torch.bfloat16 and summed_in_float32(x):
@@ -165,7 +161,7 @@ class ChannelNorm(NormAdapter):
                 )
             return F.instance_norm(x, eps=module.eps)
         assert isinstance(module, _BatchNorm)
-        if module.training or module.running_mean is None:
+        if self.spreads:
             return F.batch_norm(x, None, None, training=True, eps=module.eps)
         return F.batch_norm(x, module.running_mean, module.running_var, training=False, eps=module.eps)
 

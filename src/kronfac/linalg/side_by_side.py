@@ -20,7 +20,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _lock, _numbers = threading.Lock(), threading.Lock()
-_pools: dict[int, ThreadPoolExecutor] = {}
+_pools: dict[str, ThreadPoolExecutor] = {}
 
 
 def side_by_side(function: Callable[[_Item], _Result], items: Sequence[_Item], costs: Sequence[float]) -> list[_Result]:
@@ -41,7 +41,7 @@ def side_by_side(function: Callable[[_Item], _Result], items: Sequence[_Item], c
     alone, shared = divided(costs, threads)
     results: dict[int, _Result] = {index: function(items[index]) for index in alone}
     if shared:
-        pool = _pool(threads)
+        pool = workers(f"kronfac-linalg-{threads}", threads)
         futures = {index: pool.submit(torch.no_grad()(function), items[index]) for index in shared}
         results |= {index: future.result() for index, future in futures.items()}
     return [results[index] for index in range(len(items))]
@@ -92,12 +92,26 @@ def on_one_core() -> None:
         call(1)
 
 
-def _pool(threads: int) -> ThreadPoolExecutor:
+def workers(name: str, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process that keep their linear algebra on a core each, made when they are first asked for.
+
+    Args:
+        name: Theirs.
+        threads: How many; the same for each name.
+
+    Returns:
+        The pool.
+    """
     with _lock:
-        if threads not in _pools:
-            _pools[threads] = ThreadPoolExecutor(threads, "kronfac-linalg", on_one_core)
-        return _pools[threads]
+        if name not in _pools:
+            _pools[name] = ThreadPoolExecutor(threads, name, on_one_core)
+        return _pools[name]
+
+
+def forget_workers() -> None:
+    """Make all pools anew when they are next asked for."""
+    _pools.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pools.clear)  # threads do not follow into a forked process
+    os.register_at_fork(after_in_child=forget_workers)  # threads do not follow into a forked process

@@ -11,7 +11,6 @@ On a GPU the copies and the factorisations are queued on a stream of their own, 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,7 @@ from functools import cache
 
 import torch
 
-from kronfac.linalg.side_by_side import on_one_core
+from kronfac.linalg.side_by_side import workers
 from kronfac.optim.refresh import Refreshed
 
 
@@ -146,22 +145,5 @@ def _already() -> threading.Event:
     return event
 
 
-_lock = threading.Lock()
-_executor: ThreadPoolExecutor | None = None
-
-
 def _worker() -> ThreadPoolExecutor:
-    global _executor
-    with _lock:
-        if _executor is None:
-            _executor = ThreadPoolExecutor(1, "kronfac-inverses", on_one_core)
-        return _executor
-
-
-def _forget_worker() -> None:
-    global _executor
-    _executor = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_worker)  # threads do not follow into a forked process
+    return workers("kronfac-inverses", 1)

@@ -24,8 +24,8 @@ class Checked:
 
     Args:
         take: Called with every sample, in their order.
-        held: Bytes of cotangents that wait for each other; by default :data:`HELD` on an accelerator. With 0 samples
-            are handed on as they come, and whoever takes them must look.
+        held: Bytes of cotangents that wait for each other, as :func:`held_on` says. With 0 samples are handed on as
+            they come, and whoever takes them must look.
     """
 
     def __init__(self, take: Callable[[Sample], None], held: int) -> None:
