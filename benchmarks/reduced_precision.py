@@ -13,6 +13,8 @@ Truth is the direction in float64 from the same statistics. Forms of the two pro
 - bf16, inverse split / gradient split: that operand as the sum of two bfloat16 numbers, two products for one;
 - bf16, both split: three products for one;
 - bf16, main part apart: what is large in the gradient in float32, `kronfac.linalg.rounded`;
+- rows: in float32 from the rows that the gradient is made of, `kronfac.optim.rows`; in bf16, everything rounded; in
+  bf16, means apart: the means of the rows in float32, `kronfac.linalg.rounded`;
 - eigenbasis in bf16: into the eigenbasis and back by bfloat16 products, four for two, eigenvalues in float32.
 
 A CPU's bfloat16 product rounds its result to bfloat16, too; CUDA's gives it in float32.
@@ -27,10 +29,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kronfac.blocks import KroneckerInverse
 from kronfac.experiments.bench.timing import clock_of
 from kronfac.experiments.bench.workloads import make
+from kronfac.linalg.products import matmul
 from kronfac.linalg.rounded import LEAST, RoundedProduct, Workspace
 from kronfac.optim import KFAC
+from kronfac.optim.rows import multiply_rows
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -49,16 +54,24 @@ def split(matrix: Tensor) -> tuple[Tensor, Tensor]:
 class Layer:
     """One layer's inverses, prepared in every form, so that only products are timed."""
 
-    def __init__(self, gradient: Tensor, output: Tensor, input: Tensor, shifts: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        gradient: Tensor,
+        rows: tuple[Tensor, Tensor],
+        output: Tensor,
+        input: Tensor,
+        shifts: tuple[float, float],
+    ) -> None:
         """Factorise.
 
         Args:
             gradient: ``[d_out, d_in]``, float32.
+            rows: Cotangents and inputs, the latter without ones, that it is made of.
             output: Output factor.
             input: Input factor.
             shifts: Damping of the output and of the input factor.
         """
-        self.gradient = gradient
+        self.gradient, self.rows = gradient, rows
         exact = [f.double() + s * torch.eye(len(f), dtype=torch.float64, device=f.device) for f, s in
                  zip((output, input), shifts, strict=True)]  # fmt: skip
         inverses = [torch.linalg.inv(matrix) for matrix in exact]
@@ -69,11 +82,12 @@ class Layer:
         pairs = [torch.linalg.eigh(matrix) for matrix in exact]
         self.bases = [vectors.bfloat16() for _, vectors in pairs]
         self.product, self.work = RoundedProduct(self.left, self.right), Workspace()
+        self.inverse = KroneckerInverse(self.right, self.left)
         self.scale = (1.0 / torch.outer(pairs[0][0], pairs[1][0])).float()
 
     def plain(self) -> Tensor:
-        """Two products, in float32 or tf32 as torch is set."""
-        return self.left @ self.gradient @ self.right
+        """Two products, in float32 or tf32 as torch is set, by the library that the optimiser takes."""
+        return matmul(matmul(self.left, self.gradient), self.right)
 
     def bf16(self) -> Tensor:
         """Everything rounded."""
@@ -113,6 +127,23 @@ class Layer:
             return self.plain()
         return self.product(self.left, self.right, self.gradient, None, self.work)[0]
 
+    def by_rows(self) -> Tensor:
+        """Two products with rows and one of them."""
+        return _whole(multiply_rows("", self.inverse, *self.rows))
+
+    def by_rows_bf16(self) -> Tensor:
+        """The same, everything rounded."""
+        cotangents, inputs = self.rows
+        with_ones = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
+        left = multiply(cotangents.bfloat16(), self.rounded[0]).bfloat16()
+        return multiply(left.mT, multiply(with_ones.bfloat16(), self.rounded[1]).bfloat16())
+
+    def by_rows_apart(self) -> Tensor:
+        """Means of the rows in float32; narrow layers wholly."""
+        if min(self.gradient.shape) < LEAST:
+            return self.by_rows()
+        return _whole(self.product.by_rows(self.left, self.right, *self.rows, self.work))
+
     def eigenbasis(self) -> Tensor:
         """Through the eigenvectors."""
         left, right = self.bases
@@ -130,7 +161,14 @@ FORMS: dict[str, Callable[[Layer], Tensor]] = {
     "bf16, both split": Layer.both_split,
     "bf16, main part apart": Layer.apart,
     "eigenbasis in bf16": Layer.eigenbasis,
+    "rows": Layer.by_rows,
+    "rows, bf16": Layer.by_rows_bf16,
+    "rows, bf16, means apart": Layer.by_rows_apart,
 }
+
+
+def _whole(parts: tuple[Tensor, Tensor]) -> Tensor:
+    return torch.cat([parts[0], parts[1].unsqueeze(1)], 1)
 
 
 def layers(device: str, damping: float, batches: int) -> list[Layer]:
@@ -147,6 +185,14 @@ def layers(device: str, damping: float, batches: int) -> list[Layer]:
     work = make("autoencoder")
     work.model.to(device)
     optimizer = KFAC(work.model, work.likelihood, lr=0.0, damping=damping, stats_every=1, ema=0.95)
+    rows: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, inputs: Tensor, output: Tensor) -> None:
+        output.register_hook(lambda cotangents: rows.update({name: [cotangents, inputs]}))
+
+    for name, module in work.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _, inputs, output, name=name: keep(name, inputs[0].detach(), output))
     for seed in range(batches):
         torch.manual_seed(seed)
         x = torch.rand(500, 784, device=device)
@@ -159,7 +205,8 @@ def layers(device: str, damping: float, batches: int) -> list[Layer]:
         block = blocks[name]
         shift = optimizer._rule(block, damping)
         packed = adapter.pack({key: p.grad for key, p in adapter.parameters.items() if p.grad is not None})
-        found.append(Layer(packed, block.output, block.input, (float(shift.output), float(shift.input))))  # type: ignore[attr-defined]
+        sides = block.output, block.input  # type: ignore[attr-defined]
+        found.append(Layer(packed, (rows[name][0], rows[name][1]), *sides, (float(shift.output), float(shift.input))))
     return found
 
 
@@ -185,13 +232,13 @@ def main() -> None:
                 seconds = clock() - start
                 if number >= 3:
                     times[name].append(seconds)
-    print(f"{'form':22} {'cosine, all':>12} {'least of a layer':>17} {'over float32':>13} {'ms':>8}")
+    print(f"{'form':24} {'cosine, all':>12} {'least of a layer':>17} {'over float32':>13} {'ms':>8}")
     truth = [layer.truth for layer in prepared]
     for name in names:
         each = [_cosine([f], [t]) for f, t in zip(found[name], truth, strict=True)]
         ratio = statistics.median(a / b for a, b in zip(times[name], times["float32"], strict=True))
         ms = 1e3 * statistics.median(times[name])
-        print(f"{name:22} {_cosine(found[name], truth):12.6f} {min(each):17.6f} {ratio:13.2f} {ms:8.2f}")
+        print(f"{name:24} {_cosine(found[name], truth):12.6f} {min(each):17.6f} {ratio:13.2f} {ms:8.2f}")
 
 
 def _cosine(found: list[Tensor], truth: list[Tensor]) -> float:

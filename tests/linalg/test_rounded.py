@@ -54,6 +54,47 @@ def test_the_direction_is_kept_where_rounding_turns_it(rows: int, columns: int, 
         assert cosine(column, wanted[:, -1]) > 0.99
 
 
+def rows_in_range(count: int, d_out: int, d_in: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows with a mean, of cotangents and of inputs with their ones, and the inverses of their own damped factors."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for width, scale in ((d_out, 0.1), (d_in - 1, 1.0)):
+        mean = 100 * scale * torch.rand(width, generator=generator, dtype=torch.float64)
+        found.append(mean + scale * torch.randn(count, width, generator=generator, dtype=torch.float64))
+    rows = found[0], torch.cat([found[1], found[1].new_ones(count, 1)], 1)
+    output, input = (
+        torch.linalg.inv(r.mT @ r / count + 0.3 * torch.eye(r.shape[1], dtype=torch.float64)) for r in rows
+    )
+    return *rows, output, input
+
+
+@pytest.mark.parametrize(("count", "d_out", "d_in"), [(100, 300, 261), (70, 150, 200)])
+def test_directions_of_rows_are_kept_where_rounding_turns_them(count: int, d_out: int, d_in: int) -> None:
+    g, a, output, input = rows_in_range(count, d_out, d_in)
+    wanted = output @ (g.mT @ a) @ input
+    half = [tensor.bfloat16() for tensor in (g, output, a, input)]
+    plain = ((half[0] @ half[1]).mT @ (half[2] @ half[3])).float()
+    assert cosine(plain, wanted) < 0.9
+    o, i = output.float(), input.float()
+    product, work = RoundedProduct(o, i), Workspace()
+    for _ in range(2):  # the second time in memory that was used
+        weight, bias = product.by_rows(o, i, g.float(), a[:, :-1].float().contiguous(), work)
+        assert weight.dtype == bias.dtype == torch.float32
+        assert cosine(weight, wanted[:, :-1]) > 0.999
+        assert cosine(bias, wanted[:, -1]) > 0.999
+
+
+def test_rows_that_are_all_alike_lose_nothing() -> None:
+    """Their gradient is the product of the means."""
+    *_, output, input = rows_in_range(80, 150, 140)
+    g, a = torch.rand(150, dtype=torch.float64), torch.rand(139, dtype=torch.float64)
+    wanted = 40 * torch.outer(output @ g, input @ torch.cat([a, a.new_ones(1)]))
+    o, i = output.float(), input.float()
+    found = RoundedProduct(o, i).by_rows(o, i, g.float().expand(40, -1), a.float().expand(40, -1), Workspace())
+    assert torch.allclose(found[0].double(), wanted[:, :-1], rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+    assert torch.allclose(found[1].double(), wanted[:, -1], rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
 def test_a_matrix_of_low_rank_loses_nothing() -> None:
     (_, output), (_, input) = inverse(200, 60, 0, 1e-2), inverse(150, 70, 1, 1e-2)
     low = torch.randn(200, 5, dtype=torch.float64) @ torch.randn(5, 150, dtype=torch.float64)

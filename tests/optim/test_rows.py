@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kronfac as kf
-from kronfac.optim import reduced
 from kronfac.optim.rows import pay
 
 OPTIONS: dict[str, Any] = {"gradients": "rows", "kl_clip": None, "stats_every": 2, "invert_every": 5, "burn_in": 2}
@@ -240,12 +239,10 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     assert torch.equal(parameters(model), before)
 
 
-def test_what_needs_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reduced, "pays_on", lambda device: True)
+def test_what_needs_gradients_is_refused() -> None:
     for options, text in (
         ({"kl_clip": "auto"}, "kl_clip, which multiplies directions by gradients: set kl_clip=None"),
         ({"weight_decay": 0.1}, "weight decay in the gradient: set decoupled_weight_decay=True"),
-        ({"products": "bfloat16"}, "products='bfloat16'"),
     ):
         with pytest.raises(ValueError, match=f"gradients='rows' does not go with {text}"):
             make(double(nn.Sequential(nn.Linear(140, 150), nn.Linear(150, 3))), **options)

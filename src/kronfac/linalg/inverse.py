@@ -83,12 +83,16 @@ def invert(
             results[i] = Inverted(part if single else own(part), logdets if single else logdets[position])
         return good
 
-    wide = [g for g in groups if matrices[g[0]].device.type == "cpu" and matrices[g[0]].shape[-1] > _BATCH_UP_TO]
-    goods = side_by_side(work_on, wide, [matrices[g[0]].numel() * matrices[g[0]].shape[-1] for g in wide])
-    narrow = [group for group in groups if group not in wide]
-    goods += [work_on(group) for group in narrow]
+    # With a wide one on the CPU there are threads of one core each, and small ones are faster there than on two.
+    on_cpu = [g for g in groups if matrices[g[0]].device.type == "cpu"]
+    apart = on_cpu if any(matrices[g[0]].shape[-1] > _BATCH_UP_TO for g in on_cpu) else []
+    goods = side_by_side(
+        work_on, apart, [float(len(g) * matrices[g[0]].numel() * matrices[g[0]].shape[-1]) for g in apart]
+    )
+    others = [group for group in groups if group not in apart]
+    goods += [work_on(group) for group in others]
     # Looked at when all are on their way, so that a GPU is not waited for in between.
-    for group, good in zip(wide + narrow, goods, strict=True):
+    for group, good in zip(apart + others, goods, strict=True):
         if bool(good.all()):
             continue
         for position, i in enumerate(group):

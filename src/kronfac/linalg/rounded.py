@@ -9,6 +9,13 @@ algorithm 4.1):
     G⁻¹ V A⁻¹  =  (G⁻¹ Q) (Qᵀ V A⁻¹)  +  G⁻¹ (V − Q Qᵀ V) A⁻¹
 
 The first term takes thin products in float32; the rest, which is small and so is its noise, is rounded.
+
+Of the rows ``g`` and ``ā`` that a gradient is made of, the means ``ḡ`` and ``ā̄`` are what is large.  With ``g̃`` and
+``ã`` what is left of the rows without them, of which each column sums to zero,
+
+    G⁻¹ gᵀ ā A⁻¹  =  (g̃ G⁻¹)ᵀ (ã A⁻¹)  +  R (G⁻¹ ḡ) (A⁻¹ ā̄)ᵀ
+
+where the first term is rounded, last product included, which no inverse follows.
 """
 
 from __future__ import annotations
@@ -115,6 +122,36 @@ class RoundedProduct:
         if bias is None:
             return out, None
         return out, solved[:, columns].float().addmv_(low, high[:, columns])
+
+    def by_rows(
+        self, output: Tensor, input: Tensor, cotangents: Tensor, inputs: Tensor, work: Workspace
+    ) -> tuple[Tensor, Tensor]:
+        """Multiply ``V = gᵀ ā`` that is never formed.
+
+        Args:
+            output: ``G⁻¹`` itself, for the products with the means.
+            input: ``A⁻¹`` itself.
+            cotangents: ``g``, shape ``[R, d_out]``, float32.
+            inputs: ``ā`` without its column of ones, shape ``[R, d_in - 1]``.
+            work: Memory for intermediate results.
+
+        Returns:
+            The weight's and the bias's part of the product, float32.
+        """
+        (count, columns), height = inputs.shape, len(output)
+        mean = inputs.mean(0)
+        total = cotangents.sum(0)
+        low, high = output @ total, input[columns] + mean @ input[:columns]
+        left = self._solved(torch.sub(cotangents, total / count), self._halves[0], work, 0)
+        right = self._solved(torch.sub(inputs, mean), self._halves[1][:columns], work, 1)
+        moved = torch.mm(left.mT, right, out=work.take(2, height, columns + 1, inputs.device))
+        weight = moved[:, :columns].float().addr_(low, high[:columns])
+        return weight, moved[:, columns] + low * high[columns]
+
+    def _solved(self, rows: Tensor, half: Tensor, work: Workspace, slot: int) -> Tensor:
+        """Round rows and multiply them by a rounded inverse; the product lies in a slot of its own."""
+        rest = work.take(2, len(rows), rows.shape[1], rows.device).copy_(rows)
+        return torch.mm(rest, half, out=work.take(slot, len(rows), half.shape[1], rows.device))
 
 
 def _rounded(matrix: Tensor) -> Tensor:

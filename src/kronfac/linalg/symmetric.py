@@ -18,6 +18,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kronfac.linalg.products import add_triangle_, matmul, outruns_mkl, pays
+
 #: Height of a panel, the best of 96, 128, 192 and 256 for widths 250 to 1000, on one thread and on two.
 PANEL = 96
 #: The same on a GPU.
@@ -69,6 +71,8 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1
     """
     if total.ndim > 2:
         return total.add_(left.mT @ right, alpha=alpha)
+    if symmetric and add_triangle_(total, left, right, alpha):
+        return total
     width, panel = total.shape[0], PANEL if total.device.type == "cpu" else PANEL_GPU
     if not symmetric or width < 2 * panel:
         return _add_(total, left, right, alpha)
@@ -82,6 +86,8 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1
 def _add_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
     if summed_in_float32(right):
         return total.add_(torch.mm(left.T, right, out_dtype=torch.float32), alpha=alpha)
+    if pays(left.T, right):
+        return total.add_(matmul(left.T, right), alpha=alpha)
     return total.addmm_(left.T, right, alpha=alpha)
 
 
@@ -119,8 +125,9 @@ def with_even_rows(matrix: Tensor) -> Tensor:
 
 
 def is_wide(matrix: Tensor) -> bool:
-    """Whether even rows pay: a single matrix of some hundred columns on the CPU."""
-    return matrix.device.type == "cpu" and matrix.ndim == 2 and matrix.shape[1] >= 2 * PANEL
+    """Whether even rows pay: a single matrix of some hundred columns on the CPU, which MKL multiplies."""
+    single = matrix.device.type == "cpu" and matrix.ndim == 2 and matrix.shape[1] >= 2 * PANEL
+    return single and not (matrix.dtype == torch.float32 and outruns_mkl())
 
 
 def row_step(columns: int, dtype: torch.dtype) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kronfac.blocks import Inverse, KroneckerInverse
 from kronfac.layers import LayerAdapter
+from kronfac.linalg.products import matmul, pays
 from kronfac.linalg.symmetric import row_step
 
 #: Multiplies a layer's weight, as a matrix, and its bias by its inverse: layer's name, inverse, weight, bias.
@@ -30,13 +31,16 @@ def multiply_plainly(
         The two parts of the product.
     """
     if bias is None:
-        return inverse.output @ weight @ inverse.input, None
-    # The left product is written into one temporary, the right one read by columns.
+        return matmul(matmul(inverse.output, weight), inverse.input), None
     rows, columns = weight.shape
-    left = weight.new_empty(rows, row_step(columns + 1, weight.dtype))[:, : columns + 1]
-    torch.mm(inverse.output, weight, out=left[:, :columns])
-    left[:, columns] = inverse.output @ bias
-    return left @ inverse.input[:, :columns], left @ inverse.input[:, columns]
+    if pays(inverse.output, weight):
+        left = matmul(inverse.output, torch.cat([weight, bias.unsqueeze(1)], 1))
+    else:  # the left product is written into one temporary
+        left = weight.new_empty(rows, row_step(columns + 1, weight.dtype))[:, : columns + 1]
+        torch.mm(inverse.output, weight, out=left[:, :columns])
+        left[:, columns] = inverse.output @ bias
+    # Of the symmetric right one, columns are rows, which lie without gaps.
+    return matmul(left, inverse.input[:columns].mT), left @ inverse.input[columns]
 
 
 def directions(

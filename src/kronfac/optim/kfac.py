@@ -27,7 +27,7 @@ from kronfac.optim.hooks import do_nothing
 from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator
 from kronfac.optim.reduced import RoundedDirections
 from kronfac.optim.renewal import Renewal
-from kronfac.optim.rows import RowGradients
+from kronfac.optim.rows import RowGradients, multiply_rows
 from kronfac.optim.rows_checks import check_groups, check_rows
 from kronfac.optim.state import gather_generators, load_curvature_state, save_curvature_state
 from kronfac.optim.unit_directions import UnitDirections
@@ -125,7 +125,7 @@ class KFAC(Renewal):
         self._units, self._rows = UnitDirections(), None
         rows = self._options["gradients"] == "rows"
         if rows:
-            check_rows(model, self._options, self._estimator.adaptation.adapters)
+            check_rows(model, self._estimator.adaptation.adapters)
         self._pending, self._record, self._clip = None, Record(), KLClip()
         self._generators: list[Tensor] | None = None
         self._names = {id(p): name for name, p in root.named_parameters()}
@@ -222,12 +222,14 @@ class KFAC(Renewal):
 
     def _directions(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         adapters = self._estimator.adaptation.adapters
+        rounded = self._rounded
+        multiply = multiply_plainly if rounded is None else rounded.multiply
         moved, done = self._units(adapters, self._inverses, gradients)
         if self._rows is not None:
             check_groups(self._own_groups)
-            by_rows, layers = self._rows.directions(self._inverses, gradients)
-            moved, done = moved | by_rows, done | layers
-        multiply = multiply_plainly if self._rounded is None else self._rounded.multiply
+            by_rows = multiply_rows if rounded is None else rounded.by_rows
+            found, layers = self._rows.directions(self._inverses, gradients, by_rows)
+            moved, done = moved | found, done | layers
         others = {name: adapter for name, adapter in adapters.items() if name not in done}
         return directions(others, self._inverses, gradients, multiply) | moved
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,9 +15,14 @@ from kronfac.blocks import Inverse, KroneckerInverse
 from kronfac.layers import LayerAdapter
 from kronfac.linalg.rounded import LEAST, RoundedProduct, Workspace, pays_on
 from kronfac.optim.directions import multiply_plainly
+from kronfac.optim.rows import multiply_rows
 
 #: Least cosine between the rounded and the plain direction of a layer; below, it takes float32 until its next inverse.
 COSINE = 0.99
+#: What a layer's name is followed by where rows stand for its gradient.
+_BY_ROWS = ", by rows"
+
+_Moved = TypeVar("_Moved", tuple[Tensor, Tensor | None], tuple[Tensor, Tensor])
 
 
 class RoundedDirections:
@@ -25,7 +31,7 @@ class RoundedDirections:
     The first direction after each new inverse of a layer is computed both ways, and the plain one is taken.
 
     Attributes:
-        cosines: Cosine of the two, by layer.
+        cosines: Cosine of the two, by layer, or by ``"<layer>, by rows"`` where rows stood for its gradient.
     """
 
     def __init__(self) -> None:
@@ -39,13 +45,13 @@ class RoundedDirections:
 
         Args:
             inverses: By layer.
-            cosines: By layer.
+            cosines: As they were.
         """
         self.cosines, self._kept = dict(cosines), {}
-        for name, cosine in cosines.items():
-            inverse = inverses.get(name)
+        for key, cosine in cosines.items():
+            inverse = inverses.get(key.removesuffix(_BY_ROWS))
             if isinstance(inverse, KroneckerInverse):
-                self._keep(name, inverse, RoundedProduct(inverse.output, inverse.input), cosine)
+                self._keep(key, inverse, RoundedProduct(inverse.output, inverse.input), cosine)
 
     def multiply(
         self, name: str, inverse: KroneckerInverse, weight: Tensor, bias: Tensor | None
@@ -61,22 +67,61 @@ class RoundedDirections:
         Returns:
             The two parts of the product; the plain ones where nothing is rounded, or was not measured yet.
         """
-        if min(inverse.shape) < LEAST or weight.dtype != torch.float32:
+        if weight.dtype != torch.float32:
             return multiply_plainly(name, inverse, weight, bias)
-        kept, product = self._kept.get(name, (None, None))
+        return self._either(
+            name,
+            inverse,
+            lambda: multiply_plainly(name, inverse, weight, bias),
+            lambda product: product(inverse.output, inverse.input, weight, bias, self._work),
+        )
+
+    def by_rows(
+        self, name: str, inverse: KroneckerInverse, cotangents: Tensor, inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Multiply the gradient that rows make by a layer's inverse; a `kronfac.optim.rows.ByRows`.
+
+        Args:
+            name: The layer.
+            inverse: Its inverse.
+            cotangents: Shape ``[R, d_out]``.
+            inputs: Shape ``[R, d_in]`` without ones.
+
+        Returns:
+            The weight's and the bias's part of the product.
+        """
+        return self._either(
+            name + _BY_ROWS,
+            inverse,
+            lambda: multiply_rows(name, inverse, cotangents, inputs),
+            lambda product: product.by_rows(inverse.output, inverse.input, cotangents, inputs, self._work),
+        )
+
+    def _either(
+        self,
+        key: str,
+        inverse: KroneckerInverse,
+        plain: Callable[[], _Moved],
+        rounded: Callable[[RoundedProduct], _Moved],
+    ) -> _Moved:
+        if min(inverse.shape) < LEAST or inverse.input.dtype != torch.float32:
+            return plain()
+        kept, product = self._kept.get(key, (None, None))
         if kept is not None and kept() is inverse:
-            if product is None:
-                return multiply_plainly(name, inverse, weight, bias)
-            return product(inverse.output, inverse.input, weight, bias, self._work)
-        exact, product = multiply_plainly(name, inverse, weight, bias), RoundedProduct(inverse.output, inverse.input)
-        cosine = _cosine(product(inverse.output, inverse.input, weight, bias, self._work), exact)
+            return plain() if product is None else rounded(product)
+        exact, product = plain(), RoundedProduct(inverse.output, inverse.input)
+        cosine = _cosine(rounded(product), exact)
         if math.isfinite(cosine):  # else a gradient of zeros, or one that the optimiser is about to refuse
-            self._keep(name, inverse, product, cosine)
+            self._keep(key, inverse, product, cosine)
         return exact
 
-    def _keep(self, name: str, inverse: KroneckerInverse, product: RoundedProduct, cosine: float) -> None:
-        self.cosines[name] = cosine
-        self._kept[name] = weakref.ref(inverse), product if cosine >= COSINE else None
+    def cosine(self, layer: str) -> float | None:
+        """The least of a layer's cosines, or None if none was measured."""
+        return min((self.cosines[key] for key in (layer, layer + _BY_ROWS) if key in self.cosines), default=None)
+
+    def _keep(self, key: str, inverse: KroneckerInverse, product: RoundedProduct, cosine: float) -> None:
+        self.cosines[key] = cosine
+        self._kept[key] = weakref.ref(inverse), product if cosine >= COSINE else None
 
 
 def fits(layer: LayerAdapter) -> bool:

@@ -221,7 +221,7 @@ class Renewal(Membership):
                 record.failures[name],
                 record.iterations[name],
                 record.fallbacks[name],
-                None if self._rounded is None else self._rounded.cosines.get(name),
+                None if self._rounded is None else self._rounded.cosine(name),
             )
             for name in self._estimator.statistics
         }

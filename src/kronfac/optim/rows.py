@@ -14,7 +14,7 @@ whatever was done to the gradients between backward and step shows there, and is
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,14 @@ from torch.utils.hooks import RemovableHandle
 
 from kronfac.blocks import Inverse, KroneckerInverse
 from kronfac.layers import LayerAdapter
+from kronfac.linalg.products import matmul
 from kronfac.optim.gathering import Gatherer
 from kronfac.optim.hooks import WeakHook, remove
 from kronfac.tape import output_edge
+
+#: Multiplies what rows make by an inverse: layer's name, inverse, cotangents, inputs without ones; weight's and bias's
+#: part.
+ByRows = Callable[[str, KroneckerInverse, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 #: Least side of a layer whose rows are kept.
 LEAST = 64
@@ -148,13 +153,14 @@ class RowGradients:
         edge.node.register_prehook(take)
 
     def directions(
-        self, inverses: Mapping[str, Inverse], gradients: Mapping[str, Tensor]
+        self, inverses: Mapping[str, Inverse], gradients: Mapping[str, Tensor], multiply: ByRows
     ) -> tuple[dict[str, Tensor], set[str]]:
         """Multiply what is kept by the layers' inverses.
 
         Args:
             inverses: By layer.
             gradients: The other gradients, those of the biases among them, by parameter name.
+            multiply: Multiplies what a layer's rows make by its inverse.
 
         Returns:
             Directions by parameter name, and the layers that they are of.
@@ -168,11 +174,11 @@ class RowGradients:
             layer, inverse = self.layers[name], inverses.get(name)
             if not isinstance(inverse, KroneckerInverse):
                 raise RuntimeError(f"Layer {name!r} has no inverse of Kronecker factors: leave gradients='rows' out.")
-            columns, dtype = layer.shape[-1] - 1, inverse.input.dtype
-            left = _joined([rows.cotangents for rows in kept]).to(dtype) @ inverse.output
+            dtype = inverse.input.dtype
+            cotangents = _joined([rows.cotangents for rows in kept]).to(dtype)
             inputs = _joined([rows.inputs for rows in kept]).to(dtype)
-            right = torch.addmm(inverse.input[columns], inputs, inverse.input[:columns])
-            moved = {layer.weight_key: left.mT @ right[:, :columns], layer.bias_key: left.mT @ right[:, columns]}
+            weight, bias = multiply(name, inverse, cotangents, inputs)
+            moved = {layer.weight_key: weight, layer.bias_key: bias}
             out |= {key: value.to(layer.parameters[key].dtype) for key, value in moved.items()}
         return out, set(self._kept)
 
@@ -198,6 +204,24 @@ class RowGradients:
             bound = TOLERANCE_16 if self._kept[name][0].cotangents.itemsize == 2 else TOLERANCE
             if difference > bound * norm:  # what is not finite passes, and is refused by its own name
                 raise RuntimeError(_changed(name))
+
+
+def multiply_rows(name: str, inverse: KroneckerInverse, cotangents: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply the gradient that rows make by both inverses in their own precision; it is never formed.
+
+    Args:
+        name: The layer, which makes no difference.
+        inverse: Its inverse.
+        cotangents: Shape ``[R, d_out]``.
+        inputs: Shape ``[R, d_in]`` without ones.
+
+    Returns:
+        The weight's and the bias's part of the product.
+    """
+    columns = inputs.shape[1]
+    left = matmul(cotangents, inverse.output)
+    right = matmul(inputs, inverse.input[:columns]).add_(inverse.input[columns])
+    return matmul(left.mT, right[:, :columns]), left.mT @ right[:, columns]
 
 
 def fits(layer: LayerAdapter) -> bool:

@@ -9,33 +9,26 @@ from torch import nn
 
 from kronfac.layers import LayerAdapter
 from kronfac.optim.gathering import is_compiled
-from kronfac.optim.options import KFACOptions, several_processes
+from kronfac.optim.options import several_processes
 from kronfac.optim.rows import LEAST, fits
 
 
-def check_rows(model: nn.Module, options: KFACOptions, layers: Mapping[str, LayerAdapter]) -> None:
+def check_rows(model: nn.Module, layers: Mapping[str, LayerAdapter]) -> None:
     """Refuse what does not go with rows at all.
 
     Args:
         model: The module that the training loop calls.
-        options: All options; a ``ValueError`` says what does not.
         layers: Adapters by layer.
 
     Raises:
-        ValueError: No layer fits.
+        ValueError: No layer fits, the model was compiled, or there are several processes.
     """
     if not any(map(fits, layers.values())):
         raise ValueError(
             f"gradients='rows' is for linear layers with a bias and at least {LEAST} inputs and outputs, and the "
             "model has none: leave gradients out."
         )
-    _refuse(
-        {
-            "products='bfloat16': leave one of the two out": options["products"] != "float32",
-            "a model that was compiled": is_compiled(model),
-            "several processes": several_processes(),
-        }
-    )
+    _refuse({"a model that was compiled": is_compiled(model), "several processes": several_processes()})
 
 
 def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:

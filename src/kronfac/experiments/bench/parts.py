@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from kronfac.experiments.bench.steps import KINDS, combine, gradients_of, make_kfac, single
 from kronfac.experiments.bench.timing import Clock, Spread, clock_of, timed
 from kronfac.experiments.bench.whole import whole_kinds, whole_rounds, whole_steps
-from kronfac.experiments.bench.wide import wide_parts
+from kronfac.experiments.bench.wide import BY_ROWS, wide_parts
 from kronfac.experiments.bench.workloads import LARGE, Workload, make
 from kronfac.experiments.errors import ExperimentError
 from kronfac.optim import KFAC, TKFAC
@@ -264,7 +264,7 @@ def over_base(times: dict[str, list[float]], visible: bool = True) -> dict[str, 
     def extra(values: list[float], over: list[float]) -> Spread:
         return Spread.of([(v - o) / middle for v, o in zip(values, over, strict=True)])
 
-    for row in ("statistics", "statistics of TKFAC", "precondition by rows"):
+    for row in ("statistics", "statistics of TKFAC", *BY_ROWS.values()):
         if f"with {row}" in times:
             rows[row] = extra(times.pop(f"with {row}"), base)
     if "inverse" in times:

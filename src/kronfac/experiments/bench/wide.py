@@ -16,6 +16,9 @@ from kronfac.linalg.rounded import pays_on
 from kronfac.optim import KFAC, reduced, rows
 from kronfac.optim.directions import directions
 
+#: Parts that keep rows, by their optimiser's options.
+BY_ROWS = {"rows": "precondition by rows", "rows, bfloat16 products": "precondition by rows, bfloat16"}
+
 
 def wide_parts(work: Workload, optimizer: KFAC, gradients: Mapping[str, Tensor]) -> dict[str, Callable[[], object]]:
     """Make the parts that are to be had for wide layers.
@@ -27,7 +30,8 @@ def wide_parts(work: Workload, optimizer: KFAC, gradients: Mapping[str, Tensor])
 
     Returns:
         ``"precondition, bfloat16"``, the directions of these gradients, and ``"with precondition by rows"``, a forward
-        and backward that keeps rows with the directions of these; nothing where no layer is wide enough.
+        and backward that keeps rows with the directions of these, in bfloat16 too; nothing where no layer is wide
+        enough.
     """
     found: dict[str, Callable[[], object]] = {}
     options = wide_options(work)
@@ -35,19 +39,24 @@ def wide_parts(work: Workload, optimizer: KFAC, gradients: Mapping[str, Tensor])
         rounded = reduced.RoundedDirections()
         adapters, inverses = optimizer._estimator.adaptation.adapters, dict(optimizer._inverses)
         found["precondition, bfloat16"] = lambda: directions(adapters, inverses, gradients, rounded.multiply)
-    if "rows" in options:
-        twin = replace(work, model=copy.deepcopy(work.model))
-        other = make_kfac(twin, **options["rows"])
-        step(twin, other)
-        other._steps = 1  # nothing is due, and no forward is paused, in which no rows are kept
-        found["with precondition by rows"] = lambda: _by_rows(twin, other)
+    for name, part in BY_ROWS.items():
+        if name in options:
+            found[f"with {part}"] = _by_rows(work, options[name])
     return found
 
 
-def _by_rows(work: Workload, optimizer: KFAC) -> object:
-    optimizer.zero_grad()
-    work.forward().backward()
-    return optimizer._directions(gradients_of(work))
+def _by_rows(work: Workload, options: Mapping[str, Any]) -> Callable[[], object]:
+    twin = replace(work, model=copy.deepcopy(work.model))
+    optimizer = make_kfac(twin, **options)
+    step(twin, optimizer)
+    optimizer._steps = 1  # nothing is due, and no forward is paused, in which no rows are kept
+
+    def run() -> object:
+        optimizer.zero_grad()
+        twin.forward().backward()
+        return optimizer._directions(gradients_of(twin))
+
+    return run
 
 
 def wide_options(work: Workload) -> dict[str, dict[str, Any]]:
@@ -65,7 +74,8 @@ def wide_options(work: Workload) -> dict[str, dict[str, Any]]:
     known: dict[str, tuple[Callable[[LayerAdapter], bool], dict[str, Any]]] = {
         "bfloat16 products": (reduced.fits, {"products": "bfloat16"}),
         "rows": (rows.fits, {"gradients": "rows"}),
+        "rows, bfloat16 products": (reduced.fits, {"gradients": "rows", "products": "bfloat16"}),
     }
     if not pays_on(work.device):
-        del known["bfloat16 products"]
+        known = {"rows": known["rows"]}
     return {name: options for name, (fits, options) in known.items() if any(map(fits, layers))}

@@ -1,0 +1,107 @@
+"""Products of wide float32 matrices by oneDNN, on processors where MKL lags behind it.
+
+PyTorch multiplies float32 matrices on a CPU by MKL, which takes AVX2 on processors of other makers even where they have
+AVX-512. oneDNN, which PyTorch brings for its convolutions, does not ask who made them: on such a processor it takes
+half of MKL's time, for the same sums in float32.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+#: Least side of a product that pays: a call of oneDNN takes some 13 microseconds.
+LEAST = 64
+#: Least number of multiplications.
+_WORK = 1 << 22
+#: Longest sums that oneDNN takes in stride.
+_LONGEST = 4096
+#: Height of a panel of a triangle, which must be twice as wide, and the rows that are summed at once.
+_PANEL, _ROWS = 192, 2048
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply two matrices, without gradients, by the faster library.
+
+    Args:
+        left: Shape ``[m, k]``.
+        right: Shape ``[k, n]``.
+
+    Returns:
+        Shape ``[m, n]``.
+    """
+    if not pays(left, right):
+        return left @ right
+    # For a right one with gaps between its rows, oneDNN has slow loops alone.
+    dense = right.is_contiguous() or right.mT.is_contiguous()
+    return _onednn(left, (right if dense else right.contiguous()).mT)
+
+
+def add_triangle_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> bool:
+    """Add the upper triangle of ``alpha * leftᵀ right``, which is symmetric, by oneDNN where that is faster.
+
+    Args:
+        total: Running sum, ``[d, d]``; changed in place.
+        left: Shape ``[R, d]``.
+        right: Shape ``[R, d]``.
+        alpha: Factor of the product.
+
+    Returns:
+        Whether it was; if not, nothing was added.
+    """
+    width = total.shape[0]
+    same = left.dtype == right.dtype == total.dtype == torch.float32
+    if not same or width < _PANEL or len(right) < LEAST or total.device.type != "cpu" or not outruns_mkl():
+        return False
+    panels = max(round(width / _PANEL), 1)
+    edges = [width * i // panels for i in range(panels + 1)]
+    for some, others in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
+        columns = some.T.contiguous()
+        across = columns if left is right else others.T.contiguous()
+        for start, stop in pairwise(edges):
+            total[start:stop, start:].add_(_onednn(columns[start:stop], across[start:]), alpha=alpha)
+    return True
+
+
+def _onednn(left: Tensor, transposed: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(left, transposed, None, "none", [], "")
+
+
+def pays(left: Tensor, right: Tensor) -> bool:
+    """Whether :func:`matmul` takes oneDNN for two matrices.
+
+    Args:
+        left: The left one.
+        right: The right one.
+
+    Returns:
+        True for wide ones in float32 on a processor where it is the faster one.
+    """
+    if left.ndim != 2 or right.ndim != 2 or not (left.dtype == right.dtype == torch.float32):
+        return False
+    (m, k), n = left.shape, right.shape[1]
+    wide = min(m, k, n) >= LEAST and m * k * n >= _WORK and k <= _LONGEST
+    return wide and left.device.type == "cpu" and outruns_mkl()
+
+
+@lru_cache(maxsize=1)
+def outruns_mkl() -> bool:
+    """Whether oneDNN multiplies faster than MKL here.
+
+    Returns:
+        True for AMD's processors with AVX-512.
+    """
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    try:
+        told = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        told = platform.processor()  # Windows tells the maker here
+    return "AuthenticAMD" in told
