@@ -1,6 +1,6 @@
 """Peak memory of KFAC above SGD with momentum, in bytes of all Kronecker factors.
 
-    python benchmarks/memory.py [--workloads autoencoder,kfc,resnet20] [--json FILE]
+    python benchmarks/memory.py [--workloads autoencoder,kfc,resnet20] [--stats-forward own] [--json FILE]
 
 Each optimiser trains in a process of its own for four steps, with statistics and inverses on each. Two peaks are read:
 of the memory that tensors hold, from the allocator's events in the last step, and of the process as the system sees it,
@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from kronfac.experiments.bench.roofline import factor_bytes
 from kronfac.optim import KFAC
 
 
-def child(name: str, kind: str) -> dict[str, int]:
+def child(name: str, kind: str, stats_forward: str) -> dict[str, int]:
     """Train in this process and report its peak, and the bytes of the factors."""
     torch.set_num_threads(2)
     work = make(name)
@@ -33,7 +34,8 @@ def child(name: str, kind: str) -> dict[str, int]:
     if kind == "sgd":
         optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
     else:
-        optimizer = KFAC(work.model, work.likelihood, lr=0.0, damping=1.0, stats_every=1, invert_every=1)
+        always: dict[str, Any] = {"stats_every": 1, "invert_every": 1, "stats_forward": stats_forward}
+        optimizer = KFAC(work.model, work.likelihood, lr=0.0, damping=1.0, **always)
         factors = int(factor_bytes(optimizer))
 
     def step() -> None:
@@ -73,11 +75,11 @@ def allocated(step: Callable[[], None]) -> int:
     return peak
 
 
-def measure(name: str) -> dict[str, float]:
+def measure(name: str, stats_forward: str) -> dict[str, float]:
     """Peaks above those of SGD for one workload."""
     found = {}
     for kind in ("sgd", "kfac"):
-        command = [sys.executable, __file__, "--child", name, kind]
+        command = [sys.executable, __file__, "--child", name, kind, stats_forward]
         found[kind] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     factors = found["kfac"]["factors"]
     extra = {key: found["kfac"][key] - found["sgd"][key] for key in ("tensors", "resident")}
@@ -88,13 +90,14 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", default=",".join(NAMES))
+    parser.add_argument("--stats-forward", default="shared", choices=("shared", "own"))
     parser.add_argument("--json")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(child(*options.child)))
         return
-    results = {name: measure(name) for name in options.workloads.split(",")}
+    results = {name: measure(name, options.stats_forward) for name in options.workloads.split(",")}
     print("| above SGD with momentum | factors, MB | tensors, MB | over factors | process, MB | over factors |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, r in results.items():

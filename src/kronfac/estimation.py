@@ -147,6 +147,7 @@ def _read(estimator: Estimator, loader: Any, outputs: Callable[[Any], Tensor] | 
         for inputs, targets in with_progress(batches_of(loader), loader, progress):
             with torch.enable_grad(), record(estimator.adaptation.adapters) as tape:
                 out = pick_outputs(call_model(estimator.model, inputs), outputs)
+            tape.disposable = True
             estimator.update(tape, out, targets)
             count += 1
     return count

@@ -70,6 +70,10 @@ class Tape:
 
     Args:
         adapters: The layers to watch, by name.
+
+    Attributes:
+        disposable: Whether the forward serves nothing but the statistics, so that their last pull may give back what
+            the graph and the calls hold, layer by layer.
     """
 
     def __init__(self, adapters: Mapping[str, LayerAdapter]) -> None:
@@ -78,6 +82,7 @@ class Tape:
         self._handles: list[RemovableHandle] = []
         self._last: tuple[Tensor, list[str]] | None = None
         self._apart = False  # whether it was opened for a measurement
+        self.disposable = False
 
     @property
     def is_open(self) -> bool:
@@ -133,6 +138,14 @@ class Tape:
             self.calls[name] = Call(adapter, x, edge, output.shape, x._version, kept)
 
         return hook
+
+    def forget_input(self, name: str) -> None:
+        """Let go of a layer's input.
+
+        Args:
+            name: The layer.
+        """
+        self.calls[name].input = self.calls[name].input.new_empty(0)
 
     def pull(self, outputs: Tensor, cotangent: Tensor, *, retain_graph: bool = True) -> dict[str, Tensor]:
         """Differentiate ``⟨outputs, cotangent⟩`` with respect to every recorded layer's output.

@@ -13,7 +13,14 @@ from kronfac.cli.bench_tables import extra_tables, over_base
 from kronfac.experiments.bench import Found, Spread, advances, make, measure
 from kronfac.linalg.rounded import pays_on
 
-PARTS = ["statistics", "statistics of TKFAC", "inverse", "inverse, asynchronous, visible", "precondition"]
+PARTS = [
+    "statistics",
+    "statistics, own forward",
+    "statistics of TKFAC",
+    "inverse",
+    "inverse, asynchronous, visible",
+    "precondition",
+]
 
 
 def test_parts_are_measured_written_and_printed(tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ def test_large_networks_are_measured_without_twin_and_period(name: str) -> None:
 
 
 def test_parts_by_default_and_by_name() -> None:
-    assert chosen("small") == ("statistics", "tkfac", "inverse", "asynchronous", "precondition", "wide", "whole")
+    parts = ("statistics", "own", "tkfac", "inverse", "asynchronous", "precondition", "wide", "whole")
+    assert chosen("small") == parts
     assert chosen("gpt2") == chosen("gpt2-small") == ("statistics", "inverse", "precondition", "step")
     on_gpu = ("statistics", "inverse", "precondition", "step", "roofline", "memory")
     assert chosen("kfc", "cuda") == chosen("resnet50", "cuda") == on_gpu

@@ -16,12 +16,14 @@ from kronfac.linalg.symmetric import add_gram_, add_product_, is_wide
 
 
 @pytest.fixture
-def _outruns(monkeypatch: pytest.MonkeyPatch) -> None:
+def _outruns(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a processor where oneDNN is the faster one."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("needs oneDNN")
     for module in (products, symmetric):
         monkeypatch.setattr(module, "outruns_mkl", lambda: True)
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture
@@ -59,6 +61,17 @@ def test_products_are_those_in_float64_for_all_strides() -> None:
             found = matmul(a, b)
             assert found.shape == wanted.shape
             assert close(found, wanted)
+
+
+@pytest.mark.usefixtures("_outruns")
+def test_where_gradients_are_wanted_they_are_to_be_had() -> None:
+    left, right = torch.randn(150, 260), torch.randn(260, 170, requires_grad=True)
+    with torch.enable_grad():
+        assert not pays(left, right)
+        (gradient,) = torch.autograd.grad(matmul(left, right).sum(), right)
+        total = add_product_(torch.zeros(260, 260), left, left @ right @ right.mT, symmetric=True)
+        assert total.requires_grad
+    assert close(gradient, left.double().sum(0).unsqueeze(1).expand(-1, 170))
 
 
 @pytest.mark.usefixtures("_outruns")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kronfac.linalg.products import matmul
+
 
 @dataclass(frozen=True, eq=False)
 class Eigenbasis:
@@ -36,8 +38,8 @@ class Eigenbasis:
         if self.joint is not None:
             vector = (self.joint.mT @ vector.flatten(-2).unsqueeze(-1)).reshape(vector.shape)
         if self.output is not None:
-            vector = self.output.mT @ vector
-        return vector if self.input is None else vector @ self.input
+            vector = matmul(self.output.mT, vector)
+        return vector if self.input is None else matmul(vector, self.input)
 
     def from_basis(self, vector: Tensor) -> Tensor:
         """Back from coordinates in the eigenbasis.
@@ -51,8 +53,8 @@ class Eigenbasis:
         if self.joint is not None:
             vector = (self.joint @ vector.flatten(-2).unsqueeze(-1)).reshape(vector.shape)
         if self.output is not None:
-            vector = self.output @ vector
-        return vector if self.input is None else vector @ self.input.mT
+            vector = matmul(self.output, vector)
+        return vector if self.input is None else matmul(vector, self.input.mT)
 
     def spectrum(self) -> Tensor:
         """All eigenvalues.

@@ -12,6 +12,7 @@ from torch import Tensor
 from kronfac.blocks.base import Inverse
 from kronfac.blocks.checks import check_pair, check_square, check_vector
 from kronfac.linalg.factorise import cholesky
+from kronfac.linalg.products import matmul
 from kronfac.linalg.symmetric import with_even_rows
 
 
@@ -57,7 +58,7 @@ class KroneckerInverse(Inverse):
             The solution in the shape of ``vector``.
         """
         check_vector(vector, self.shape, self.input.dtype)
-        return self.output @ vector @ self.input
+        return matmul(matmul(self.output, vector), self.input)
 
     def sqrt_apply(self, vector: Tensor) -> Tensor:
         """Multiply by the lower-triangular root ``L_G x L_A`` made of the Cholesky factors of the two inverses.

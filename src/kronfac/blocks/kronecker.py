@@ -16,6 +16,7 @@ from kronfac.blocks.inverses import KroneckerInverse
 from kronfac.blocks.shifts import PerFactor, Shift, Uniform
 from kronfac.linalg.factorise import eighs
 from kronfac.linalg.inverse import invert
+from kronfac.linalg.products import matmul
 
 _NAMES = ("the input factor", "the output factor")
 
@@ -79,7 +80,7 @@ class Kronecker(Block):
             The product in the shape of ``vector``.
         """
         check_vector(vector, self.shape, self.dtype)
-        return self.output @ vector @ self.input
+        return matmul(matmul(self.output, vector), self.input)
 
     def trace(self) -> Tensor:
         """Trace ``tr(A) tr(G)``, summed over the stack.

@@ -33,6 +33,7 @@ from kronfac.linalg.closeness import reach, rms_residual, rounding
 from kronfac.linalg.factorise import add_shift_, check_matrices, groups_of, own
 from kronfac.linalg.inverse import invert
 from kronfac.linalg.precision import tf32_allowed
+from kronfac.linalg.products import matmul, pays
 from kronfac.linalg.symmetric import add_product_, mirror_, with_even_rows
 
 #: Root mean square of ``I - M X`` that an accepted inverse has at most, by dtype.
@@ -244,7 +245,9 @@ def _residual(matrix: Tensor, x: Tensor, twice: bool) -> Tensor:
         product = matrix.double() @ x.double()
         product.neg_().diagonal(dim1=-2, dim2=-1).add_(1.0)
         return out.copy_(product)
-    if len(x) == 1:
+    if len(x) == 1 and pays(matrix[0], x[0]):
+        out[0] = matmul(matrix[0], x[0])
+    elif len(x) == 1:
         torch.mm(matrix[0], x[0], out=out[0])
     else:
         torch.bmm(matrix, x, out=out)

@@ -26,14 +26,14 @@ _PANEL, _ROWS = 192, 2048
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply two matrices, without gradients, by the faster library.
+    """Multiply matrices as ``@`` does, by the faster library where no gradients are wanted.
 
     Args:
-        left: Shape ``[m, k]``.
-        right: Shape ``[k, n]``.
+        left: Shape ``[..., m, k]``.
+        right: Shape ``[..., k, n]``.
 
     Returns:
-        Shape ``[m, n]``.
+        Shape ``[..., m, n]``.
     """
     if not pays(left, right):
         return left @ right
@@ -56,7 +56,14 @@ def add_triangle_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> b
     """
     width = total.shape[0]
     same = left.dtype == right.dtype == total.dtype == torch.float32
-    if not same or width < _PANEL or len(right) < LEAST or total.device.type != "cpu" or not outruns_mkl():
+    if (
+        torch.is_grad_enabled()
+        or not same
+        or width < _PANEL
+        or len(right) < LEAST
+        or total.device.type != "cpu"
+        or not outruns_mkl()
+    ):
         return False
     panels = max(round(width / _PANEL), 1)
     edges = [width * i // panels for i in range(panels + 1)]
@@ -80,9 +87,9 @@ def pays(left: Tensor, right: Tensor) -> bool:
         right: The right one.
 
     Returns:
-        True for wide ones in float32 on a processor where it is the faster one.
+        True for two wide ones in float32 on a processor where it is the faster one.
     """
-    if left.ndim != 2 or right.ndim != 2 or not (left.dtype == right.dtype == torch.float32):
+    if torch.is_grad_enabled() or left.ndim != 2 or right.ndim != 2 or not (left.dtype == right.dtype == torch.float32):
         return False
     (m, k), n = left.shape, right.shape[1]
     wide = min(m, k, n) >= LEAST and m * k * n >= _WORK and k <= _LONGEST

@@ -69,7 +69,7 @@ class AdaptiveKFAC(Proposing):
             other (batch norm in train mode) or on torch's random numbers (dropout).
         average: Decay of the average of iterates, see :meth:`averaged`; Martens & Grosse take 0.99.
         generator: For the sampled labels; one with a fixed seed by default.
-        **options: ``sharing``, ``norm``, ``stats_examples`` and ``outputs`` of
+        **options: ``sharing``, ``norm``, ``stats_examples``, ``stats_forward`` and ``outputs`` of
             :class:`kronfac.optim.options.KFACOptions`.
 
     Attributes:

@@ -91,6 +91,7 @@ class Gatherer:
         outputs: Picks the output tensor.
         keep: Says whether this forward's arguments are needed after it.
         examples: How many examples of a forward statistics are of at most; None for all.
+        own_forward: Whether statistics of all examples take a forward of their own, before that of training.
 
     Attributes:
         gathered: Number of forwards gathered since :meth:`reset`.
@@ -110,6 +111,7 @@ class Gatherer:
         outputs: Callable[[Any], Tensor] | None,
         keep: Callable[[], bool],
         examples: int | None = None,
+        own_forward: bool = False,
     ) -> None:
         check_fits(examples, estimator)
         self.model, self.root, self.estimator = model, estimator.model, estimator
@@ -124,7 +126,8 @@ class Gatherer:
         self._plan: Plan | None = None  # of the forward that is under way
         self._tape = Tape(estimator.adaptation.adapters)
         self._identities = _identities(self.root)
-        self._compiled = is_compiled(model)
+        # Hooks that are added to a compiled module are ignored.
+        self._own_forward = own_forward or is_compiled(model)
         handles = [
             model.register_forward_pre_hook(WeakHook(self, "_before", model), with_kwargs=True),
             model.register_forward_hook(WeakHook(self, "_after", model), with_kwargs=True, always_call=True),
@@ -192,8 +195,12 @@ class Gatherer:
                     f"{name} needs the targets, which the model's forward does not see. Write\n"
                     "    with optimizer.capture() as capture:\n        z = model(x)\n        capture(z, y)"
                 )
-        self._plan = Plan.of(self._examples, self.estimator, args, kwargs)
-        if not (self._compiled or self._plan.apart):
+        plan = Plan.of(self._examples, self.estimator, args, kwargs)
+        if self._own_forward and not plan.apart:
+            self._run_again(plan)  # before the training forward, with whose graph it then shares no memory
+            return
+        self._plan = plan
+        if not plan.apart:
             self._tape.open()
 
     def _after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -204,15 +211,15 @@ class Gatherer:
         if plan is None or output is None:  # nothing was due, or the forward raised
             return
         picked = pick_outputs(output, self._pick)
-        if self._compiled or plan.apart:
-            self._replay(plan, picked)
+        if plan.apart:
+            self._run_again(plan, picked)
             return
         _require_calls(self._tape)
         self._update(self._tape, picked, None, plan.part_of(picked))
         self._tape.calls = {}
 
-    def _replay(self, plan: Plan, whole: Tensor) -> None:
-        """Run the eager module once more: on fewer examples, or as hooks added to a compiled one would be ignored.
+    def _run_again(self, plan: Plan, whole: Tensor | None = None) -> None:
+        """Run the eager module for the statistics alone, on a part of the batch, whose whole outputs are given, or all.
 
         Its buffers are copies. To put their values back would be a change in place, which the backward of the training
         forward, by which they were saved, does not forgive.
@@ -221,7 +228,11 @@ class Gatherer:
             with record(self.estimator.adaptation.adapters) as tape:
                 outputs = run(self.root, {}, plan.inputs(), self._pick)
             _require_calls(tape)
-            plan.check(outputs, whole)
+            if whole is None:
+                plan.check_inputs()
+            else:
+                plan.check(outputs, whole)
+            tape.disposable = not self.beside
             self._update(tape, outputs, None, plan.part_of(outputs))
 
     def _update(self, tape: Tape, outputs: Tensor, targets: Any, part: Part | None) -> None:

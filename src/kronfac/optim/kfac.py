@@ -155,6 +155,7 @@ class KFAC(Renewal):
             outputs=self._options["outputs"],
             keep=lambda: (own := me()) is not None and own._keeps_arguments,
             examples=self._options["stats_examples"],
+            own_forward=self._options["stats_forward"] == "own",
         )
         if rows:
             self._rows = RowGradients(self._estimator.adaptation.adapters, self._gatherer)

@@ -38,6 +38,11 @@ class KFACOptions(TypedDict, total=False):
             a second forward of these examples alone, with dropout masks of its own, which neither the random state nor
             the buffers show; more than that, and with batch norm in train mode any number, are cut from the training
             forward. There the pull is that of the whole batch, and so are the drawn labels.
+        stats_forward: ``"shared"`` takes statistics from the training forward. ``"own"`` runs one more before it for
+            them, with the same random numbers and buffers untouched, whose memory is given back layer by layer while it
+            is pulled: the wide maps of the first layers of a convolutional network never lie beside the training
+            graph, at the price of a forward wherever statistics are due. Compiled models have it in any case; outputs
+            that are captured by hand, and parts of a batch, do not.
         sharing: ``"expand"`` or ``"reduce"`` for weights shared over positions.
         norm: ``"unitwise"`` or ``"full"`` blocks of normalisation layers.
         outputs: Picks the output tensor from what the model returns.
@@ -52,6 +57,7 @@ class KFACOptions(TypedDict, total=False):
     gradients: str
     burn_in: int
     stats_examples: int | None
+    stats_forward: str
     sharing: str
     norm: str
     outputs: Callable[[Any], Tensor] | None
@@ -62,6 +68,7 @@ CHOICES = {
     "inverse": ("cholesky", "newton_schulz"),
     "products": ("float32", "bfloat16"),
     "gradients": ("dense", "rows"),
+    "stats_forward": ("shared", "own"),
 }
 
 DEFAULTS = KFACOptions(
@@ -73,6 +80,7 @@ DEFAULTS = KFACOptions(
     gradients="dense",
     burn_in=10,
     stats_examples=None,
+    stats_forward="shared",
     sharing="expand",
     norm="unitwise",
     outputs=None,

@@ -97,20 +97,25 @@ class Plan:
 
         Returns:
             Positional and keyword arguments, cut to the part where it takes a forward of its own.
-
-        Raises:
-            TapeError: The training forward changed them in place.
         """
+        self.check_inputs()
         args, kwargs = self.arguments
-        if _versions(args, kwargs) != self.versions:
-            raise TapeError(
-                "The model changes its input in place, so that a second forward of it for the statistics would see "
-                "another one; clone the input first."
-            )
         if self.part is None or self.part.cut:
             return self.arguments
         m, n = self.part.examples, self.part.of
         return tuple(first_of(v, m, n) for v in args), {k: first_of(v, m, n) for k, v in kwargs.items()}
+
+    def check_inputs(self) -> None:
+        """Refuse a model that changes its arguments in place.
+
+        Raises:
+            TapeError: A forward did.
+        """
+        if _versions(*self.arguments) != self.versions:
+            raise TapeError(
+                "The model changes its input in place, so that a second forward of it for the statistics would see "
+                "another one; clone the input first."
+            )
 
     def check(self, outputs: Tensor, whole: Tensor) -> None:
         """Refuse outputs that are not those of as many examples.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +92,7 @@ class Source(ABC):
         Yields:
             Samples of one pull.
         """
-        for seed, sample in self._pulls(tape, likelihood, outputs, targets, generator):
+        for seed, sample, _ in self._pulls(tape, likelihood, outputs, targets, generator):
             pulled = {} if seed.cotangent is None else tape.pull(outputs, seed.cotangent)
             yield [sample(name, pulled.get(name)) for name in tape.calls]
 
@@ -115,7 +115,7 @@ class Source(ABC):
             generator: For everything random.
             take: Called with every sample; layers that a pull does not reach come last, with zero cotangents.
         """
-        for seed, sample in self._pulls(tape, likelihood, outputs, targets, generator):
+        for seed, sample, spent in self._pulls(tape, likelihood, outputs, targets, generator):
             met: set[str] = set()
             checked = Checked(take, held_on(outputs.device))
 
@@ -125,12 +125,15 @@ class Source(ABC):
                 sample: _MakeSample = sample,
                 met: set[str] = met,
                 checked: Checked = checked,
+                spent: bool = spent,
             ) -> None:
                 met.add(name)
                 checked(sample(name, cotangent))
+                if spent:
+                    tape.forget_input(name)
 
             if seed.cotangent is not None:
-                tape.stream(outputs, seed.cotangent, receive)
+                tape.stream(outputs, seed.cotangent, receive, retain_graph=not spent)
             checked.flush()
             for name, call in tape.calls.items():
                 if name not in met:
@@ -144,18 +147,14 @@ class Source(ABC):
         outputs: Tensor,
         targets: object,
         generator: torch.Generator | None,
-    ) -> Iterator[tuple[Seed, _MakeSample]]:
-        """Yield each seed with the function that makes a sample of a layer's cotangent."""
+    ) -> Iterator[tuple[Seed, _MakeSample, bool]]:
+        """Yield each seed, what makes a layer's sample of its cotangent, and whether the graph is spent then."""
         with torch.no_grad(), torch.autocast(outputs.device.type, enabled=False):
             values = outputs.detach()
             values = values if values.dtype in (torch.float32, torch.float64) else values.float()
             if not all_finite(values):
                 raise FloatingPointError(_first_not_finite(tape))
-            # All of them before the first statistic is touched: activations that saturate hide an infinity.
-            inputs = {n: c.input for n, c in tape.calls.items() if c.input.is_floating_point()}
-            if not all_finite(*(x for n, x in inputs.items() if not tape.calls[n].adapter.spreads)):
-                broken = next(n for n, x in inputs.items() if not all_finite(x))
-                raise FloatingPointError(not_finite("input", broken))
+            _check_inputs(tape)
             likelihood.validate(values, targets)  # type: ignore[arg-type]
             denominator = float(likelihood.denominator(values, targets))  # type: ignore[arg-type]
             weights = likelihood.row_weights(values, targets)  # type: ignore[arg-type]
@@ -163,7 +162,9 @@ class Source(ABC):
                 for call in tape.calls.values():
                     require_examples(call.adapter, call.input, len(values), f"source={self.name!r}")
             rows = {name: _unless_ones(align_weights(c.adapter, c.input, weights)) for name, c in tape.calls.items()}
-            for index, seed in enumerate(self.seeds(likelihood, values, targets, generator)):
+            seeds = self.seeds(likelihood, values, targets, generator)
+            marked = _with_last(seeds) if tape.disposable else ((seed, False) for seed in seeds)
+            for index, (seed, last) in enumerate(marked):
 
                 def sample(name: str, cotangent: Tensor | None, seed: Seed = seed, first: bool = index == 0) -> Sample:
                     call = tape.calls[name]
@@ -171,10 +172,18 @@ class Source(ABC):
                         call.adapter, call.input, cotangent, seed.weight, denominator, len(values), first, rows[name]
                     )
 
-                yield seed, sample
+                yield seed, sample, last
 
 
 _MakeSample = Callable[[str, Tensor | None], Sample]
+
+
+def _check_inputs(tape: Tape) -> None:
+    """Look at all inputs before the first statistic is touched: activations that saturate hide an infinity."""
+    inputs = {n: c.input for n, c in tape.calls.items() if c.input.is_floating_point()}
+    if not all_finite(*(x for n, x in inputs.items() if not tape.calls[n].adapter.spreads)):
+        broken = next(n for n, x in inputs.items() if not all_finite(x))
+        raise FloatingPointError(not_finite("input", broken))
 
 
 def require_examples(adapter: LayerAdapter, x: Tensor, batch: int, what: str) -> None:
@@ -196,6 +205,16 @@ def require_examples(adapter: LayerAdapter, x: Tensor, batch: int, what: str) ->
             f"{first}, not the batch of {batch}: examples are summed or interleaved there. Keep the batch first "
             "(expand position indices to [batch, positions]), or use approximation='kfac' with source='sampled'."
         )
+
+
+def _with_last(seeds: Iterable[Seed]) -> Iterator[tuple[Seed, bool]]:
+    """Say of each seed whether it is the last, for which the next one is drawn before."""
+    following = iter(seeds)
+    seed = next(following, None)
+    while seed is not None:
+        after = next(following, None)
+        yield seed, after is None
+        seed = after
 
 
 def _unless_ones(weights: Tensor | None) -> Tensor | None:

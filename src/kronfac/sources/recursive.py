@@ -151,7 +151,7 @@ class Recursive(Source):
         require_still(links)
         _require_size(tape, self.limit)
         tolerance = _tolerance(tape, outputs)
-        ((_, sample),) = self._pulls(tape, likelihood, outputs, targets, generator)
+        ((_, sample, _),) = self._pulls(tape, likelihood, outputs, targets, generator)
         with torch.no_grad(), torch.autocast(outputs.device.type, enabled=False):
             values = require_float(outputs.detach())
             weights = example_means(likelihood.row_weights(values, targets), len(values))  # type: ignore[arg-type]

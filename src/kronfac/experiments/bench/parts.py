@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from kronfac.experiments.bench.steps import KINDS, combine, gradients_of, make_kfac, single
 from kronfac.experiments.bench.timing import Clock, Spread, clock_of, timed
@@ -19,9 +20,11 @@ from kronfac.optim import KFAC, TKFAC
 from kronfac.optim.background import submit
 from kronfac.optim.refresh import refresh, snapshot
 
-#: What can be asked for by name. ``whole`` takes hundreds of steps, ``step`` one of each kind.
+#: What can be asked for by name. ``own`` are statistics from a forward of their own; ``whole`` takes hundreds of
+#: steps, ``step`` one of each kind.
 PARTS = (
     "statistics",
+    "own",
     "tkfac",
     "inverse",
     "asynchronous",
@@ -36,7 +39,7 @@ PARTS = (
 #: The parts whose time the roofline is beside.
 BOUNDED = ("statistics", "inverse", "precondition")
 #: What is timed in rounds.
-TIMED = (*BOUNDED, "wide", "tkfac", "asynchronous", "whole", "step")
+TIMED = (*BOUNDED, "wide", "own", "tkfac", "asynchronous", "whole", "step")
 #: Forwards and backwards beside which an asynchronous inverse is computed.
 BESIDE = 10
 #: Rounds before those that count.
@@ -63,7 +66,7 @@ def chosen(name: str, device: str = "cpu", only: Sequence[str] | None = None) ->
         elif name.removesuffix("-small") in LARGE:
             only = (*BOUNDED, "step")
         else:
-            only = (*BOUNDED, "wide", "tkfac", "asynchronous", "whole")
+            only = (*BOUNDED, "wide", "own", "tkfac", "asynchronous", "whole")
     if unknown := [part for part in only if part not in PARTS]:
         raise ExperimentError(f"there is no part {unknown[0]!r}; known are {', '.join(PARTS)}")
     if device != "cuda" and "memory" in only:
@@ -150,8 +153,12 @@ def parts(work: Workload, wanted: Sequence[str]) -> dict[str, Callable[[], objec
     functions: dict[str, Callable[[], object]] = {"forward+backward": without}
     if "statistics" in wanted:
         functions["with statistics"] = lambda: with_statistics(work, optimizer)
+    if "own" in wanted:
+        functions["with statistics, own forward"] = _beside(
+            work, KFAC, lr=0.0, approximation=work.approximation, stats_forward="own"
+        )
     if "tkfac" in wanted:
-        functions["with statistics of TKFAC"] = _paired(work)
+        functions["with statistics of TKFAC"] = _beside(work, TKFAC, lr=0.0)
     if "inverse" in wanted:
         functions["inverse"] = lambda: inverse(optimizer)
     if "asynchronous" in wanted:
@@ -165,14 +172,14 @@ def parts(work: Workload, wanted: Sequence[str]) -> dict[str, Callable[[], objec
     return functions
 
 
-def _paired(work: Workload) -> Callable[[], object]:
-    """Forward and backward with the statistics of TKFAC, on a twin of the model."""
+def _beside(work: Workload, kind: type[KFAC], **options: Any) -> Callable[[], object]:
+    """Forward and backward with the statistics of another optimiser, on a twin of the model."""
     other = make(work.name, device=work.device.type, precision=work.precision)
-    paired = TKFAC(other.model, other.likelihood, lr=0.0, damping=1.0, stats_every=1, burn_in=0)
+    optimizer = kind(other.model, other.likelihood, damping=1.0, stats_every=1, **options)
 
     def run() -> None:
         other.forward_backward()
-        paired._gatherer.reset()
+        optimizer._gatherer.reset()
 
     return run
 
@@ -264,7 +271,7 @@ def over_base(times: dict[str, list[float]], visible: bool = True) -> dict[str, 
     def extra(values: list[float], over: list[float]) -> Spread:
         return Spread.of([(v - o) / middle for v, o in zip(values, over, strict=True)])
 
-    for row in ("statistics", "statistics of TKFAC", *BY_ROWS.values()):
+    for row in ("statistics", "statistics, own forward", "statistics of TKFAC", *BY_ROWS.values()):
         if f"with {row}" in times:
             rows[row] = extra(times.pop(f"with {row}"), base)
     if "inverse" in times:

@@ -10,7 +10,7 @@ from torch import nn
 
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers.base import Builder, OptimizerSpec
-from kronfac.experiments.optimizers.kfac import STATS_EXAMPLES
+from kronfac.experiments.optimizers.kfac import STATS_EXAMPLES, STATS_FORWARD
 from kronfac.experiments.optimizers.options import COMMON, Option, choice, flag, integer, number, number_or
 from kronfac.experiments.problems.base import Problem
 
@@ -31,6 +31,7 @@ _SHARED = (
     Option("damping_rule", "factored", choice("factored", "exact"), "how the damping is split over the factors"),
     Option("stats_every", 1, integer(1), "steps between statistics passes"),
     STATS_EXAMPLES,
+    STATS_FORWARD,
     Option("invert_every", 20, integer(1), "steps between inversions"),
     Option("ema", 0.95, number(0.0, 1.0, open_high=True), "decay of the running factors"),
 )

@@ -30,6 +30,14 @@ STATS_EXAMPLES = Option(
     later=True,
 )
 
+STATS_FORWARD = Option(
+    "stats_forward",
+    "shared",
+    choice("shared", "own"),
+    "own: one more forward for statistics, with less memory for wide maps",
+    later=True,
+)
+
 _OPTIONS = (
     Option("lr", 0.1, number(0.0, open_low=True), "learning rate"),
     Option("momentum", 0.9, number(0.0, 1.0, open_high=True), "momentum"),
@@ -50,6 +58,7 @@ _OPTIONS = (
     Option("stats_every", 10, integer(1), "steps between statistics passes"),
     Option("invert_every", 100, integer(1), "steps between inversions"),
     STATS_EXAMPLES,
+    STATS_FORWARD,
     Option(
         "inverse", "cholesky", choice("cholesky", "newton_schulz"), "how Kronecker factors are inverted", later=True
     ),

@@ -16,7 +16,7 @@ from kronfac.experiments.optimizers.options import COMMON, Option, choice, integ
 from kronfac.experiments.problems.base import Problem
 
 #: KFAC's that mean the same here; the others are below.
-_KEPT = {"damping", "weight_decay", "source", "stats_every", "stats_examples", "burn_in", "kl_clip"}
+_KEPT = {"damping", "weight_decay", "source", "stats_every", "stats_examples", "stats_forward", "burn_in", "kl_clip"}
 _SHARED = (
     Option("lr", 0.01, number(0.0, open_low=True), "1/λ, the strength of the wake inverted"),
     Option("rho", 0.5, number(0.0, 1.0, open_high=True), "decay of the wake and of the running factors"),
