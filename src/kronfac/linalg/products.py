@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: Least side of a product that pays: a call of oneDNN takes some 13 microseconds.
 LEAST = 64
@@ -55,15 +55,7 @@ def add_triangle_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> b
         Whether it was; if not, nothing was added.
     """
     width = total.shape[0]
-    same = left.dtype == right.dtype == total.dtype == torch.float32
-    if (
-        torch.is_grad_enabled()
-        or not same
-        or width < _PANEL
-        or len(right) < LEAST
-        or total.device.type != "cpu"
-        or not outruns_mkl()
-    ):
+    if width < _PANEL or len(right) < LEAST or not _served(left, right, total):
         return False
     panels = max(round(width / _PANEL), 1)
     edges = [width * i // panels for i in range(panels + 1)]
@@ -89,11 +81,20 @@ def pays(left: Tensor, right: Tensor) -> bool:
     Returns:
         True for two wide ones in float32 on a processor where it is the faster one.
     """
-    if torch.is_grad_enabled() or left.ndim != 2 or right.ndim != 2 or not (left.dtype == right.dtype == torch.float32):
+    if not _served(left, right):
         return False
     (m, k), n = left.shape, right.shape[1]
-    wide = min(m, k, n) >= LEAST and m * k * n >= _WORK and k <= _LONGEST
-    return wide and left.device.type == "cpu" and outruns_mkl()
+    return min(m, k, n) >= LEAST and m * k * n >= _WORK and k <= _LONGEST
+
+
+def _served(*matrices: Tensor) -> bool:
+    """Whether they are matrices in float32 on such a CPU, no subclass with products of its own, and no graph is made."""
+    if torch.is_grad_enabled() or not outruns_mkl():
+        return False
+    return all(
+        type(m) in (Tensor, nn.Parameter) and m.ndim == 2 and m.dtype == torch.float32 and m.device.type == "cpu"
+        for m in matrices
+    )
 
 
 @lru_cache(maxsize=1)

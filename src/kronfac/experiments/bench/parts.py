@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kronfac.experiments.bench.steps import KINDS, combine, gradients_of, make_kfac, single
+from kronfac.experiments.bench.steps import KINDS, combine, directions_of, gradients_of, make_kfac, single
 from kronfac.experiments.bench.timing import Clock, Spread, clock_of, timed
 from kronfac.experiments.bench.whole import whole_kinds, whole_rounds, whole_steps
 from kronfac.experiments.bench.wide import BY_ROWS, wide_parts
@@ -164,7 +164,7 @@ def parts(work: Workload, wanted: Sequence[str]) -> dict[str, Callable[[], objec
     if "asynchronous" in wanted:
         functions |= {"alone": alone, "inverse beside": inverse_beside}
     if "precondition" in wanted:
-        functions["precondition"] = lambda: optimizer._directions(gradients)
+        functions["precondition"] = lambda: directions_of(optimizer, gradients)
     if "wide" in wanted:
         functions |= wide_parts(work, optimizer, gradients)
     if "step" in wanted:

@@ -10,7 +10,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from kronfac.experiments.bench.parts import inverse, started
-from kronfac.experiments.bench.steps import KINDS, gradients_of
+from kronfac.experiments.bench.steps import KINDS, directions_of, gradients_of
 from kronfac.experiments.bench.workloads import Workload
 
 #: How many are shown.
@@ -89,5 +89,5 @@ def profiles(work: Workload) -> dict[str, list[Operator]]:
         "forward": operators(plain, device),
         "forward with statistics": operators(gathering, device),
         "inverse": operators(lambda: inverse(optimizer), device),
-        "precondition": operators(lambda: optimizer._directions(gradients), device),
+        "precondition": operators(lambda: directions_of(optimizer, gradients), device),
     }

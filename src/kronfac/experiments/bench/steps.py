@@ -54,6 +54,20 @@ def gradients_of(work: Workload) -> dict[str, Tensor]:
     return {name: p.grad for name, p in work.model.named_parameters() if p.grad is not None}
 
 
+@torch.no_grad()
+def directions_of(optimizer: KFAC, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Precondition as a step does, without gradients of its own.
+
+    Args:
+        optimizer: It has inverses.
+        gradients: By parameter name.
+
+    Returns:
+        Directions by parameter name.
+    """
+    return optimizer._directions(gradients)
+
+
 def single(work: Workload, optimizer: KFAC) -> dict[str, Callable[[], object]]:
     """Make each kind of step, those of first-order optimisers included, on one copy of the model.
 

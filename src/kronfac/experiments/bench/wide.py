@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from kronfac.experiments.bench.steps import gradients_of, make_kfac, step
+from kronfac.experiments.bench.steps import directions_of, gradients_of, make_kfac, step
 from kronfac.experiments.bench.workloads import Workload
 from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.linalg.rounded import pays_on
@@ -38,7 +39,9 @@ def wide_parts(work: Workload, optimizer: KFAC, gradients: Mapping[str, Tensor])
     if "bfloat16 products" in options:
         rounded = reduced.RoundedDirections()
         adapters, inverses = optimizer._estimator.adaptation.adapters, dict(optimizer._inverses)
-        found["precondition, bfloat16"] = lambda: directions(adapters, inverses, gradients, rounded.multiply)
+        found["precondition, bfloat16"] = torch.no_grad()(
+            lambda: directions(adapters, inverses, gradients, rounded.multiply)
+        )
     for name, part in BY_ROWS.items():
         if name in options:
             found[f"with {part}"] = _by_rows(work, options[name])
@@ -54,7 +57,7 @@ def _by_rows(work: Workload, options: Mapping[str, Any]) -> Callable[[], object]
     def run() -> object:
         optimizer.zero_grad()
         twin.forward().backward()
-        return optimizer._directions(gradients_of(twin))
+        return directions_of(optimizer, gradients_of(twin))
 
     return run
 
