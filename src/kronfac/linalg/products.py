@@ -88,7 +88,7 @@ def pays(left: Tensor, right: Tensor) -> bool:
 
 
 def _served(*matrices: Tensor) -> bool:
-    """Whether they are matrices in float32 on such a CPU, no subclass with products of its own, and no graph is made."""
+    """Whether they are matrices in float32 on such a CPU, of no subclass with products of its own, without a graph."""
     if torch.is_grad_enabled() or not outruns_mkl():
         return False
     return all(

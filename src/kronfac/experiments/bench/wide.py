@@ -39,9 +39,12 @@ def wide_parts(work: Workload, optimizer: KFAC, gradients: Mapping[str, Tensor])
     if "bfloat16 products" in options:
         rounded = reduced.RoundedDirections()
         adapters, inverses = optimizer._estimator.adaptation.adapters, dict(optimizer._inverses)
-        found["precondition, bfloat16"] = torch.no_grad()(
-            lambda: directions(adapters, inverses, gradients, rounded.multiply)
-        )
+
+        @torch.no_grad()
+        def round_them() -> object:
+            return directions(adapters, inverses, gradients, rounded.multiply)
+
+        found["precondition, bfloat16"] = round_them
     for name, part in BY_ROWS.items():
         if name in options:
             found[f"with {part}"] = _by_rows(work, options[name])
