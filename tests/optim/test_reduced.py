@@ -101,15 +101,41 @@ def test_rows_and_gradients_are_measured_apart() -> None:
     rounded = optimizer._rounded
     assert rounded is not None
     found = []
-    for step, rows in enumerate((50, 50, 400, 50)):
+    for step, rows in enumerate([50] * 9 + [400, 50]):  # the last inverse is that of step 8
         x = torch.randn(rows, 20, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
         optimizer.step()
         found.append(sorted(rounded.cosines))
-    assert found == [["2, by rows"], ["2, by rows"], ["2", "2, by rows"], ["2", "2, by rows"]]
+    assert found[8:] == [["2, by rows"], ["2", "2, by rows"], ["2", "2, by rows"]]
     assert optimizer.health()["2"].cosine == min(rounded.cosines.values())
     assert all(0.99 < cosine <= 1.0 for cosine in rounded.cosines.values())
+
+
+def test_a_way_that_the_newest_inverse_was_not_measured_by_is_measured_in_a_resumed_run() -> None:
+    def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            rows = 400 if 8 <= step < 10 else 50  # inverses are renewed at step 8
+            x = torch.randn(rows, 20, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+            optimizer.step()
+
+    model = network()
+    optimizer = make(model, **OPTIONS, **ROWS)
+    go_on(model, optimizer, range(8))
+    assert optimizer._rounded is not None
+    assert list(optimizer._rounded.cosines) == ["2, by rows"]
+    go_on(model, optimizer, range(8, 10))
+    assert list(optimizer._rounded.cosines) == ["2"]
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    go_on(model, optimizer, range(10, 13))
+    resumed = network()
+    other = make(resumed, **OPTIONS, **ROWS)
+    resumed.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    go_on(resumed, other, range(10, 13))
+    assert torch.equal(parameters(model), parameters(resumed))
 
 
 def test_a_processor_without_instructions_for_it_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -25,6 +26,14 @@ _BY_ROWS = ", by rows"
 _Moved = TypeVar("_Moved", tuple[Tensor, Tensor | None], tuple[Tensor, Tensor])
 
 
+@dataclass
+class _Copy:
+    """Rounded copies of a layer's inverse, where they are of use; the inverse must not outlive a refresh by them."""
+
+    inverse: weakref.ref[KroneckerInverse]
+    product: RoundedProduct | None = None
+
+
 class RoundedDirections:
     """Rounded copies of inverses, and how true the directions are that they give.
 
@@ -36,8 +45,7 @@ class RoundedDirections:
 
     def __init__(self) -> None:
         self.cosines: dict[str, float] = {}
-        # Old inverses must not outlive a refresh, which would hold two sets then.
-        self._kept: dict[str, tuple[weakref.ref[KroneckerInverse], RoundedProduct | None]] = {}
+        self._copies: dict[str, _Copy] = {}
         self._work = Workspace()
 
     def restore(self, inverses: Mapping[str, Inverse], cosines: Mapping[str, float]) -> None:
@@ -47,11 +55,12 @@ class RoundedDirections:
             inverses: By layer.
             cosines: As they were.
         """
-        self.cosines, self._kept = dict(cosines), {}
+        self.cosines, self._copies = {}, {}
         for key, cosine in cosines.items():
             inverse = inverses.get(key.removesuffix(_BY_ROWS))
             if isinstance(inverse, KroneckerInverse):
-                self._keep(key, inverse, RoundedProduct(inverse.output, inverse.input), cosine)
+                copy = self._copy(key.removesuffix(_BY_ROWS), inverse)
+                self._keep(key, cosine, copy, copy.product or RoundedProduct(inverse.output, inverse.input))
 
     def multiply(
         self, name: str, inverse: KroneckerInverse, weight: Tensor, bias: Tensor | None
@@ -70,7 +79,7 @@ class RoundedDirections:
         if weight.dtype != torch.float32:
             return multiply_plainly(name, inverse, weight, bias)
         return self._either(
-            name,
+            (name, ""),
             inverse,
             lambda: multiply_plainly(name, inverse, weight, bias),
             lambda product: product(inverse.output, inverse.input, weight, bias, self._work),
@@ -91,37 +100,54 @@ class RoundedDirections:
             The weight's and the bias's part of the product.
         """
         return self._either(
-            name + _BY_ROWS,
+            (name, _BY_ROWS),
             inverse,
             lambda: multiply_rows(name, inverse, cotangents, inputs),
             lambda product: product.by_rows(inverse.output, inverse.input, cotangents, inputs, self._work),
         )
 
+    def cosine(self, layer: str) -> float | None:
+        """Say how true a layer's directions are.
+
+        Args:
+            layer: Its name.
+
+        Returns:
+            The least of its cosines; None if none was measured.
+        """
+        return min((self.cosines[key] for key in (layer, layer + _BY_ROWS) if key in self.cosines), default=None)
+
     def _either(
         self,
-        key: str,
+        way: tuple[str, str],
         inverse: KroneckerInverse,
         plain: Callable[[], _Moved],
         rounded: Callable[[RoundedProduct], _Moved],
     ) -> _Moved:
         if min(inverse.shape) < LEAST or inverse.input.dtype != torch.float32:
             return plain()
-        kept, product = self._kept.get(key, (None, None))
-        if kept is not None and kept() is inverse:
-            return plain() if product is None else rounded(product)
-        exact, product = plain(), RoundedProduct(inverse.output, inverse.input)
+        copy, key = self._copy(way[0], inverse), "".join(way)
+        if key in self.cosines:
+            return rounded(copy.product) if copy.product and self.cosines[key] >= COSINE else plain()
+        exact, product = plain(), copy.product or RoundedProduct(inverse.output, inverse.input)
         cosine = _cosine(rounded(product), exact)
         if math.isfinite(cosine):  # else a gradient of zeros, or one that the optimiser is about to refuse
-            self._keep(key, inverse, product, cosine)
+            self._keep(key, cosine, copy, product)
         return exact
 
-    def cosine(self, layer: str) -> float | None:
-        """The least of a layer's cosines, or None if none was measured."""
-        return min((self.cosines[key] for key in (layer, layer + _BY_ROWS) if key in self.cosines), default=None)
+    def _copy(self, layer: str, inverse: KroneckerInverse) -> _Copy:
+        """The layer's copy; an empty one, without cosines, where there is none of this inverse."""
+        known = self._copies.get(layer)
+        if known is None or known.inverse() is not inverse:
+            known = self._copies[layer] = _Copy(weakref.ref(inverse))
+            for key in (layer, layer + _BY_ROWS):
+                self.cosines.pop(key, None)
+        return known
 
-    def _keep(self, key: str, inverse: KroneckerInverse, product: RoundedProduct, cosine: float) -> None:
+    def _keep(self, key: str, cosine: float, copy: _Copy, product: RoundedProduct) -> None:
         self.cosines[key] = cosine
-        self._kept[key] = weakref.ref(inverse), product if cosine >= COSINE else None
+        if cosine >= COSINE:
+            copy.product = product
 
 
 def fits(layer: LayerAdapter) -> bool:
