@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-#: Least side of a product that pays: a call of oneDNN takes some 13 microseconds.
-LEAST = 64
-#: Least number of multiplications.
-_WORK = 1 << 22
+#: Least side of a product that pays.
+LEAST = 8
+#: Least number of multiplications: a call of oneDNN takes some 13 microseconds.
+_WORK = 1 << 21
 #: Longest sums that oneDNN takes in stride.
 _LONGEST = 4096
-#: Height of a panel of a triangle, which must be twice as wide, and the rows that are summed at once.
-_PANEL, _ROWS = 192, 2048
+#: Height of a panel of a triangle, which must be as wide, and the rows that are summed at least and at once.
+_PANEL, _FEWEST, _ROWS = 192, 64, 2048
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def add_triangle_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> b
         Whether it was; if not, nothing was added.
     """
     width = total.shape[0]
-    if width < _PANEL or len(right) < LEAST or not _served(left, right, total):
+    if width < _PANEL or len(right) < _FEWEST or not _served(left, right, total):
         return False
     panels = max(round(width / _PANEL), 1)
     edges = [width * i // panels for i in range(panels + 1)]

@@ -26,6 +26,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kronfac.linalg.products import matmul
 from kronfac.linalg.symmetric import row_step
 
 #: Columns of the basis; `benchmarks/reduced_precision.py` measures what they keep.
@@ -103,12 +104,12 @@ class RoundedProduct:
         """
         (rows, columns), wide = weight.shape, input.shape[0]
         mixing = _mixing(wide, weight.device)
-        combined = weight @ mixing[:columns]
+        combined = matmul(weight, mixing[:columns])
         if bias is not None:
             combined.addr_(bias, mixing[columns])
         basis = torch.linalg.qr(combined).Q
         main = weight.new_empty(RANK, wide)
-        torch.mm(basis.mT, weight, out=main[:, :columns])
+        main[:, :columns] = matmul(basis.mT, weight)
         out = torch.addmm(weight, basis, main[:, :columns], alpha=-1)
         rest, left = (work.take(slot, rows, wide, weight.device) for slot in (0, 1))
         rest[:, :columns] = out
@@ -117,7 +118,7 @@ class RoundedProduct:
             rest[:, columns] = torch.addmv(bias, basis, main[:, columns], alpha=-1)
         torch.mm(self._halves[0], rest, out=left)
         solved = torch.mm(left, self._halves[1], out=rest)
-        low, high = output @ basis, main @ input
+        low, high = matmul(output, basis), matmul(main, input)
         out.copy_(solved[:, :columns]).addmm_(low, high[:, :columns])
         if bias is None:
             return out, None
