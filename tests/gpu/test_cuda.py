@@ -17,7 +17,7 @@ import pytest
 import torch
 from tests.exactness_helpers import double, draw, relative
 from tests.layers.layer_cases import CASES
-from tests.linalg.test_rounded import cosine, in_range
+from tests.linalg.test_rounded import cosine, in_range, rows_in_range
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -184,6 +184,7 @@ OPTIMISERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "kfac, average and decay": _kfac(average=0.9, weight_decay=0.01),
     "kfac, exact damping": _kfac(damping_rule="exact"),
     "kfac, asynchronous": _kfac(asynchronous=2),
+    "kfac, a forward for the statistics": _kfac(stats_forward="own"),
     "kfac, inverses from those of before": _kfac(inverse="newton_schulz"),
     "kfac, asynchronous inverses from those of before": _kfac(inverse="newton_schulz", asynchronous=2),
     "kfac, dense": _kfac(approximation="dense"),
@@ -246,6 +247,14 @@ def test_rounded_products_keep_the_direction() -> None:
     assert bias is not None
     wanted, found = output @ gradient @ input, torch.cat([weight, bias.unsqueeze(1)], dim=1).cpu()
     assert cosine(found, wanted) > 0.995
+
+
+def test_rounded_products_keep_the_direction_of_rows() -> None:
+    g, a, output, input = rows_in_range(100, 300, 261)
+    cotangents, inputs, *pair = (here(t.float().contiguous()) for t in (g, a[:, :-1], output, input))
+    weight, bias = RoundedProduct(*pair).by_rows(*pair, cotangents, inputs, Workspace())
+    found = torch.cat([weight, bias.unsqueeze(1)], dim=1).cpu()
+    assert cosine(found, output @ (g.mT @ a) @ input) > 0.999
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMISERS if name != "kfra"])  # which refuses dropout
