@@ -5,6 +5,10 @@
 Products of the deep autoencoder's and of the KFC network's layers with their inverses, and second moments, of which the
 upper triangle is wanted. `kronfac.linalg.products` takes oneDNN where the last line says so; the other columns are what
 that is worth. Errors are of the norm, to the product in float64.
+
+Then forward and backward of the autoencoder, by PyTorch's default and where it may take oneDNN, which
+`torch.backends.mkldnn.matmul.fp32_precision = "bf16"` permits: by float32 on processors without AMX, and the gradients'
+difference tells.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kronfac.experiments.bench.timing import clock_of, timed
+from kronfac.experiments.bench.workloads import make
 from kronfac.linalg import products, symmetric
 
 #: Heights, sums and widths of products, and rows and widths of second moments.
@@ -45,6 +50,24 @@ def main() -> None:
             wanted = (x.double().mT @ x.double()).triu()
             compare(f"moment of {rows} x {width}", partial(moment, total, x), wanted, options.rounds)
     print(f"taken here: {'oneDNN' if taken else 'MKL'}")
+    training(options.rounds)
+
+
+def training(rounds: int) -> None:
+    """Print forward and backward, by default and with oneDNN permitted, in turn."""
+    work, settings = make("autoencoder"), torch.backends.mkldnn.matmul
+    before, times, gradients = settings.fp32_precision, {}, {}
+    for number in range(rounds + 3):
+        for choice in (before, "bf16"):
+            settings.fp32_precision = choice
+            seconds = timed(work.forward_backward, clock_of("cpu"))
+            if number >= 3:
+                times.setdefault(choice, []).append(1e3 * seconds)
+            gradients[choice] = torch.cat([p.grad.flatten() for p in work.model.parameters() if p.grad is not None])
+    settings.fp32_precision = before
+    plain, permitted = (statistics.median(times[choice]) for choice in (before, "bf16"))
+    apart = (gradients["bf16"] - gradients[before]).norm() / gradients[before].norm()
+    print(f"forward and backward: {plain:.1f} ms; oneDNN permitted: {permitted:.1f} ms, gradients {apart:.1e} apart")
 
 
 def moment(total: Tensor, rows: Tensor) -> Tensor:
