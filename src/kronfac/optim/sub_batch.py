@@ -118,7 +118,7 @@ class Plan:
             )
 
     def check(self, outputs: Tensor, whole: Tensor) -> None:
-        """Refuse outputs that are not those of as many examples.
+        """Refuse outputs of a part that are not those of as many examples.
 
         Args:
             outputs: Outputs of the other forward.
@@ -127,11 +127,12 @@ class Plan:
         Raises:
             TapeError: They are not.
         """
-        m, n = (1, 1) if self.part is None or self.part.cut else (self.part.examples, self.part.of)
-        if len(outputs) * n != len(whole) * m:
+        part = self.part
+        if part is not None and len(outputs) * part.of != len(whole) * part.examples:
             raise TapeError(
-                f"A second forward for the statistics, of {m} out of {n}, gave {len(outputs)} rows of outputs, and the "
-                f"training forward {len(whole)}: keep the batch first, in the inputs and in the outputs."
+                f"A second forward for the statistics, of {part.examples} out of {part.of}, gave {len(outputs)} rows "
+                f"of outputs, and the training forward {len(whole)}: keep the batch first, in the inputs and in the "
+                "outputs."
             )
 
 
