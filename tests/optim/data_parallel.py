@@ -98,5 +98,6 @@ def work(rank: int, folder: str) -> None:
             found[name] = train(model, nn.parallel.DistributedDataParallel(model), rank, **options)
         found |= resume(rank)
         torch.save(found, Path(folder) / f"{rank}.pt")
+        distributed.barrier()  # who leaves first closes connections that the other one may still be at
     finally:
         distributed.destroy_process_group()
