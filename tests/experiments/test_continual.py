@@ -157,7 +157,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(strategy: str, tmp_path: Path
 
 @pytest.mark.parametrize(
     "strategy",
-    ["l2", "kkfac", "online-kkfac", "online-xkfac", "fixed-bn", "merged-kfac", "live-kfac", "live-xkfac"],
+    [
+        "l2",
+        "kkfac",
+        "online-kkfac",
+        "online-xkfac",
+        "fixed-bn",
+        "merged-kfac",
+        "live-kfac",
+        "live-xkfac",
+        "recalling-xkfac",
+    ],
 )
 def test_with_batch_norm_a_resumed_run_equals_an_uninterrupted_one(strategy: str, tmp_path: Path) -> None:
     options = {"tasks": 3, "budget": continual.Budget(steps=20, damping=0.1, balance="adaptive"), "threads": 1}
@@ -167,6 +177,8 @@ def test_with_batch_norm_a_resumed_run_equals_an_uninterrupted_one(strategy: str
     whole = continual.compare("permuted-digits-bn", [strategy], out=tmp_path / "whole", **options)
     assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")
     assert stopped.runs[strategy][0]["adapted"] == whole.runs[strategy][0]["adapted"]
+    folder = next((tmp_path / "whole" / "runs").iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "result.json", "settings.json"]
     table = continual.summary(whole)
     assert table.columns[-2] == "own statistics [%]"
     assert "damping 0.1, balanced" in table.rows[0][1]

@@ -9,6 +9,7 @@ from kronfac.continual.batchnorm import MergedBatchNorm, merge_batchnorm
 from kronfac.continual.decay import RecentredDecay, recentred_decay
 from kronfac.continual.files import load, save
 from kronfac.continual.quadratic import QuadraticPenalty
+from kronfac.continual.task_statistics import TaskStatistics
 
 __all__ = [
     "AvalanchePlugin",
@@ -20,6 +21,7 @@ __all__ = [
     "QuadraticPenalty",
     "RecentredDecay",
     "RunningMeans",
+    "TaskStatistics",
     "balance",
     "load",
     "merge_batchnorm",

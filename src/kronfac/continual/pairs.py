@@ -29,6 +29,12 @@ class Pair:
     layer: nn.Module
     norm: _BatchNorm
 
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight."""
+        weight: Tensor = self.layer.weight  # type: ignore[assignment]
+        return weight
+
     def scale(self, variance: Tensor | None = None) -> Tensor:
         """Give ``s = γ / √(v + ε)``, differentiable in γ (and ``v``, if given), shape ``[d_out]``.
 
@@ -51,7 +57,7 @@ class Pair:
             Weight and bias.
         """
         mean, variance = (statistic(self.norm.running_mean), None) if statistics is None else statistics
-        scale, weight = self.scale(variance), _weight(self.layer)
+        scale, weight = self.scale(variance), self.weight
         shift = self.layer.bias - mean if isinstance(self.layer.bias, Tensor) else -mean
         bias = scale * shift
         if self.norm.bias is not None:
@@ -148,13 +154,8 @@ def check_pair(pair: Pair) -> None:
         raise ValueError(
             f"batch norm {pair.norm_name!r} keeps no running statistics: its function in eval mode is none"
         )
-    if (width := _weight(pair.layer).shape[0]) != pair.norm.num_features:
+    if (width := pair.weight.shape[0]) != pair.norm.num_features:
         raise ValueError(f"{where} do not fit: {width} outputs and {pair.norm.num_features} features")
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight
 
 
 def statistic(buffer: Tensor | None) -> Tensor:

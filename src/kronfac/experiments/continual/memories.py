@@ -70,6 +70,19 @@ class Memory:
         """
         return task_loss, None
 
+    @contextmanager
+    def recalling(self, model: nn.Module, task: Task) -> Iterator[None]:
+        """Go around a test of a task.
+
+        Args:
+            model: The live network.
+            task: The task.
+
+        Yields:
+            Nothing.
+        """
+        yield
+
     def remember(self, model: nn.Module, task: Task, seed: int) -> None:
         """Take in a task that was learned.
 
@@ -224,13 +237,10 @@ class Quadratic(PenaltyMemory):
             task: The task.
             seed: Of the examples chosen and the labels drawn.
         """
-        order = torch.randperm(len(task.train_inputs), generator=torch.Generator().manual_seed(seed))
-        # Of a single example there is no variance, which batch norm and what couples examples take.
-        rows = [part for part in order[:CURVATURE_EXAMPLES].split(estimation_batch(model)) if len(part) > 1]
         curvature = kf.estimate(
             self.view.subject(model),
             kf.Categorical(),
-            [task.training(part) for part in rows],
+            examples(task, estimation_batch(model), seed),
             approximation=self.approximation,
             source="sampled",
             seed=seed,
@@ -242,6 +252,22 @@ class Quadratic(PenaltyMemory):
         else:
             term = QuadraticPenalty(curvature, anchor, strength=self.options.strength)
             self.kept = term if self.kept is None else self.kept + term
+
+
+def examples(task: Task, size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Choose what a task is remembered by.
+
+    Args:
+        task: The task.
+        size: Examples of a batch.
+        seed: Of the choice.
+
+    Returns:
+        Batches of inputs and targets, `CURVATURE_EXAMPLES` at most.
+    """
+    order = torch.randperm(len(task.train_inputs), generator=torch.Generator().manual_seed(seed))
+    # Of a single example there is no variance, which batch norm and what couples examples take.
+    return [task.training(part) for part in order[:CURVATURE_EXAMPLES].split(size) if len(part) > 1]
 
 
 def terms(penalty: Penalty) -> tuple[Penalty, ...]:

@@ -157,7 +157,7 @@ def run(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[str,
         if index + 1 < plan.tasks:
             _remember(plan, folder, model, memory, tasks[index], index)
         seconds = time.perf_counter() - started
-        accuracies = [accuracy(model, task) for task in tasks]
+        accuracies = [_recalled(model, memory, task) for task in tasks]
         held = tasks[index].held_out
         rows.append(
             {
@@ -229,6 +229,11 @@ def _loss(model: nn.Module, tasks: Sequence[Task], rows: Sequence[torch.Tensor])
     return torch.stack(losses).mean()
 
 
+def _recalled(model: nn.Module, memory: Memory, task: Task) -> float:
+    with memory.recalling(model, task):
+        return accuracy(model, task)
+
+
 def _rows(task: Task, generator: torch.Generator, count: int) -> torch.Tensor:
     """Rows of a task's training set, a permutation after the other."""
     size = len(task.train_inputs)
@@ -253,7 +258,7 @@ def _keep(plan: Plan, folder: Path, model: nn.Module, rows: list[dict[str, objec
     save_checkpoint(folder / _CHECKPOINT, plan.folder_name, {"model": model.state_dict(), "rows": rows})
     write_text(folder / _METRICS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     for path in folder.glob("penalty-*.safetensors"):
-        if path.name != _penalty(len(rows)):
+        if path.name.partition(".")[0] != _penalty(len(rows)).partition(".")[0]:
             path.unlink()
 
 

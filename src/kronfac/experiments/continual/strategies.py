@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kronfac.approximations import APPROXIMATIONS
 from kronfac.experiments.continual.memories import Centre, Memory, Options, Quadratic, Replay
+from kronfac.experiments.continual.recalling import Recalling
 from kronfac.experiments.continual.views import FixedView, LiveView, MergedView
 from kronfac.experiments.errors import ExperimentError, UnknownNameError
 
@@ -115,6 +116,20 @@ STRATEGIES: dict[str, Strategy] = {
             "online XK-FAC",
             "online KFAC's with the curvature that batch norm makes between examples",
             lambda o: Quadratic(o, "xkfac", online=True, combine="nearest"),
+            10.0,
+        ),
+        Strategy(
+            "recalling-kfac",
+            "KFAC, batch norm recalled",
+            "online KFAC's; a task is tested with its own batch norm statistics, recomputed for the newest weights",
+            lambda o: Recalling(o, "kfac"),
+            10.0,
+        ),
+        Strategy(
+            "recalling-xkfac",
+            "XK-FAC, batch norm recalled",
+            "the same with the curvature that batch norm makes between examples",
+            lambda o: Recalling(o, "xkfac"),
             10.0,
         ),
         Strategy(
