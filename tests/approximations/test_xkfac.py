@@ -158,6 +158,20 @@ def test_a_layer_that_feeds_batch_norm_has_one_product_and_no_bias() -> None:
     assert relative(block.input[:-1, :-1], torch.cov(x.T)) < 1e-12
 
 
+def test_where_zero_lies_among_the_inputs_makes_a_difference_to_kfac_alone() -> None:
+    """Batch norm removes the inputs' mean, so that the network is the same function of shifted inputs."""
+    model, x = perceptron(), inputs(8)
+    for approximation in ("xkfac", "kfac"):
+        here, there = (
+            kf.estimate(model, kf.Categorical(), [(batch, None)], approximation=approximation, source="sampled", seed=3)
+            for batch in (x, x + 3.0)
+        )
+        apart = [relative(there.blocks[name].to_dense(), block.to_dense()) for name, block in here.blocks.items()]
+        assert (apart[0] > 1.0) == (approximation == "kfac")
+        assert max(apart[1:]) < 1e-11
+        assert apart[0] < 1e-11 or approximation == "kfac"
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("samples", [1, 2, 5])
 def test_both_terms_are_positive_semi_definite_however_few_the_samples(samples: int, dtype: torch.dtype) -> None:

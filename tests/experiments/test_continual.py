@@ -73,6 +73,17 @@ def test_permutations_keep_the_pixels() -> None:
         assert task.train_inputs is tasks[0].train_inputs  # fifty tasks take the memory of one
 
 
+def test_pixels_are_what_the_stream_says() -> None:
+    plain, inverted = (continual.get_stream(f"permuted-mnist-{name}-bn") for name in ("plain", "inverted"))
+    assert (plain.pixels, inverted.pixels) == ("plain", "inverted")
+    shown = continual.get_stream("permuted-digits-inverted-bn").tasks(2, 0)
+    plain_digits = replace(continual.get_stream("permuted-digits-bn"), pixels="plain").tasks(2, 0)
+    for dark, bright in zip(plain_digits, shown, strict=True):
+        assert torch.equal(_images(bright), 1 - _images(dark))
+        assert torch.equal(bright.test_inputs, 1 - dark.test_inputs)
+        assert (float(_images(dark).min()), float(_images(dark).max())) == (0.0, 1.0)
+
+
 def test_splits_share_the_classes_out() -> None:
     tasks = continual.get_stream("split-digits").tasks(5, 0)
     assert sorted(c for task in tasks for c in task.classes) == list(range(10))

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kronfac.experiments.continual.tasks import MAKERS, Task
+from kronfac.experiments.continual.tasks import MAKERS, Images, Task
 from kronfac.experiments.datasets import load
+from kronfac.experiments.datasets.base import Dataset
 from kronfac.experiments.environment import free_memory
 from kronfac.experiments.errors import ExperimentError, UnknownNameError
 from kronfac.experiments.models.initialise import initialise, mark_linear
@@ -20,6 +21,14 @@ from kronfac.experiments.models.small import perceptron, small_convolutional
 
 #: The stream's own random numbers are far from those of training.
 _SEED = 7_919
+
+
+#: Where zero lies among pixels, and what one is, by name.
+PIXELS: dict[str, Callable[[Dataset], Images]] = {
+    "standardised": Dataset.standardised,
+    "plain": lambda data: (data.pixels(data.train), data.pixels(data.test)),
+    "inverted": lambda data: (1.0 - data.pixels(data.train), 1.0 - data.pixels(data.test)),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Stream:
         lr: Learning rate of Adam.
         batch_size: Examples of a batch.
         pool: Pixels on each side of the squares that images are averaged over first.
+        pixels: What pixels are, a name of `PIXELS`.
     """
 
     name: str
@@ -49,6 +59,7 @@ class Stream:
     lr: float = 1e-3
     batch_size: int = 100
     pool: int = 1
+    pixels: str = "standardised"
 
     def check(self, count: int) -> None:
         """Refuse a number of tasks that there cannot be.
@@ -88,7 +99,7 @@ class Stream:
         self.check(count)
         data = load(self.dataset)
         generator = torch.Generator().manual_seed(_SEED * (seed + 1))
-        train, test = (F.avg_pool2d(part, self.pool) for part in data.standardised())
+        train, test = (F.avg_pool2d(part, self.pool) for part in PIXELS[self.pixels](data))
         needed, free = count * (train.nbytes + test.nbytes), free_memory()
         if self.kind == "rotated" and free is not None and needed > free:
             raise ExperimentError(
@@ -138,6 +149,13 @@ _WORDS = {
 }
 
 
+_PIXEL_WORDS = {
+    "standardised": "",
+    "plain": ", pixels from 0 to 1",
+    "inverted": ", pixels from 0 to 1, dark on bright",
+}
+
+
 def _streams() -> dict[str, Stream]:
     networks: dict[str, tuple[str, Callable[[], nn.Module], bool, int, str]] = {
         "digits": ("digits", lambda: perceptron([64, 100, 10]), True, 30, "MLP 64-100-10"),
@@ -151,21 +169,26 @@ def _streams() -> dict[str, Stream]:
             batch = 50 if key == "digits" else 100
             description = f"{words}; {network}, {epochs} epochs a task"
             found[name] = Stream(name, description, dataset, kind, build, flat, epochs, batch_size=batch)
-    # Data set, units of a perceptron (none for ResNet-8), pixels to average over.
-    normed: dict[str, tuple[str, list[int], int]] = {
-        "permuted-digits-bn": ("digits", [64, 100, 100, 10], 1),
-        "permuted-mnist-bn": ("mnist", [784, 100, 100, 10], 1),
-        "permuted-mnist14-bn": ("mnist", [196, 100, 100, 10], 2),
-        "split-cifar10-resnet8": ("cifar10", [], 1),
+    # Data set, units of a perceptron (none for ResNet-8), pixels to average over, what pixels are.
+    normed: dict[str, tuple[str, list[int], int, str]] = {
+        "permuted-digits-bn": ("digits", [64, 100, 100, 10], 1, "standardised"),
+        "permuted-digits-inverted-bn": ("digits", [64, 100, 100, 10], 1, "inverted"),
+        "permuted-mnist-bn": ("mnist", [784, 100, 100, 10], 1, "standardised"),
+        "permuted-mnist-plain-bn": ("mnist", [784, 100, 100, 10], 1, "plain"),
+        "permuted-mnist-inverted-bn": ("mnist", [784, 100, 100, 10], 1, "inverted"),
+        "permuted-mnist14-bn": ("mnist", [196, 100, 100, 10], 2, "standardised"),
+        "split-cifar10-resnet8": ("cifar10", [], 1, "standardised"),
     }
-    for name, (dataset, widths, pool) in normed.items():
+    for name, (dataset, widths, pool, pixels) in normed.items():
         kind = name.partition("-")[0]
         epochs, batch = (30, 50) if dataset == "digits" else (1 if widths else 5, 100)
         network = f"MLP {'-'.join(map(str, widths))}" if widths else "ResNet-8"
         build = partial(perceptron, widths, norm=True) if widths else partial(ResNet, 1)
         size = ", 2x2 pixels averaged" if pool > 1 else ""
-        description = f"{_WORDS[kind]}; {network} with batch norm{size}, {epochs} epochs a task"
-        found[name] = Stream(name, description, dataset, kind, build, bool(widths), epochs, batch_size=batch, pool=pool)
+        description = f"{_WORDS[kind]}; {network} with batch norm{size}{_PIXEL_WORDS[pixels]}, {epochs} epochs a task"
+        found[name] = Stream(
+            name, description, dataset, kind, build, bool(widths), epochs, batch_size=batch, pool=pool, pixels=pixels
+        )
     found["split-digits-cnn"] = Stream(
         "split-digits-cnn",
         f"{_WORDS['split']}; 2 convolutions, 20 epochs a task",
