@@ -57,6 +57,24 @@ def frozen_buffers(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(saved[name])
 
 
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Put every module back into the mode, train or eval, that it is in now.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def couples_examples(model: nn.Module) -> bool:
     """Whether a layer in train mode makes each example's output depend on the others (batch norm).
 

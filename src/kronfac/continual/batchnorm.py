@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kronfac.continual.coupled import normalising
 from kronfac.continual.pairs import Pair, check_pair, find_pairs, statistic
 from kronfac.continual.statistics import BatchStatistics, TrackedStatistics, measured
+from kronfac.measuring import kept_modes
 
 
 class MergedBatchNorm:
@@ -203,13 +204,8 @@ class MergedBatchNorm:
         Raises:
             ValueError: If they differ: a pairing is wrong, or a batch norm does not act on its layer's outputs.
         """
-        modes = {module: module.training for module in self.model.modules()}
-        try:
-            with torch.no_grad():
-                expected, found = self.model.eval()(inputs), self.folded()(inputs)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with kept_modes(self.model), torch.no_grad():
+            expected, found = self.model.eval()(inputs), self.folded()(inputs)
         difference = float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-30))
         if not difference <= tolerance:
             raise ValueError(f"the merged model differs from the model in eval mode by {difference:.3g}")

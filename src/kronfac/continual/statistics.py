@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from kronfac.continual.pairs import Pair, statistic
+from kronfac.measuring import kept_modes
 
 
 class BatchStatistics(Mapping[str, tuple[Tensor, Tensor]]):
@@ -137,17 +138,14 @@ def measured(
             sums[name] = (first + count * shift, second + count * (variance + shift.square()), total + count)
 
         handles.append(norm.register_forward_pre_hook(add))
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad():
+        with kept_modes(model), torch.no_grad():
+            model.eval()
             for batch in inputs:
                 model(batch)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if not sums:
         raise ValueError("inputs is empty: no batch to take statistics from")
     found = {}

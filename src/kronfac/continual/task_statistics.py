@@ -27,7 +27,7 @@ from kronfac.continual.pairs import Pair, statistic
 from kronfac.layers.base import LayerAdapter
 from kronfac.layers.registry import adapt
 from kronfac.linalg.symmetric import mirror_
-from kronfac.measuring import frozen_buffers
+from kronfac.measuring import frozen_buffers, kept_modes
 from kronfac.storage import StorageError, read_file, write_file
 
 _FORMAT = "kronfac.task-statistics"
@@ -87,7 +87,9 @@ class TaskStatistics:
             for name, adapter in adapters.items():
                 stack.callback(self._watch(name, adapter, sums).remove)
             stack.enter_context(frozen_buffers(self.model))
-            stack.enter_context(_batch_norm_alone_trains(self.model))
+            stack.enter_context(kept_modes(self.model))
+            for module in self.model.modules():
+                module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
             for batch in inputs:
                 self.model(batch)
         if not sums:
@@ -186,18 +188,6 @@ class TaskStatistics:
             sums[name] = (first + more * rows, second, count + more)
 
         return self._pairs[name].layer.register_forward_pre_hook(add)
-
-
-@contextmanager
-def _batch_norm_alone_trains(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _adapter(pair: Pair) -> LayerAdapter:

@@ -22,7 +22,6 @@ from kronfac.experiments.models.small import perceptron, small_convolutional
 #: The stream's own random numbers are far from those of training.
 _SEED = 7_919
 
-
 #: Where zero lies among pixels, and what one is, by name.
 PIXELS: dict[str, Callable[[Dataset], Images]] = {
     "standardised": Dataset.standardised,
@@ -147,8 +146,6 @@ _WORDS = {
     "rotated": "images turned by 180/T degrees more for each task",
     "split": "10/T classes for each task, with outputs of their own",
 }
-
-
 _PIXEL_WORDS = {
     "standardised": "",
     "plain": ", pixels from 0 to 1",
