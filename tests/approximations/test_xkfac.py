@@ -172,6 +172,26 @@ def test_where_zero_lies_among_the_inputs_makes_a_difference_to_kfac_alone() -> 
         assert apart[0] < 1e-11 or approximation == "kfac"
 
 
+def test_second_terms_take_memory_where_there_are_any_alone() -> None:
+    found = {name: statistic(gathered(perceptron(), inputs(8)), str(name)) for name in LINEAR}
+    for name, kept in found.items():
+        second = [kept.input_mean.total, kept.output_sum.total]
+        taken = [total.untyped_storage().nbytes() > 8 for total in second]
+        assert taken == [LINEAR[name] is Coupling.GENERAL] * 2
+        assert [total.shape for total in second] == [kept.input.total.shape, kept.output.total.shape]
+
+
+def test_forgetting_for_long_leaves_second_terms_that_there_are_not() -> None:
+    model, x = perceptron(), inputs(8)
+    estimator, fresh = gathered(model, x), gathered(model, x)
+    for _ in range(3):
+        estimator.decay(1e-5)  # rescales the sums
+    estimator.consolidate()
+    for name in LINEAR:
+        block, wanted = (found.statistics[str(name)].block() for found in (estimator, fresh))
+        assert relative(block.to_dense(), wanted.to_dense()) < 1e-12
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("samples", [1, 2, 5])
 def test_both_terms_are_positive_semi_definite_however_few_the_samples(samples: int, dtype: torch.dtype) -> None:

@@ -23,7 +23,7 @@ class Mean:
     touches one number instead of the whole tensor, and what is added is divided by the scale.
 
     Args:
-        total: Zeros of the statistic's shape.
+        total: Zeros of the statistic's shape; those of :func:`blank` until something is added.
     """
 
     def __init__(self, total: Tensor) -> None:
@@ -41,7 +41,8 @@ class Mean:
         self.scale *= factor
         self.weight *= factor
         if self.scale < 1e-6:  # far from under- and overflow in float32
-            self.total.mul_(self.scale)
+            if not is_blank(self.total):
+                self.total.mul_(self.scale)
             self.scale = 1.0
 
     def value(self) -> Tensor:
@@ -65,6 +66,8 @@ class Mean:
         if not (distributed.is_available() and distributed.is_initialized()):
             return
         weight = self.total.new_tensor(self.weight, dtype=torch.float64)
+        if is_blank(self.total):  # another process may have added to its own
+            self.total = self.total.contiguous()
         self.total.mul_(self.scale)
         total = self.total.contiguous()
         distributed.all_reduce(total)
@@ -215,6 +218,16 @@ def zeros(layer: LayerAdapter, *shape: int) -> Tensor:
     """Zeros on the layer's device in the statistics' dtype, in memory that products are added to fast."""
     parameter = next(iter(layer.parameters.values()))
     return with_even_rows(torch.zeros(shape, dtype=statistics_dtype(layer), device=parameter.device))
+
+
+def blank(layer: LayerAdapter, *shape: int) -> Tensor:
+    """Zeros that take no memory, for a sum that may never be needed; they cannot be added to."""
+    return zeros(layer).expand(shape)
+
+
+def is_blank(total: Tensor) -> bool:
+    """Whether these are zeros of :func:`blank`."""
+    return total.ndim > 0 and not any(total.stride())
 
 
 def require_finite(sample: Sample) -> None:

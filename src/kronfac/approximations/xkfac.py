@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, zeros
+from kronfac.approximations.base import Approximation, Mean, Statistic, blank, is_blank, require_finite, zeros
 from kronfac.approximations.dense import DenseStatistic
 from kronfac.approximations.kfac import KFACStatistic
 from kronfac.blocks import Block, Kronecker, KroneckerSum
@@ -53,8 +53,8 @@ class XKFACStatistic(KFACStatistic):
 
     def __init__(self, layer: LayerAdapter) -> None:
         super().__init__(layer)
-        self.input_mean = Mean(zeros(layer, *layer.stack, layer.d_in, layer.d_in))
-        self.output_sum = Mean(zeros(layer, *layer.stack, layer.d_out, layer.d_out))
+        self.input_mean = Mean(blank(layer, *layer.stack, layer.d_in, layer.d_in))
+        self.output_sum = Mean(blank(layer, *layer.stack, layer.d_out, layer.d_out))
         self.coupling: Coupling | None = None
 
     def means(self) -> dict[str, Mean]:
@@ -108,7 +108,8 @@ class XKFACStatistic(KFACStatistic):
         if sample.first:
             self._add_inputs(require_float(sample.inputs), sample.batch)
             self.output.weight += sample.denominator
-            self.output_sum.weight += sample.denominator
+            if self.coupling is Coupling.GENERAL:
+                self.output_sum.weight += sample.denominator
         self._add_cotangents(require_float(sample.cotangents), sample.weight)
 
     def _add_inputs(self, x: Tensor, batch: int) -> None:
@@ -117,6 +118,9 @@ class XKFACStatistic(KFACStatistic):
         rows = float(layer.add_input_gram_(self.input.total, x - mean, None, self.input.alpha))
         self.input.weight += rows * (batch - 1) / batch
         if self.coupling is Coupling.GENERAL:
+            for moment in (self.input_mean, self.output_sum):
+                if is_blank(moment.total):
+                    moment.total = zeros(layer, *moment.total.shape)
             layer.add_input_gram_(self.input_mean.total, mean, None, batch * self.input_mean.alpha)
             self.input_mean.weight += rows
 

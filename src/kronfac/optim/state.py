@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kronfac.approximations import Mean, Statistic
+from kronfac.approximations.base import is_blank
 from kronfac.blocks import INVERSES, Inverse
 from kronfac.optim.background import Pending
 from kronfac.optim.health import Record
@@ -103,11 +104,8 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
                 raise ValueError(
                     f"Layer {layer!r}: the state's {key} has shape {shape}, not {tuple(mean.total.shape)}."
                 )
-            like = mean.total
-            total = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
-            total.copy_(entry["total"])
             weight, scale = (_number(f"{what} of {layer}.{key}", entry[what]) for what in ("weight", "scale"))
-            means.append((mean, total, weight, scale))
+            means.append((mean, _total(mean.total, entry["total"], weight), weight, scale))
     fixed = {layer: statistic for layer, statistic in mine.items() if statistic.constant_shapes()}
     constants = {layer: _constants(layer, statistic, saved["constants"][layer]) for layer, statistic in fixed.items()}
     inverses = _load_inverses(optimizer, saved["inverses"])
@@ -191,6 +189,14 @@ def gather_generators(estimator: Estimator) -> list[Tensor] | None:
     states = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
     distributed.all_gather(states, own)
     return [state.cpu() for state in states]
+
+
+def _total(like: Tensor, saved: Tensor, weight: float) -> Tensor:
+    """Copy of a saved sum that lies as the present one does; of what was never needed there is still none."""
+    if is_blank(like):
+        return saved.to(like, copy=True) if weight > 0.0 else like
+    total = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    return total.copy_(saved)
 
 
 def _own_generator(saved: dict[str, Any]) -> Tensor:
