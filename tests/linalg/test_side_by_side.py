@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from tests.exactness_helpers import draw
 from torch import Tensor
 
 from kronfac.linalg.inverse import invert
-from kronfac.linalg.side_by_side import divided, side_by_side
+from kronfac.linalg.side_by_side import divided, end_team, side_by_side
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -91,3 +94,23 @@ def test_those_that_fail_are_repaired_and_named(threads: int) -> None:
     others = [positive(200, seed).float() for seed in (1, 2)]
     with pytest.raises(torch.linalg.LinAlgError, match=r"second .* is not positive definite"):
         invert([others[0], singular - torch.eye(150), others[1]], [1e-3] * 3, ["first", "second", "third"])
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "omp_pause_resource"), reason="OpenMP 5.0 cannot be told"
+)
+@pytest.mark.parametrize("threads", [3], indirect=True)
+def test_threads_of_loops_end_and_come_back(threads: int) -> None:
+    x = draw(1000, 1000)
+
+    def running() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    def loop() -> float:
+        return float(x.square().sum())
+
+    before, with_team = loop(), running()
+    end_team()
+    assert running() == with_team - (threads - 1)
+    assert loop() == before
+    assert running() == with_team

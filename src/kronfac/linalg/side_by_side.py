@@ -19,6 +19,8 @@ import torch
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
+#: ``omp_pause_soft`` of OpenMP 5.0: what was set stays.
+_SOFT = 1
 _lock, _numbers = threading.Lock(), threading.Lock()
 _pools: dict[str, ThreadPoolExecutor] = {}
 
@@ -41,6 +43,7 @@ def side_by_side(function: Callable[[_Item], _Result], items: Sequence[_Item], c
     alone, shared = divided(costs, threads)
     results: dict[int, _Result] = {index: function(items[index]) for index in alone}
     if shared:
+        end_team()
         pool = workers(f"kronfac-linalg-{threads}", threads)
         futures = {index: pool.submit(torch.no_grad()(function), items[index]) for index in shared}
         results |= {index: future.result() for index, future in futures.items()}
@@ -67,6 +70,19 @@ def divided(costs: Sequence[float], threads: int) -> tuple[list[int], list[int]]
             break
         alone += 1
     return order[:alone], order[alone:]
+
+
+def end_team() -> None:
+    """End the threads that run this thread's parallel loops, where OpenMP can be told so; the next loop has new ones.
+
+    After a loop they go on spinning for some milliseconds, on the very cores that other work is about to begin on.
+    """
+    try:
+        library = ctypes.CDLL(None)
+        pause, device = library.omp_pause_resource, library.omp_get_initial_device()
+    except (AttributeError, OSError, TypeError):  # another library, or another system
+        return
+    pause(_SOFT, device)  # refused within a parallel loop, where there is nothing to end
 
 
 def on_one_core() -> None:
