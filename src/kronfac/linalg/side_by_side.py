@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +28,7 @@ _pools: dict[str, ThreadPoolExecutor] = {}
 
 
 def side_by_side(function: Callable[[_Item], _Result], items: Sequence[_Item], costs: Sequence[float]) -> list[_Result]:
-    """Apply a function to items on as many threads as PyTorch uses, without gradients.
+    """Apply a function to items on as many threads as PyTorch uses, this one among them, without gradients.
 
     An item that would keep one thread busy for twice as long as the others take for all the rest has all cores, before
     them.
@@ -42,11 +44,34 @@ def side_by_side(function: Callable[[_Item], _Result], items: Sequence[_Item], c
     threads = torch.get_num_threads()
     alone, shared = divided(costs, threads)
     results: dict[int, _Result] = {index: function(items[index]) for index in alone}
+    left = deque(shared)
+
+    @torch.no_grad()
+    def work() -> None:
+        while left:
+            try:
+                index = left.popleft()
+            except IndexError:  # another thread was faster
+                return
+            results[index] = function(items[index])
+
     if shared:
         end_team()
-        pool = workers(f"kronfac-linalg-{threads}", threads)
-        futures = {index: pool.submit(torch.no_grad()(function), items[index]) for index in shared}
-        results |= {index: future.result() for index, future in futures.items()}
+        numbers = _own_numbers()
+        # This thread works too, where it can be kept on one core: asleep, it would leave its core to whoever wakes up.
+        pool, others = workers(f"kronfac-linalg-{threads}", threads), min(threads, len(shared)) - (numbers is not None)
+        futures = [pool.submit(work) for _ in range(others)]
+        try:
+            if numbers is not None:
+                with _one_core(numbers, threads):
+                    work()
+        except BaseException:  # an interruption among them
+            left.clear()
+            raise
+        finally:
+            wait(futures)
+        for future in futures:
+            future.result()
     return [results[index] for index in range(len(items))]
 
 
@@ -92,10 +117,8 @@ def on_one_core() -> None:
     threads, after which torch 2.13's `torch.linalg.inv` of several matrices hangs. Elsewhere it keeps a number for each
     thread, and the last one set as the default of threads to come, which a thread of its own puts back.
     """
-    try:
-        libraries = ctypes.CDLL(None), ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        calls = libraries[0].omp_set_num_threads, libraries[1].MKL_Set_Num_Threads_Local
-    except (AttributeError, OSError, TypeError):  # other libraries, or another system
+    numbers = _own_numbers()
+    if numbers is None:
         with _numbers:
             before = torch.get_num_threads()  # this thread is set up by the question, and would be set up anew later
             torch.set_num_threads(1)
@@ -104,8 +127,30 @@ def on_one_core() -> None:
             restore.join()
         return
     torch.get_num_threads()
-    for call in calls:
-        call(1)
+    for number in numbers:
+        number(1)
+
+
+def _own_numbers() -> tuple[Callable[[int], int], Callable[[int], int]] | None:
+    """What sets OpenMP's and MKL's number of threads for one thread alone; None with other libraries or systems."""
+    try:
+        libraries = ctypes.CDLL(None), ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return libraries[0].omp_set_num_threads, libraries[1].MKL_Set_Num_Threads_Local
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+@contextmanager
+def _one_core(numbers: tuple[Callable[[int], int], Callable[[int], int]], threads: int) -> Iterator[None]:
+    """Keep this thread's linear algebra on one core within the block."""
+    openmp, mkl = numbers
+    openmp(1)
+    before = mkl(1)
+    try:
+        yield
+    finally:
+        openmp(threads)
+        mkl(before)
 
 
 def workers(name: str, threads: int) -> ThreadPoolExecutor:
