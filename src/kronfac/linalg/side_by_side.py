@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -131,6 +132,7 @@ def on_one_core() -> None:
         number(1)
 
 
+@lru_cache(maxsize=1)
 def _own_numbers() -> tuple[Callable[[int], int], Callable[[int], int]] | None:
     """What sets OpenMP's and MKL's number of threads for one thread alone; None with other libraries or systems."""
     try:

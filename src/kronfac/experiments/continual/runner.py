@@ -258,7 +258,7 @@ def _keep(plan: Plan, folder: Path, model: nn.Module, rows: list[dict[str, objec
     save_checkpoint(folder / _CHECKPOINT, plan.folder_name, {"model": model.state_dict(), "rows": rows})
     write_text(folder / _METRICS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     for path in folder.glob("penalty-*.safetensors"):
-        if path.name.partition(".")[0] != _penalty(len(rows)).partition(".")[0]:
+        if not path.name.startswith(_penalty(len(rows)).removesuffix("safetensors")):
             path.unlink()
 
 
