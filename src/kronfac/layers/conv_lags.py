@@ -19,17 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kronfac.layers.conv_rims import (
-    Axis,
-    axes,
-    downward,
-    lag_index,
-    missed_index,
-    missed_lines,
-    places,
-    rims,
-    strip_index,
-)
+from kronfac.layers.conv_rims import Axis, across_table, axes, downward, downward_table, places, rims
 from kronfac.layers.geometry import Geometry
 
 #: Positions summed by one call of the weight gradient.
@@ -42,6 +32,8 @@ MOST_IN_SEGMENTS = 32
 MOST_CHANNELS = 256
 #: Entries of a padded map that are copied at once where the lags are matrix products.
 ENTRIES = 1 << 20
+#: An axis of one place.
+_POINT = Axis(size=1, out=1, taps=1, dilation=1, pad=0)
 
 
 @lru_cache(maxsize=512)
@@ -89,20 +81,16 @@ def add_by_lags_(total: Tensor, x: Tensor, geometry: Geometry, alpha: float = 1.
     assert found is not None
     rows, columns = found
     channels, taps = x.shape[1], columns.taps
-    whole, upright, lines = _read(x, rows, columns)
-    base = _subtract(_toeplitz(whole, taps), columns, _column_strips(upright, rows, columns))
-    strips = _row_strips(lines, rows, columns)
-    blocks = total.unflatten(-1, (channels, rows.taps, taps)).unflatten(0, (channels, rows.taps, taps))
-    for lag in range(rows.taps):
+    pieces = _pieces(x, rows, columns)
+    blocks = across_table(columns, x.dtype, x.device) @ pieces.flatten(2)
+    blocks = downward_table(rows, x.dtype, x.device) @ blocks.flatten(1)
+    total = total.unflatten(-1, (channels, rows.taps, taps)).unflatten(0, (channels, rows.taps, taps))
+    parts = blocks.view(-1, taps, taps, channels, channels).split([rows.taps - lag for lag in range(rows.taps)])
+    for lag, part in enumerate(parts):
         # Blocks of the pairs of kernel lines (i, i + lag), for all i.
-        part = base[lag].expand(rows.taps - lag, *base.shape[1:])
-        lines_i, missed = missed_lines(rows, lag, x.device)
-        if len(missed):
-            part = part.index_add(0, lines_i, strips.index_select(0, missed), alpha=-1)
-        part = part.unflatten(1, (taps, taps)).permute(3, 1, 4, 2, 0)
-        blocks.diagonal(lag, 1, 4).add_(part, alpha=alpha)
+        total.diagonal(lag, 1, 4).add_(part.permute(3, 1, 4, 2, 0), alpha=alpha)
         if lag:
-            blocks.diagonal(-lag, 1, 4).add_(part.permute(2, 3, 0, 1, 4), alpha=alpha)
+            total.diagonal(-lag, 1, 4).add_(part.permute(4, 2, 3, 1, 0), alpha=alpha)
 
 
 def gradient_is_exact(x: Tensor) -> bool:
@@ -116,40 +104,60 @@ def gradient_is_exact(x: Tensor) -> bool:
     return torch.backends.mkldnn.is_available() and precision in ("none", "ieee")
 
 
-def _read(x: Tensor, rows: Axis, columns: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """Read the map once, part by part.
+def _pieces(x: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    """Make all products that blocks are sums of.
 
     Returns:
-        Autocorrelations ``Σ_p x_p x_{p+δ}ᵀ`` over the whole map at all lags ``0 ≤ δ_1``, ``[k_1, 2 k_2 - 1, C, C]``
-        by lag downwards, lag to the right from its least on, channel of ``p``, of ``p + δ``; the columns
-        ``[places, N, H, C]`` and the rows ``[places, N, W, C]`` at the rims, with zeros after and around them.
+        ``[k_1 + strips, 2 k_2 - 1 + strips, C, C]``: along each axis its lags, downwards from zero on and to the right
+        from the least on, then the strips at its rims. Lags of both run over the whole map, strips of both are corners.
     """
     batch, channels, height, width = x.shape
+    across, down = rims(columns).strips, [rims(rows).strips[index] for index in downward(rows)]
+    pieces = x.new_empty(rows.taps + len(down), 2 * columns.taps - 1 + len(across), channels, channels)
+    whole, upright = pieces[: rows.taps].split([2 * columns.taps - 1, len(across)], dim=1)
+    lines, corners = pieces[rows.taps :].split([2 * columns.taps - 1, len(across)], dim=1)
+
     by_gradient = channels >= LEAST_CHANNELS and gradient_is_exact(x)
     at_once = POSITIONS // (height * width) if by_gradient else ENTRIES // (height * width * channels)
-    form = _by_weight_gradient if by_gradient else _by_segments
-    down, right = places(rows), places(columns)
-    upright = x.new_zeros(len(right), batch, height + rows.reach, channels)
-    lines = x.new_zeros(len(down), batch, width + 2 * columns.reach, channels)
-    found, start = [], 0
+    form, along = (_map_by_gradient, _lines_by_gradient) if by_gradient else (_map_by_segments, _lines_by_products)
+    sides = {place: x.new_empty(batch, height, channels) for place in places(columns)}
+    ends = {place: x.new_empty(batch, width, channels) for place in places(rows)}
+    start = 0
     for part in x.split(max(1, at_once)):
         image = part.permute(0, 2, 3, 1).contiguous()
-        here = slice(start, start := start + len(image))
-        for index, place in enumerate(right):
-            upright[index, here, :height] = image[:, :, place]
-        for index, place in enumerate(down):
-            lines[index, here, columns.reach : columns.reach + width] = image[:, place]
-        found.append(form(image, rows, columns))
-    return found[0] if len(found) == 1 else torch.stack(found).sum(0), upright, lines
+        found = form(image, rows, columns)
+        whole.add_(found) if start else whole.copy_(found)
+        # The rims are taken where the map lies in the cache with its channels last.
+        examples = slice(start, start := start + len(image))
+        for place, side in sides.items():
+            side[examples] = image[:, :, place]
+        for place, end in ends.items():
+            end[examples] = image[:, place]
+
+    beside = [(place, place + lag * columns.dilation) for place, lag in across]
+    below = [(place, place + lag * rows.dilation) for place, lag in down]
+    if across:
+        upright.copy_(along([(sides[p], sides[q]) for p, q in beside], rows)[:, rows.taps - 1 :].transpose(0, 1))
+    if down:
+        lines.copy_(along([(ends[p], ends[q]) for p, q in below], columns))
+    if across and down:
+        first, second = (torch.stack([ends[pair[i]][:, side[i]] for pair in below for side in beside]) for i in (0, 1))
+        corners.copy_(torch.bmm(first.mT, second).view_as(corners))
+    return pieces
 
 
-def _by_weight_gradient(image: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """Autocorrelations of a contiguous ``[N, H, W, C]``; the library adds fewest terms in a row with channels last."""
-    channels = image.shape[3]
-    weight = image.new_empty(channels, rows.taps, 2 * columns.taps - 1, channels)
+def _by_gradient(here: Tensor, there: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    """``Σ_p here_p there_{p+δ}ᵀ`` of contiguous maps ``[N, H, W, C]``, the second with ``rows.reach`` more rows.
+
+    Returns:
+        At all lags ``δ``, downwards from zero on and to the right from the least on: ``[k_1, 2 k_2 - 1, C, C]``.
+    """
+    # The library adds fewest terms in a row with channels last.
+    channels = here.shape[3]
+    weight = here.new_empty(channels, rows.taps, 2 * columns.taps - 1, channels)
     found = torch.ops.aten.convolution_backward(
-        image.permute(0, 3, 1, 2),
-        F.pad(image, (0, 0, 0, 0, 0, rows.reach)).permute(0, 3, 1, 2),
+        here.permute(0, 3, 1, 2),
+        there.permute(0, 3, 1, 2),
         weight.permute(0, 3, 1, 2),
         None,
         [1, 1],
@@ -160,11 +168,36 @@ def _by_weight_gradient(image: Tensor, rows: Axis, columns: Axis) -> Tensor:
         1,
         [False, True, False],
     )[1]
-    return found.permute(2, 3, 0, 1).contiguous()
+    return found.permute(2, 3, 0, 1)
 
 
-def _by_segments(image: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """The same by products of segments of a row with the segments around them; lags lie on their diagonals."""
+def _map_by_gradient(image: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    """Products of a map with itself at all lags, as :func:`_by_gradient` gives them."""
+    return _by_gradient(image, F.pad(image, (0, 0, 0, 0, 0, rows.reach)), rows, columns)
+
+
+def _lines_by_gradient(pairs: list[tuple[Tensor, Tensor]], axis: Axis) -> Tensor:
+    """Products of lines ``[N, length, C]`` with others at all lags along them: ``[pairs, lags, C, C]``."""
+    at_once = max(1, POSITIONS // axis.size)
+    found = []
+    for pair in pairs:
+        parts = zip(*(line.unsqueeze(1).split(at_once) for line in pair), strict=True)
+        products = [_by_gradient(here, there, _POINT, axis)[0] for here, there in parts]
+        found.append(products[0] if len(products) == 1 else torch.stack(products).sum(0))
+    return torch.stack(found)
+
+
+def _lines_by_products(pairs: list[tuple[Tensor, Tensor]], axis: Axis) -> Tensor:
+    """The same by one product for each pair."""
+    here, there = (torch.stack(lines) for lines in zip(*pairs, strict=True))
+    count, channels = len(pairs), here.shape[3]
+    windows = F.pad(there, (0, 0, axis.reach, axis.reach)).unfold(2, axis.size, axis.dilation)
+    windows = windows.permute(0, 1, 4, 2, 3).reshape(count, -1, windows.shape[2] * channels)
+    return (here.flatten(1, 2).mT @ windows).view(count, channels, -1, channels).transpose(1, 2)
+
+
+def _map_by_segments(image: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    """The same of a map by products of segments of a row with what is around them; lags lie on their diagonals."""
     batch, height, width, channels = image.shape
     length = max(1, min(width, -(-24 // channels)))
     segments, reach = -(-width // length), columns.reach
@@ -185,46 +218,3 @@ def _by_segments(image: Tensor, rows: Axis, columns: Axis) -> Tensor:
         )
         found.append(diagonals.sum(0))
     return torch.stack(found)
-
-
-def _toeplitz(lags: Tensor, taps: int) -> Tensor:
-    """Blocks of all pairs of taps, ``[B, taps², C, C]``, from those of their lags ``[B, 2 taps - 1, C, C]``."""
-    return lags.index_select(1, lag_index(taps, lags.device))
-
-
-def _subtract(blocks: Tensor, axis: Axis, strips: Tensor) -> Tensor:
-    """Take from blocks ``[B, taps², C, C]`` what their taps miss of strips ``[B, strips, C, C]``, in place."""
-    pairs, missed = missed_index(axis, blocks.device)
-    return blocks.index_add_(1, pairs, strips.index_select(1, missed), alpha=-1)
-
-
-def _column_strips(upright: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """Products of the columns at the rim with their partners at all lags downwards: ``[k_1, strips, C, C]``."""
-    strips, held = rims(columns).strips, places(columns)
-    channels = upright.shape[3]
-    if not strips:
-        return upright.new_zeros(rows.taps, 0, channels, channels)
-    whole = upright.flatten(1, 2)
-    left = whole[[held.index(p) for p, _ in strips]]
-    right = whole[[held.index(p + lag * columns.dilation) for p, lag in strips]]
-    lines, lags = whole.shape[1], range(0, rows.reach + 1, rows.dilation)
-    return torch.stack([torch.bmm(left[:, : lines - lag].mT, right[:, lag:]) for lag in lags])
-
-
-def _row_strips(lines: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """Blocks of the second axis for rows at the rim and their partners below, ``[strips, taps², C, C]``."""
-    held, (_, batch, long, channels) = places(rows), lines.shape
-    reach, taps, step = columns.reach, columns.taps, long * channels
-    width, around = columns.size, 2 * reach + 1
-    sums, rims_of = [], []
-    for place, lag in (rims(rows).strips[index] for index in downward(rows)):
-        here, there = lines[held.index(place)], lines[held.index(place + lag * rows.dilation)]
-        left = here[:, reach : reach + width].permute(1, 2, 0)
-        right = there.as_strided((width, batch, around * channels), (channels, step, 1), there.storage_offset())
-        products = torch.bmm(left, right).view(width, channels, around, channels)
-        products = products[:, :, :: columns.dilation].transpose(1, 2)  # [W, lags, C, C]
-        sums.append(products.sum(0))
-        rims_of.append(products[strip_index(columns, lines.device)])
-    if not sums:
-        return lines.new_zeros(0, taps**2, channels, channels)
-    return _subtract(_toeplitz(torch.stack(sums), taps), columns, torch.stack(rims_of))

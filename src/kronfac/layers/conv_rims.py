@@ -1,4 +1,4 @@
-"""The axes of a convolution over images, what their taps miss at the rims, and tables of both as indices."""
+"""The axes of a convolution over images, what their taps miss at the rims, and tables of both."""
 
 from __future__ import annotations
 
@@ -80,39 +80,48 @@ def places(axis: Axis) -> list[int]:
     return sorted({p + shift * axis.dilation for p, lag in rims(axis).strips for shift in (0, lag)})
 
 
-@lru_cache(maxsize=64)
-def lag_index(taps: int, device: torch.device) -> Tensor:
-    """Lags of all pairs of taps, from 0 on: ``[taps²]``."""
-    tap = torch.arange(taps, device=device)
-    return (tap[None, :] - tap[:, None] + taps - 1).flatten()
-
-
-@lru_cache(maxsize=512)
-def missed_index(axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pairs of taps that miss something and the strips they miss, as indices."""
-    found = [(i * axis.taps + j, strip) for (i, j), strips in rims(axis).missed.items() for strip in strips]
-    return _indices(found, device)
-
-
-@lru_cache(maxsize=512)
-def missed_lines(axis: Axis, lag: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Taps that miss something of their pair at a lag, and what they miss among the strips of :func:`downward`."""
-    strips = downward(axis)
-    found = [(i, strips.index(s)) for i in range(axis.taps - lag) for s in rims(axis).missed[i, i + lag]]
-    return _indices(found, device)
-
-
-@lru_cache(maxsize=512)
-def strip_index(axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Positions of all strips and, from 0 on, their lags."""
-    return _indices([(place, lag + axis.taps - 1) for place, lag in rims(axis).strips], device)
-
-
-def _indices(pairs: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    first, second = torch.tensor(pairs, device=device, dtype=torch.int64).view(-1, 2).unbind(1)
-    return first, second
-
-
 def downward(axis: Axis) -> list[int]:
     """Numbers of the strips whose partners are not above them."""
     return [index for index, (_, lag) in enumerate(rims(axis).strips) if lag >= 0]
+
+
+@lru_cache(maxsize=512)
+def across_table(axis: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of which pieces the block of a pair of taps is the sum: the one of its lag, less the strips that it misses.
+
+    Args:
+        axis: The second axis.
+        dtype: Of the table.
+        device: Where.
+
+    Returns:
+        Shape ``[taps², lags + strips]``, lags from the least on.
+    """
+    lags = 2 * axis.taps - 1
+    table = torch.zeros(axis.taps**2, lags + len(rims(axis).strips), dtype=dtype)
+    for (tap, other), missed in rims(axis).missed.items():
+        row = table[tap * axis.taps + other]
+        row[other - tap + axis.taps - 1] = 1.0
+        row[[lags + strip for strip in missed]] = -1.0
+    return table.to(device)
+
+
+@lru_cache(maxsize=512)
+def downward_table(axis: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same for the first axis, where only lags from zero on are needed.
+
+    Args:
+        axis: The first axis.
+        dtype: Of the table.
+        device: Where.
+
+    Returns:
+        Shape ``[taps (taps + 1) / 2, taps + strips]``, pairs ordered by their lag; strips are :func:`downward`'s.
+    """
+    strips = downward(axis)
+    pairs = [(tap, tap + lag) for lag in range(axis.taps) for tap in range(axis.taps - lag)]
+    table = torch.zeros(len(pairs), axis.taps + len(strips), dtype=dtype)
+    for row, (tap, other) in zip(table, pairs, strict=True):
+        row[other - tap] = 1.0
+        row[[axis.taps + strips.index(strip) for strip in rims(axis).missed[tap, other]]] = -1.0
+    return table.to(device)
