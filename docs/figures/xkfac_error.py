@@ -1,9 +1,9 @@
 """Blocks of XK-FAC and K-FAC against the exact Gauss-Newton matrix through batch norm in train mode.
 
-Prints relative Frobenius errors (and, in brackets, ratios of traces) of every block with a weight, means over draws of
-weights of variance one over the fan-in and of Gaussian inputs of mean one: for the multilayer perceptron
-6-8(BN)-7-6(BN)-4, and for three convolutions with two batch norms. ``exact`` pulls every example's loss alone, so that
-no sampling error is left; a number is that of sampled labels per example.
+Prints relative Frobenius errors of every block with a weight, means and deviations over draws of weights of variance
+one over the fan-in and of Gaussian inputs of mean one (and, in brackets, mean ratios of traces): for the multilayer
+perceptron 6-8(BN)-7-6(BN)-4, and for three convolutions with two batch norms. ``exact`` pulls every example's loss
+alone, so that no sampling error is left; a number is that of sampled labels per example.
 
 ``--real`` takes digits of 8 x 8 pixels and three classifiers of them instead, at initialisation and after 300 steps of
 Adam at 0.01: a perceptron 64-12(BN)-12-12(BN)-10, three convolutions, and ResNet-8 with 2, 3 and 4 maps. Errors are
@@ -25,7 +25,7 @@ from kronfac.experiments.models import ResNet
 from kronfac.layers import adapt_model
 from kronfac.sources import Sampled, Seed, Source
 
-SEEDS, EXAMPLES = 10, 32
+SEEDS, EXAMPLES = 100, 32
 
 
 class OneByOne(Source):
@@ -167,7 +167,7 @@ def table(
         rows: Approximation, source and sharing of each row.
         mean: Of the inputs.
     """
-    totals = torch.zeros(len(rows), 4, 2, dtype=torch.float64)
+    found = torch.zeros(SEEDS, len(rows), 4, 2, dtype=torch.float64)
     for seed in range(SEEDS):
         torch.manual_seed(seed)
         model, x = draw_weights(make()), torch.randn(EXAMPLES, *shape, dtype=torch.float64) + mean
@@ -175,13 +175,15 @@ def table(
         for index, (name, source, sharing) in enumerate(rows):
             subject = frozen(model, x) if name == "kfac, frozen" else model
             origin = OneByOne() if source == "exact" else Sampled(int(source))
-            totals[index] += errors(subject, x, exact, name.split(",")[0], origin, sharing) / SEEDS
+            found[seed, index] = errors(subject, x, exact, name.split(",")[0], origin, sharing)
     print(
         f"{title}\n{'approximation':<14}{'source':<8}{'sharing':<9}"
-        + "".join(f"{f'layer {i}':>14}" for i in range(1, 5))
+        + "".join(f"{f'layer {i}':>21}" for i in range(1, 5))
     )
-    for (name, source, sharing), values in zip(rows, totals, strict=True):
-        cells = "".join(f"{f'{error:.2f} ({trace:.2f})':>14}" for error, trace in values.tolist())
+    means, deviations = found.mean(0), found[..., 0].std(0)
+    for (name, source, sharing), values, spread in zip(rows, means.tolist(), deviations.tolist(), strict=True):
+        layers = zip(values, spread, strict=True)
+        cells = "".join(f"{f'{error:.2f} ± {apart:.2f} ({trace:.2f})':>21}" for (error, trace), apart in layers)
         print(f"{name:<14}{source:<8}{sharing:<9}{cells}")
 
 
