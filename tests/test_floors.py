@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"blocks", "coupling", "tape"},
     {"layers", "likelihoods", "plots"},
     {"linalg"},
-    {"_typing", "forwards", "measuring"},
+    {"_typing", "forwards", "graph", "measuring"},
 ]
 HEIGHTS = {name: len(FLOORS) - i for i, names in enumerate(FLOORS) for name in names}
 #: Neighbours on one floor that may nevertheless import each other in this one direction.

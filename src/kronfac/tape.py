@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
+from kronfac.graph import feeders_of, last_of, output_edge
 from kronfac.layers import LayerAdapter
 from kronfac.measuring import apart_from_training, is_marked_apart
 
@@ -222,28 +223,9 @@ class Tape:
 
     def _last_edges(self, outputs: Tensor) -> list[str]:
         """Names of recorded layers from which no other recorded layer can be reached, and of unreachable ones."""
-        if self._last is not None and self._last[0] is outputs:
-            return self._last[1]
-        recorded = {call.edge.node for call in self.calls.values()}
-        below: dict[Any, bool] = {}  # whether a recorded node lies at or behind a node
-        stack = [outputs.grad_fn]
-        while stack:
-            node = stack[-1]
-            following = [n for n, _ in node.next_functions if n is not None] if node is not None else []
-            waiting = [n for n in following if n not in below]
-            if waiting:
-                stack += waiting
-                continue
-            stack.pop()
-            below[node] = node in recorded or any(below[n] for n in following)
-        behind = {
-            node for node in recorded if any(below.get(n, False) for n, _ in node.next_functions if n is not None)
-        }
-        names = [
-            name for name, call in self.calls.items() if call.edge.node not in behind or call.edge.node not in below
-        ]
-        self._last = (outputs, names)
-        return names
+        if self._last is None or self._last[0] is not outputs:
+            self._last = (outputs, last_of(outputs, {name: call.edge.node for name, call in self.calls.items()}))
+        return self._last[1]
 
     def feeders(self, outputs: Tensor) -> dict[str | None, set[str]]:
         """From which recorded layers each one takes its input directly, not through another recorded layer.
@@ -254,46 +236,7 @@ class Tape:
         Returns:
             Names by name, in the order of the calls.
         """
-        recorded = {call.edge.node: name for name, call in self.calls.items()}
-
-        def behind(start: Any) -> set[str]:
-            found: set[str] = set()
-            stack, met = [start], {start}
-            while stack:
-                for node, _ in stack.pop().next_functions:
-                    if node is None or node in met:
-                        continue
-                    met.add(node)
-                    if node in recorded:
-                        found.add(recorded[node])
-                    else:
-                        stack.append(node)
-            return found
-
-        feeders: dict[str | None, set[str]] = {name: behind(call.edge.node) for name, call in self.calls.items()}
-        last = outputs.grad_fn
-        if last is not None:
-            feeders[None] = {recorded[last]} if last in recorded else behind(last)
-        return feeders
-
-
-def output_edge(output: Tensor) -> tuple[GradientEdge, bool]:
-    """Find where a layer's output entered the graph, whatever is done to it in place later.
-
-    Args:
-        output: The output.
-
-    Returns:
-        The edge, whose derivative has the output's entries in their order, and whether no change in place can cut it
-        off: that of the output itself, or, for a view of a whole tensor in another shape, of that tensor.
-    """
-    base = output._base
-    if base is None:
-        return get_gradient_edge(output), True
-    same = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
-    if same and base.requires_grad:
-        return get_gradient_edge(base), True
-    return get_gradient_edge(output), False
+        return feeders_of(outputs, {name: call.edge.node for name, call in self.calls.items()})
 
 
 @contextmanager

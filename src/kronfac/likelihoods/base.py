@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kronfac.likelihoods.checks import Targets, check_generator, multiply, split_targets
+from kronfac.likelihoods.checks import Targets, check_generator, check_vector, multiply, split_targets
 from kronfac.likelihoods.randomness import rademacher
 from kronfac.likelihoods.terms import TermLoss
 
@@ -129,7 +129,7 @@ class Likelihood(TermLoss):
         """
         if split_targets(targets)[0] is None:
             raise ValueError(f"{type(self).__name__} differentiates its loss twice at the targets: pass them")
-        self.check_vector(outputs, vector)
+        check_vector(outputs, vector)
         outputs, labels, mask = self._labelled(outputs.detach(), targets)
         vector = vector.detach().to(outputs)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kronfac.likelihoods.checks import Targets, check_finite, check_weight, multiply
+from kronfac.likelihoods.checks import Targets, check_finite, check_vector, check_weight, multiply
 from kronfac.likelihoods.elementwise import ElementwiseLikelihood
 from kronfac.likelihoods.randomness import coin_tosses
 
@@ -178,7 +178,7 @@ class Bernoulli(ElementwiseLikelihood):
         Returns:
             0-dimensional, divided as the loss is.
         """
-        self.check_vector(outputs, other)
+        check_vector(outputs, other)
         first, _, _ = self.prepare(outputs, targets)
         second = other.to(first)
         return self.average((first.sigmoid() - second.sigmoid()) * (first - second) / 2, outputs, targets)
@@ -194,7 +194,7 @@ class Bernoulli(ElementwiseLikelihood):
         Returns:
             0-dimensional, divided as the loss is.
         """
-        self.check_vector(outputs, other)
+        check_vector(outputs, other)
         first, _, _ = self.prepare(outputs, targets)
         second = other.to(first)
         terms = first.sigmoid() * (first - second) + functional.logsigmoid(-first) - functional.logsigmoid(-second)

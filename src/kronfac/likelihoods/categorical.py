@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kronfac.likelihoods.checks import Targets, check_generator, multiply
+from kronfac.likelihoods.checks import Targets, check_generator, check_vector, multiply
 from kronfac.likelihoods.cross_entropy import CrossEntropy
 from kronfac.likelihoods.randomness import rademacher
 
@@ -109,7 +109,7 @@ class Categorical(CrossEntropy):
         Returns:
             Of the outputs' shape.
         """
-        self.check_vector(outputs, vector)
+        check_vector(outputs, vector)
         outputs, labels, mask = self.prepare(outputs.detach(), targets)
         dim = self._dim(outputs, labels)
         weighted = outputs.softmax(dim)
@@ -129,7 +129,7 @@ class Categorical(CrossEntropy):
         Returns:
             0-dimensional, divided as the loss is.
         """
-        self.check_vector(outputs, other)
+        check_vector(outputs, other)
         raised, labels, _ = self.prepare(outputs, targets)
         dim = self._dim(raised, labels)
         first, second = raised.log_softmax(dim), other.to(raised).log_softmax(dim)
@@ -147,7 +147,7 @@ class Categorical(CrossEntropy):
         Returns:
             0-dimensional, divided as the loss is.
         """
-        self.check_vector(outputs, other)
+        check_vector(outputs, other)
         raised, labels, _ = self.prepare(outputs, targets)
         dim = self._dim(raised, labels)
         first, second = raised.log_softmax(dim), other.to(raised).log_softmax(dim)

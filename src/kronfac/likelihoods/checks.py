@@ -121,6 +121,34 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} of shape {tuple(tensor.shape)} hold {wrong.numel()} NaN or Inf, first {wrong[0]}")
 
 
+def check_mask(mask: Tensor) -> None:
+    """Refuse weights of terms that are negative, NaN or infinite.
+
+    Args:
+        mask: The weights.
+
+    Raises:
+        ValueError: If one is.
+    """
+    check_finite("mask weights", mask)
+    if (mask < 0).any():
+        raise ValueError(f"mask must not be negative, got {mask.min().item():g}")
+
+
+def check_vector(outputs: Tensor, vector: Tensor) -> None:
+    """Refuse a second tensor that is not of the outputs' shape.
+
+    Args:
+        outputs: ``[B, ...]``.
+        vector: The other tensor.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if vector.shape != outputs.shape:
+        raise ValueError(f"expected a tensor of the outputs' shape {tuple(outputs.shape)}, got {tuple(vector.shape)}")
+
+
 def check_generator(generator: torch.Generator | None, outputs: Tensor) -> None:
     """Refuse a generator that lives on another device than what it is to fill.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kronfac.likelihoods.base import Likelihood
 from kronfac.likelihoods.checks import Targets, check_finite, check_weight, multiply, split_targets
+from kronfac.likelihoods.classes import dimension_of, without
 
 # Probabilities that were mixed or rounded may exceed 1 by a little.
 _SLACK = 1e-4
@@ -73,7 +74,7 @@ class CrossEntropy(Likelihood):
         Returns:
             ``[B, *T]``.
         """
-        return _without(outputs.shape, self._dim(outputs, split_targets(targets)[0]))
+        return without(outputs.shape, self._dim(outputs, split_targets(targets)[0]))
 
     def over_outputs(self, terms: Tensor, outputs: Tensor) -> Tensor:
         """Give per-term figures a dimension for the classes.
@@ -102,7 +103,7 @@ class CrossEntropy(Likelihood):
             ValueError: If the shapes do not fit, or torch would refuse ``ignore_index`` too.
         """
         dim = self._dim(outputs, labels)
-        shape, kind = (_without(outputs.shape, dim), "class indices")
+        shape, kind = (without(outputs.shape, dim), "class indices")
         if labels.is_floating_point():
             shape, kind = outputs.shape, "probabilities"
             if self.ignore_index is not None and self.ignore_index >= 0:
@@ -246,29 +247,7 @@ class CrossEntropy(Likelihood):
 
     def _dim(self, outputs: Tensor, labels: Tensor | None) -> int:
         """Place of the classes, not negative."""
-        dim = 1 if outputs.ndim == 2 else self.class_dim
-        if dim is None:
-            fits = [] if labels is None else [d for d in (1, -1) if _without(outputs.shape, d) == labels.shape]
-            if len(fits) != 1:
-                known = "without targets" if labels is None else f"with targets of shape {tuple(labels.shape)}"
-                raise ValueError(
-                    f"outputs of shape {tuple(outputs.shape)} {known} leave open which dimension holds the classes: "
-                    "pass class_dim=1 ([B, C, ...]) or class_dim=-1 ([B, ..., C])"
-                )
-            dim = fits[0]
-        dim %= outputs.ndim
-        classes = outputs.shape[dim]
-        if classes < 2:
-            raise ValueError(
-                f"outputs of shape {tuple(outputs.shape)} have {classes} class in dimension {dim}: Categorical needs "
-                "two or more; use Bernoulli for single logits"
-            )
-        if self.weight is not None and len(self.weight) != classes:
-            raise ValueError(
-                f"weight has {len(self.weight)} classes, outputs of shape {tuple(outputs.shape)} have {classes} "
-                f"(dimension {dim})"
-            )
-        return dim
+        return dimension_of(outputs, labels, self.class_dim, self.weight)
 
     def _class_weight(self, outputs: Tensor) -> Tensor:
         assert self.weight is not None
@@ -302,10 +281,3 @@ class CrossEntropy(Likelihood):
         if self.class_dim is not None:
             parts.append(f"class_dim={self.class_dim}")
         return f"Categorical({', '.join([*parts, f'reduction={self.reduction!r}'])})"
-
-
-def _without(shape: torch.Size, dim: int) -> torch.Size:
-    """Drop one dimension of a shape."""
-    sizes = list(shape)
-    del sizes[dim]
-    return torch.Size(sizes)

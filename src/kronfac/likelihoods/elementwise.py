@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kronfac.likelihoods.base import Likelihood
-from kronfac.likelihoods.checks import Targets, check_generator, multiply
+from kronfac.likelihoods.checks import Targets, check_generator, check_vector, multiply
 from kronfac.likelihoods.randomness import rademacher
 
 
@@ -68,7 +68,7 @@ class ElementwiseLikelihood(Likelihood):
         Returns:
             Of the outputs' shape.
         """
-        self.check_vector(outputs, vector)
+        check_vector(outputs, vector)
         diagonal = self.hessian_diagonal(outputs, targets)
         return diagonal * vector.to(diagonal)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kronfac.likelihoods.checks import Targets, check_positive
+from kronfac.likelihoods.checks import Targets, check_positive, check_vector
 from kronfac.likelihoods.elementwise import ElementwiseLikelihood
 
 
@@ -103,7 +103,7 @@ class Gaussian(ElementwiseLikelihood):
         Returns:
             0-dimensional, divided as the loss is.
         """
-        self.check_vector(outputs, other)
+        check_vector(outputs, other)
         raised, _, _ = self.prepare(outputs, targets)
         return self.average(self.nll(raised, other.to(raised)), outputs, targets)
 

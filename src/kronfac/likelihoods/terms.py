@@ -15,6 +15,7 @@ from torch import Tensor
 from kronfac.likelihoods.checks import (
     Targets,
     check_finite,
+    check_mask,
     check_outputs,
     check_reduction,
     multiply,
@@ -180,14 +181,12 @@ class TermLoss(ABC):
             targets: Targets, a pair with a mask, or None.
 
         Raises:
-            ValueError: If no term counts, or the mask is negative or not finite.
+            ValueError: If no term counts.
         """
         outputs, labels, mask = self.prepare(outputs, targets)
         check_finite("outputs", outputs)
         if mask is not None:
-            check_finite("mask weights", mask)
-            if (mask < 0).any():
-                raise ValueError(f"mask must not be negative, got {mask.min().item():g}")
+            check_mask(mask)
         if labels is not None:
             self.check_labels(outputs, labels)
         if not self.denominator(outputs, targets) > 0:
@@ -295,21 +294,6 @@ class TermLoss(ABC):
         weights = self.term_weights(outputs, targets)
         total = terms.sum() if weights is None else (terms * weights).sum()
         return total / self.denominator(outputs, targets)
-
-    def check_vector(self, outputs: Tensor, vector: Tensor) -> None:
-        """Refuse a second tensor that is not of the outputs' shape.
-
-        Args:
-            outputs: ``[B, ...]``.
-            vector: The other tensor.
-
-        Raises:
-            ValueError: If the shapes differ.
-        """
-        if vector.shape != outputs.shape:
-            raise ValueError(
-                f"expected a tensor of the outputs' shape {tuple(outputs.shape)}, got {tuple(vector.shape)}"
-            )
 
     def _labelled(self, outputs: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor | None]:
         """Prepare outputs and targets that cannot be missing."""

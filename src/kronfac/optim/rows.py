@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kronfac.blocks import Inverse, KroneckerInverse
+from kronfac.graph import output_edge
 from kronfac.layers import LayerAdapter
 from kronfac.linalg.products import matmul
 from kronfac.optim.gathering import Gatherer
 from kronfac.optim.hooks import WeakHook, remove
-from kronfac.tape import output_edge
 
 #: Multiplies what rows make by an inverse: layer's name, inverse, cotangents, inputs without ones; weight's and bias's
 #: part.

@@ -1,0 +1,86 @@
+"""What lies behind what in the graph that autograd records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+
+def last_of(outputs: Tensor, nodes: Mapping[str, Node]) -> list[str]:
+    """Find the nodes at which a pull from the outputs ends.
+
+    Args:
+        outputs: A model's outputs, attached to the graph.
+        nodes: Nodes by name.
+
+    Returns:
+        Names of those behind which none of the others lies, and of those that the outputs do not depend on.
+    """
+    known = set(nodes.values())
+    below: dict[Node | None, bool] = {}  # whether one of them lies at or behind a node
+    stack = [outputs.grad_fn]
+    while stack:
+        node = stack[-1]
+        following = [n for n, _ in node.next_functions if n is not None] if node is not None else []
+        waiting = [n for n in following if n not in below]
+        if waiting:
+            stack += waiting
+            continue
+        stack.pop()
+        below[node] = node in known or any(below[n] for n in following)
+    behind = {node for node in known if any(below.get(n, False) for n, _ in node.next_functions if n is not None)}
+    return [name for name, node in nodes.items() if node not in behind or node not in below]
+
+
+def feeders_of(outputs: Tensor, nodes: Mapping[str, Node]) -> dict[str | None, set[str]]:
+    """Find what each node depends on directly, not through another one of them.
+
+    Args:
+        outputs: A model's outputs, attached to the graph; their entry is ``None``, the last.
+        nodes: Nodes by name.
+
+    Returns:
+        Names by name, in the order of the nodes.
+    """
+    names = {node: name for name, node in nodes.items()}
+
+    def behind(start: Node) -> set[str]:
+        found: set[str] = set()
+        stack, met = [start], {start}
+        while stack:
+            for node, _ in stack.pop().next_functions:
+                if node is None or node in met:
+                    continue
+                met.add(node)
+                if node in names:
+                    found.add(names[node])
+                else:
+                    stack.append(node)
+        return found
+
+    feeders: dict[str | None, set[str]] = {name: behind(node) for name, node in nodes.items()}
+    last = outputs.grad_fn
+    if last is not None:
+        feeders[None] = {names[last]} if last in names else behind(last)
+    return feeders
+
+
+def output_edge(output: Tensor) -> tuple[GradientEdge, bool]:
+    """Find where a layer's output entered the graph, whatever is done to it in place later.
+
+    Args:
+        output: The output.
+
+    Returns:
+        The edge, whose derivative has the output's entries in their order, and whether no change in place can cut it
+        off: that of the output itself, or, for a view of a whole tensor in another shape, of that tensor.
+    """
+    base = output._base
+    if base is None:
+        return get_gradient_edge(output), True
+    same = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    if same and base.requires_grad:
+        return get_gradient_edge(base), True
+    return get_gradient_edge(output), False
