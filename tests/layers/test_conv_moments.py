@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.exactness_helpers import draw
 from torch import Tensor, nn
 
-from kronfac.layers import adapt
+from kronfac.layers import adapt, conv_lags
 from kronfac.layers.conv_lags import MOST_IN_SEGMENTS, add_by_lags_, lags_pay
 from kronfac.layers.conv_moments import _neighbour_taps, add_row_correlation_, row_correlation_pays
 from kronfac.layers.geometry import Geometry, column_sums, im2col
@@ -300,6 +300,19 @@ def test_autocorrelations_equal_im2col_where_taps_miss_much_and_little() -> None
 
     compare()
     assert 20 <= sum(paying) <= len(paying) - 20, f"this form pays {sum(paying)} times in {len(paying)}"
+
+
+@pytest.mark.parametrize("channels", [3, 16])
+def test_autocorrelations_are_summed_part_by_part(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = Geometry.of(nn.Conv2d(channels, 2, 3, padding=1))
+    x = draw(7, channels, 6, 9).float()
+    whole, parts = (torch.zeros(9 * channels, 9 * channels) for _ in range(2))
+    add_by_lags_(whole, x, geometry)
+    monkeypatch.setattr(conv_lags, "POSITIONS", 20)  # two examples of a rim, one of the map
+    monkeypatch.setattr(conv_lags, "ENTRIES", 2 * x[0].numel())
+    add_by_lags_(parts, x, geometry)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(parts, whole)
 
 
 @pytest.mark.parametrize(("channels", "size", "kernel"), [(3, 32, 5), (16, 32, 3), (32, 16, 5), (64, 8, 3)])
