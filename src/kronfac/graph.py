@@ -3,9 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
+
+
+def in_backward() -> bool:
+    """Whether a derivative is being computed in this thread: a forward now is a checkpoint's second one.
+
+    Returns:
+        True within PyTorch's engine.
+    """
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def saved_plainly() -> AbstractContextManager[None]:
+    """Keep what is computed within the block from hooks on saved tensors, such as a checkpoint's, which counts them.
+
+    Returns:
+        A context manager.
+    """
+    return saved_tensors_hooks(torch.Tensor.detach, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def last_of(outputs: Tensor, nodes: Mapping[str, Node]) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from kronfac.graph import feeders_of, last_of, output_edge
+from kronfac.graph import feeders_of, in_backward, last_of, output_edge
 from kronfac.layers import LayerAdapter
 from kronfac.measuring import apart_from_training, is_marked_apart
 
@@ -99,6 +99,10 @@ class Tape:
             hook = self._hook(name, adapter)
             self._handles.append(adapter.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
+    def forget(self) -> None:
+        """Let go of the calls, and of the graph that they are part of."""
+        self.calls, self._last = {}, None
+
     def close(self) -> None:
         """Remove the hooks; calls stay."""
         for handle in self._handles:
@@ -107,9 +111,10 @@ class Tape:
 
     def _hook(self, name: str, adapter: LayerAdapter) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-            if not self.is_open or is_marked_apart() != self._apart:
+            if not self.is_open or is_marked_apart() != self._apart or in_backward():
                 # Closed while this module's hooks run, as the collector may do with a forgotten optimiser's (they are
-                # then called without keyword arguments); or someone measures in the middle of a training forward.
+                # then called without keyword arguments); or someone measures in the middle of a training forward; or
+                # this is a checkpoint's second one.
                 return
             kwargs, output = rest
             if name in self.calls:

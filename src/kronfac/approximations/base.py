@@ -14,13 +14,19 @@ from kronfac.linalg.symmetric import all_finite, with_even_rows
 from kronfac.sources import Sample, Source, not_finite
 from kronfac.tape import Tape
 
+#: Least scale of a sum that is added to: far from under- and overflow in float32.
+_LEAST = 1e-6
+#: Least scale of one that is not: less than rounding of float64 beside a new batch.
+_NOTHING = 1e-18
+
 
 class Mean:
     """A running mean that carries its own weight: plain means and bias-corrected averages are one thing.
 
     Sum and weight are both multiplied by :meth:`decay`, so that their ratio is the exponential moving average with the
     right start (Kingma & Ba 2015, section 3) and any mini-batch sizes.  The sum is ``scale · total``: decaying it
-    touches one number instead of the whole tensor, and what is added is divided by the scale.
+    touches one number instead of the whole tensor, and what is added is divided by the scale.  A mean to which nothing
+    is added, however long, stays what it is.
 
     Args:
         total: Zeros of the statistic's shape; those of :func:`blank` until something is added.
@@ -33,17 +39,19 @@ class Mean:
 
     @property
     def alpha(self) -> float:
-        """Factor of whatever is added to :attr:`total`."""
+        """Factor of whatever is added to :attr:`total`, which is to be asked for before."""
+        if self.scale < _LEAST:
+            if not is_blank(self.total):
+                self.total.mul_(self.scale)
+            self.scale = 1.0
         return 1.0 / self.scale
 
     def decay(self, factor: float) -> None:
         """Multiply what was gathered so far by ``factor``."""
+        # Next to what may come, what was left alone for so long is nothing; by itself it is still a mean.
+        factor = max(factor, _NOTHING / self.scale)
         self.scale *= factor
         self.weight *= factor
-        if self.scale < 1e-6:  # far from under- and overflow in float32
-            if not is_blank(self.total):
-                self.total.mul_(self.scale)
-            self.scale = 1.0
 
     def value(self) -> Tensor:
         """Return the mean over all processes, a new tensor: sums and weights are reduced, never averages averaged."""

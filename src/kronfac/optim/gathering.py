@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kronfac.estimator import Estimator
 from kronfac.forwards import pick_outputs
+from kronfac.graph import in_backward, saved_plainly
 from kronfac.measuring import is_apart_from_training
 from kronfac.operators.passes import random_state, run, same_random_state
 from kronfac.optim.hooks import WeakHook, do_nothing, remove
@@ -48,10 +49,14 @@ def eager_root(model: nn.Module) -> nn.Module:
     while True:
         if is_compiled(model):
             model = model.get_submodule("_orig_mod")
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         else:
             return model
+
+
+def _may_be_training() -> bool:
+    return torch.is_grad_enabled() and not is_apart_from_training()
 
 
 def _remove(handles: list[RemovableHandle], tape: Tape) -> None:
@@ -67,17 +72,20 @@ def _require_calls(tape: Tape) -> None:
         )
 
 
-def _identities(model: nn.Module) -> list[int]:
-    """Identities of all modules and parameters, by a walk that is cheap enough for every step."""
-    found, waiting = {id(model): None}, [model]
+def _identities(model: nn.Module) -> list[tuple[int, object]]:
+    """Identities of all modules and parameters, and formats of these, by a walk that is cheap enough for every step."""
+    found: dict[int, object] = {id(model): None}
+    waiting = [model]
     while waiting:
         module = waiting.pop()
-        for part in (*module._parameters.values(), *module._modules.values()):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = (parameter.dtype, parameter.device)
+        for part in module._modules.values():
             if part is not None and id(part) not in found:
                 found[id(part)] = None
-                if isinstance(part, nn.Module):
-                    waiting.append(part)
-    return list(found)
+                waiting.append(part)
+    return list(found.items())
 
 
 class Gatherer:
@@ -116,7 +124,7 @@ class Gatherer:
         check_fits(examples, estimator)
         self.model, self.root, self.estimator = model, estimator.model, estimator
         self.gathered, self.forwards, self.enabled, self._capturing = 0, 0, True, False
-        self.measuring = False
+        self.measuring, self._pulled = False, False
         self.last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.last_targets: Any = None
         self.last_random: tuple[Tensor, ...] | None = None
@@ -132,17 +140,18 @@ class Gatherer:
             model.register_forward_pre_hook(WeakHook(self, "_before", model), with_kwargs=True),
             model.register_forward_hook(WeakHook(self, "_after", model), with_kwargs=True, always_call=True),
         ]
+        self._last_hook = handles[1].id
         weakref.finalize(self, _remove, handles, self._tape)
 
     def reset(self) -> None:
         """Start counting for the next step."""
-        self.gathered = self.forwards = 0
+        self.gathered, self.forwards, self._pulled = 0, 0, False
         self.last = self.last_targets = self.last_random = None
 
     @property
     def wanted(self) -> bool:
         """Whether a forward now would be one of training."""
-        return self.enabled and torch.is_grad_enabled() and self.root.training and not is_apart_from_training()
+        return self.enabled and self.root.training and _may_be_training()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -156,16 +165,23 @@ class Gatherer:
     @contextmanager
     def capture(self) -> Iterator[Callable[..., None]]:
         """Gather by hand: yields a function to be called with the outputs, and targets where they are needed."""
-        if not (self.enabled and self._due()):
+        if not (self.enabled and _may_be_training() and self._due()):
             yield do_nothing
             return
         self.check_layers()
+        self._forget_abandoned()
         with self.paused(), self._keeping(), record(self.estimator.adaptation.adapters) as tape:
 
             def gather(outputs: Tensor, targets: Any = None) -> None:
+                if not tape.is_open:
+                    raise TapeError(
+                        "capture was called twice in one context: the loss of a forward is one likelihood of one "
+                        "tensor of outputs. Put several heads together, or use a context for each forward."
+                    )
                 tape.close()
                 picked = pick_outputs(outputs, self._pick)
                 self._update(tape, picked, targets, part_of(self._examples, picked))
+                self._watch(picked)
 
             yield gather
 
@@ -179,7 +195,12 @@ class Gatherer:
             self._capturing = before
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if in_backward():
+            return
         counts = self.wanted
+        if counts:
+            self._forget_abandoned()
+            self._come_last()
         if (counts or self._capturing) and self._keep():
             self.last, self.last_random = (args, kwargs), random_state(self.root)
         if not counts:
@@ -204,19 +225,44 @@ class Gatherer:
             self._tape.open()
 
     def _after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if is_apart_from_training():
+        if is_apart_from_training() or in_backward():
             return
         plan, self._plan = self._plan, None
         self._tape.close()
         if plan is None or output is None:  # nothing was due, or the forward raised
             return
         picked = pick_outputs(output, self._pick)
+        self._watch(picked)
         if plan.apart:
             self._run_again(plan, picked)
             return
         _require_calls(self._tape)
         self._update(self._tape, picked, None, plan.part_of(picked))
-        self._tape.calls = {}
+        self._tape.forget()
+
+    def _watch(self, outputs: Tensor) -> None:
+        """Take note when gradients come back from the outputs of a forward that was gathered."""
+        me = weakref.ref(self)
+
+        def note(_: Tensor) -> None:
+            own = me()
+            if own is not None and not own.measuring:
+                own._pulled = True
+
+        if outputs.requires_grad:
+            outputs.register_hook(note)
+
+    def _forget_abandoned(self) -> None:
+        """Start counting anew if the gradients of what was gathered are gone although no step was taken."""
+        # GradScaler skips steps whose gradients are not finite, and a step may refuse its own.
+        if self._pulled and all(parameter.grad is None for parameter in self.root.parameters()):
+            self.reset()
+
+    def _come_last(self) -> None:
+        """See the outputs after all other hooks of the root, those that were registered later too."""
+        hooks = self.model._forward_hooks
+        if next(reversed(hooks)) != self._last_hook:
+            hooks[self._last_hook] = hooks.pop(self._last_hook)
 
     def _run_again(self, plan: Plan, whole: Tensor | None = None) -> None:
         """Run the eager module for the statistics alone, on a part of the batch, whose whole outputs are given, or all.
@@ -224,7 +270,7 @@ class Gatherer:
         Its buffers are copies. To put their values back would be a change in place, which the backward of the training
         forward, by which they were saved, does not forgive.
         """
-        with same_random_state(self.root):
+        with same_random_state(self.root), saved_plainly():
             with record(self.estimator.adaptation.adapters) as tape:
                 outputs = run(self.root, {}, plan.inputs(), self._pick)
             _require_calls(tape)
@@ -240,21 +286,22 @@ class Gatherer:
             self._begin()
         self.measuring = True
         try:
-            for estimator in (self.estimator, *self.beside):
-                estimator.update(tape, outputs, targets, continues=self.gathered > 0, part=part)
+            with saved_plainly():
+                for estimator in (self.estimator, *self.beside):
+                    estimator.update(tape, outputs, targets, continues=self.gathered > 0, part=part)
         finally:
             self.measuring = False
         self.gathered += 1
         self.last_targets = targets
 
     def check_layers(self) -> None:
-        """Refuse a model whose modules or parameters are no longer those of the construction.
+        """Refuse a model whose modules or parameters are no longer those of the construction, or cast or moved.
 
         Raises:
             TapeError: They are not.
         """
         if _identities(self.root) != self._identities:
             raise TapeError(
-                "The model's layers or parameters were replaced after the optimiser was constructed: construct a new "
-                "one."
+                "The model's layers or parameters were replaced, cast or moved after the optimiser was constructed: "
+                "construct a new one."
             )

@@ -271,7 +271,8 @@ class KFAC(Renewal):
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to continue bit for bit: factors, inverses and generator included.
 
-        In a distributed run every process calls :meth:`consolidate_state_dict` first.
+        In a distributed run every process calls :meth:`consolidate_state_dict` first.  Call it between a step and the
+        next forward: the statistics of a forward whose step is to come are in the state, but its gradients are not.
 
         Returns:
             Tensors, numbers and strings only, as ``torch.load(weights_only=True)`` reads them.

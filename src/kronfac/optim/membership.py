@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kronfac.estimator import Estimator
+from kronfac.estimator import CoverageWarning, Estimator
 from kronfac.optim.options import KFACOptions, check_group
 from kronfac.optim.rows import RowGradients
 
@@ -38,6 +40,9 @@ class Membership(Optimizer):
         optimizer = fallback([root.get_parameter(name) for name in plain])
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"fallback must return a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError(f"fallback must step without a closure, which {type(optimizer).__name__} needs.")
         return optimizer
 
     def _groups(self, root: nn.Module) -> Iterable[dict[str, Any]]:
@@ -49,7 +54,7 @@ class Membership(Optimizer):
         groups = [dict(group) for group in given]
         for group in groups:
             params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-            group["params"] = [p for p in params if self._names.get(id(p)) not in elsewhere]
+            group["params"] = [p for p in params if self._names.get(id(_unnamed(p))) not in elsewhere]
         return groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -67,6 +72,16 @@ class Membership(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        known = {name for adapter in self._estimator.adaptation.adapters.values() for name in adapter.parameter_names}
+        known |= set(self._estimator.adaptation.uncovered)
+        added = [self._names[id(p)] for p in self.param_groups[-1]["params"] if p.requires_grad]
+        if late := [name for name in added if name not in known]:
+            warnings.warn(
+                f"Trained without curvature: {', '.join(late)} (frozen when the optimiser was constructed). Construct "
+                "a new one after unfreezing parameters.",
+                CoverageWarning,
+                stacklevel=2,
+            )
 
     @property
     def _own_groups(self) -> list[dict[str, Any]]:
@@ -82,9 +97,10 @@ class Membership(Optimizer):
                 yield parameter, group
 
     def _damping(self, layer: str) -> float:
-        own = {id(p) for p in self._estimator.adaptation.adapters[layer].parameters.values()}
-        for parameter, group in self._members():
-            if id(parameter) in own:
+        """That of the group of the layer's first parameter, which is its weight if it has one: a block has but one."""
+        groups = {id(parameter): group for parameter, group in self._members()}
+        for parameter in self._estimator.adaptation.adapters[layer].parameters.values():
+            if (group := groups.get(id(parameter))) is not None:
                 return float(group["damping"]) + (0.0 if group["decoupled_weight_decay"] else group["weight_decay"])
         return float(self.defaults["damping"])
 
@@ -101,6 +117,12 @@ class Membership(Optimizer):
         if self._rows is not None:
             self._rows.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"A {type(self).__name__} watches its model and can be neither copied nor pickled. Construct one on the "
+            "copied model and give it this one's state: other.load_state_dict(optimizer.state_dict())."
+        )
+
     def _buffer(self, parameter: Tensor, key: str) -> Tensor:
         state = self.state[parameter]
         if key not in state:
@@ -108,3 +130,7 @@ class Membership(Optimizer):
         found = state[key]
         assert isinstance(found, Tensor)
         return found
+
+
+def _unnamed(parameter: Tensor | tuple[str, Tensor]) -> Tensor:
+    return parameter[1] if isinstance(parameter, tuple) else parameter

@@ -41,7 +41,7 @@ def save_curvature_state(optimizer: KFAC) -> dict[str, Any]:
         "steps": optimizer._steps,
         "statistics": {
             layer: {
-                key: {"total": mean.total, "weight": mean.weight, "scale": mean.scale}
+                key: {"total": _kept(mean.total), "weight": mean.weight, "scale": mean.scale}
                 for key, mean in statistic.means().items()
             }
             for layer, statistic in optimizer._estimator.statistics.items()
@@ -61,6 +61,11 @@ def save_curvature_state(optimizer: KFAC) -> dict[str, Any]:
         "terms": optimizer._estimator.terms,
         "fallback": None if fallback is None else fallback.state_dict(),
     }
+
+
+def _kept(total: Tensor) -> Tensor:
+    # Later steps change it in place, but not the numbers that are saved beside it.
+    return total if is_blank(total) else total.clone()
 
 
 def load_curvature_state(optimizer: KFAC, state_dict: dict[str, Any]) -> Callable[[], None]:
