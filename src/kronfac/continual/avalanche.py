@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kronfac.approximations import get_approximation
 from kronfac.continual.base import Penalty, check_strength
-from kronfac.continual.combine import COMBINE
+from kronfac.continual.combine import COMBINE, combined
 from kronfac.continual.quadratic import QuadraticPenalty
 from kronfac.estimation import estimate
-from kronfac.likelihoods import Likelihood
+from kronfac.likelihoods import Gaussian, Likelihood
+from kronfac.measuring import couples_examples
 
 
 class AvalanchePlugin:
@@ -42,8 +44,9 @@ class AvalanchePlugin:
         penalty: What was taken in so far; None before the first experience.
 
     Raises:
-        TypeError: If the likelihood is none.
-        ValueError: If a number or ``combine`` is out of range.
+        TypeError: If the likelihood or the approximation is none.
+        ValueError: If a number or ``combine`` is out of range, the approximation is unknown, or it is one whose blocks
+            cannot be combined in this way.
     """
 
     #: Read by Avalanche: sums over processes are not taken here.
@@ -70,6 +73,9 @@ class AvalanchePlugin:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.likelihood, self.approximation = likelihood, approximation
         self.strength = check_strength("strength", strength)
+        get_approximation(approximation)
+        if online:
+            _check_combines(approximation, combine)
         self.online, self.combine = online, combine
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.penalty: Penalty | None = None
@@ -111,12 +117,43 @@ class AvalanchePlugin:
         dataset = strategy.experience.dataset if adapted is None else adapted
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[: self.examples]
         device = _device(strategy.model)
-        for rows in order.split(self.batch_size or strategy.train_mb_size):
-            if len(rows) == 1 and len(order) > 1:
-                continue  # batch norm in train mode has no function of one example
+        size = self.batch_size or strategy.train_mb_size
+        # Batch norm in train mode has no function of one example. Where all batches have one, torch says so itself.
+        skips = 1 < size < len(order) and couples_examples(strategy.model)
+        for rows in order.split(size):
+            if skips and len(rows) == 1:
+                continue
             items = [dataset[int(row)] for row in rows]
             inputs = torch.stack([torch.as_tensor(item[0]) for item in items])
             yield inputs.to(device), torch.stack([torch.as_tensor(item[1]) for item in items]).to(device)
+
+
+def _check_combines(approximation: str, combine: str) -> None:
+    """Combine the curvatures of three tiny experiences, instead of failing once a real one was learned.
+
+    The third meets what two became, which may be a block of another kind.
+
+    Args:
+        approximation: The approximation.
+        combine: How curvatures are to be added.
+
+    Raises:
+        ValueError: If they cannot be.
+    """
+    double = torch.float64
+    with torch.device("cpu"), torch.no_grad():  # whatever the default device is
+        layer = nn.utils.skip_init(nn.Linear, 1, 1, dtype=double)  # which leaves the user's random numbers alone
+        for parameter in layer.parameters():
+            parameter.fill_(1.0)
+        pair = torch.ones(2, 1, dtype=double), torch.zeros(2, 1, dtype=double)
+        new = 1.0, estimate(layer, Gaussian(), pair, approximation=approximation, source="sampled")
+    try:
+        combined(combined((new,), new, combine), new, combine)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"approximation={approximation!r} cannot be used online with combine={combine!r}, which makes one block of "
+            'two; pass combine="exact", which keeps both, or online=False'
+        ) from error
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -64,6 +64,11 @@ def check_same(first: Curvature, second: Curvature) -> None:
             second.parameter_shapes
         )
         raise ValueError(f"the two curvatures differ in the parameters {listed(names)}")
+    old, new = (next(iter(curvature.blocks.values())).dtype for curvature in (first, second))
+    if old != new:
+        # `to` of a penalty does not take curvature that couples layers.
+        convert = f"convert the penalty by penalty.to(dtype={new}), or " if isinstance(first, BlockDiagonal) else ""
+        raise ValueError(f"the two curvatures are {old} and {new}: {convert}estimate the second on a model in {old}")
 
 
 def _additive(first: Curvature, second: Curvature) -> bool:
@@ -98,7 +103,8 @@ def _added(u: float, first: Block, v: float, second: Block, how: str) -> Block:
         assert isinstance(tail, Kronecker)
         return KroneckerSum(head.input, head.output, tail.input, tail.output)
     kinds = Kronecker | DiagonalKronecker if how == "factors" else Kronecker | DiagonalKronecker | ScaledKronecker
-    if type(first) is not type(second) or not isinstance(first, kinds) or not isinstance(second, kinds):
+    # A scaled product may meet a plain one: the nearest to two scaled ones is plain. Diagonal factors differ in shape.
+    if not (isinstance(first, kinds) and isinstance(second, kinds)) or _shapes(first) != _shapes(second):
         raise NotImplementedError(
             f"combine={how!r} cannot make one block of {type(first).__name__} and {type(second).__name__}; "
             'combine="exact" keeps both'
@@ -114,6 +120,10 @@ def _added(u: float, first: Block, v: float, second: Block, how: str) -> Block:
 
 def _terms(block: KroneckerSum) -> tuple[Kronecker, Kronecker]:
     return Kronecker(block.input, block.output), Kronecker(block.second_input, block.second_output)
+
+
+def _shapes(block: Kronecker | DiagonalKronecker | ScaledKronecker) -> tuple[torch.Size, torch.Size]:
+    return block.input.shape, block.output.shape
 
 
 def _output(block: Kronecker | DiagonalKronecker | ScaledKronecker) -> Tensor:

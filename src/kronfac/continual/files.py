@@ -91,7 +91,9 @@ def _quadratic(penalty: QuadraticPenalty) -> tuple[dict[str, Tensor], dict[str, 
             raise TypeError(f"a penalty with a {type(curvature).__name__} cannot be saved: {error}") from error
         tensors |= {f"part.{p}.{name}": tensor for name, tensor in blocks.items()}
         parts.append({"weight": weight, "curvature": content})
-    tensors |= {f"anchor.{i}": matrix for i, matrix in enumerate(penalty.anchor_matrices.values())}
+    # Loading reads them in the order of the first part's layers; `update` keeps them in that of the newest curvature.
+    anchors = penalty.anchor_matrices
+    tensors |= {f"anchor.{i}": anchors[layer] for i, layer in enumerate(penalty.parts[0][1].blocks)}
     entry: dict[str, Any] = {"kind": "quadratic", "strength": penalty.strength, "tasks": penalty.tasks, "parts": parts}
     if penalty.rest is not None:
         rest, entry["rest"] = _decay(penalty.rest)

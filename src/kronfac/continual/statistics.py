@@ -93,8 +93,11 @@ class TrackedStatistics(BatchStatistics):
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
         layer, norm = self._pairs[name].layer, self._norms[name]
         _, variance = super().__getitem__(name)
-        # `forward` and not a call: hooks are for batches.
-        outputs = layer.forward(self._inputs[name][0].to(variance.dtype)[None])
+        # In the weight's dtype: under autocast the batch's is less, and so would be that of the outputs.
+        mean = self._inputs[name][0].to(self._pairs[name].weight.dtype)
+        with torch.autocast(mean.device.type, enabled=False):
+            # `forward` and not a call: hooks are for batches.
+            outputs = layer.forward(mean[None])
         return outputs.mean(_axes(outputs)), statistic(norm.running_var) + (variance - variance.detach())
 
     def _average(self, name: str, mean: Tensor) -> None:

@@ -205,13 +205,18 @@ def _moments(first: Tensor, second: Tensor, count: float, pair: Pair) -> Moments
 
 
 def _through(adapter: LayerAdapter, pair: Pair, moments: Moments) -> tuple[Tensor, Tensor]:
-    """Give mean and variance of a layer's outputs, ``[d_out]`` each."""
-    mean, covariance = moments
+    """Give mean and variance of a layer's outputs, ``[d_out]`` each, in the dtype of the running statistics."""
     weight = adapter.pack({adapter.weight_key: pair.weight})
-    outputs = (weight @ mean.unsqueeze(-1)).flatten()
+    # The model may have been converted or moved since, or the moments be another's: the finer of both dtypes it is.
+    dtype = torch.promote_types(weight.dtype, moments[0].dtype)
+    weight, mean, covariance = (x.to(weight.device, dtype) for x in (weight, *moments))
+    with torch.autocast(weight.device.type, enabled=False):
+        outputs = (weight @ mean.unsqueeze(-1)).flatten()
+        variance = ((weight @ covariance) * weight).sum(-1).flatten().clamp(min=0)
     if isinstance(pair.layer.bias, Tensor):
         outputs = outputs + pair.layer.bias
-    return outputs, ((weight @ covariance) * weight).sum(-1).flatten().clamp(min=0)
+    running = statistic(pair.norm.running_mean).dtype
+    return outputs.to(running), variance.to(running)
 
 
 def _read(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], key: str, pair: Pair) -> Moments:
