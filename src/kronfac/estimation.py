@@ -14,7 +14,7 @@ from kronfac.curvature_coupled import CoupledCurvature
 from kronfac.estimator import Estimator
 from kronfac.forwards import batches_of, call_model, pick_outputs, with_progress
 from kronfac.likelihoods import Likelihood
-from kronfac.measuring import frozen_buffers
+from kronfac.measuring import frozen_buffers, refuse_inference_mode
 from kronfac.sources import Source
 from kronfac.tape import record
 
@@ -78,8 +78,9 @@ def estimate(
     Args:
         model: The model.
         likelihood: The loss.
-        loader: Iterable of ``(inputs, targets)``, or a single pair of tensors. Inputs may be a tensor, a tuple of
-            arguments or a mapping of keyword arguments.
+        loader: Iterable of ``(inputs, targets)``, or a single pair. Inputs may be a tensor, a tuple of arguments or
+            a mapping of keyword arguments. A pair of a tuple of arguments and a tuple ``(targets, mask)`` looks like
+            two batches and must be in a list.
         approximation: A name of ``kronfac.approximations.APPROXIMATIONS``, such as ``"kfac"``, ``"tkfac"``,
             ``"ekfac"``, ``"diagonal"`` or ``"dense"``, or an object.
         source: ``"sampled"`` (Fisher), ``"exact"`` (Gauss-Newton), ``"empirical"``, ``"forward_only"``,
@@ -99,7 +100,9 @@ def estimate(
         TypeError: ``seed`` is no integer.
         ValueError: The loader is empty, or cannot be read as often as needed, or anything does not fit.
     """
-    device = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
+    refuse_inference_mode("kronfac.estimate")
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    device = torch.device("cpu") if first is None else first.device
     if not isinstance(seed, int):
         raise TypeError(f"seed={seed!r} must be an integer.")
     estimator = Estimator(
@@ -116,17 +119,19 @@ def estimate(
     if passes > 1 and isinstance(loader, Iterator):
         raise ValueError(_readable(estimator.approximation, f"is a {type(loader).__name__}, which can be read once"))
     batches = 0
+    called: set[str] = set()
     for index in range(passes):
         if index:
             estimator.next_pass()
         # Labels of their own in every pass: values are unbiased if they are independent of their eigenbasis.
         estimator.generator = torch.Generator(device).manual_seed(_seed_of_pass(seed, index))
-        count = _read(estimator, loader, outputs, progress)
+        count = _read(estimator, loader, outputs, progress, called)
         if index and count != batches:
             raise ValueError(_readable(estimator.approximation, f"gave {batches} batches first and {count} afterwards"))
         if count == 0:
             raise ValueError("loader is empty: no batch to estimate curvature from.")
         batches = count
+    _require_terms(estimator, called)
     if estimator.joint is not None:
         coupled = estimator.coupled_curvature()
         return coupled.scale(float(batches)) if likelihood.reduction == "sum" else coupled  # for the reason below
@@ -140,8 +145,10 @@ def estimate(
     return curvature
 
 
-def _read(estimator: Estimator, loader: Any, outputs: Callable[[Any], Tensor] | None, progress: bool) -> int:
-    """Take in all of a loader once, and return its number of batches."""
+def _read(
+    estimator: Estimator, loader: Any, outputs: Callable[[Any], Tensor] | None, progress: bool, called: set[str]
+) -> int:
+    """Take in all of a loader once, note the layers that are called, and return its number of batches."""
     count = 0
     with frozen_buffers(estimator.model):
         for inputs, targets in with_progress(batches_of(loader), loader, progress):
@@ -149,8 +156,21 @@ def _read(estimator: Estimator, loader: Any, outputs: Callable[[Any], Tensor] | 
                 out = pick_outputs(call_model(estimator.model, inputs), outputs)
             tape.disposable = True
             estimator.update(tape, out, targets)
+            called.update(tape.calls)
             count += 1
     return count
+
+
+def _require_terms(estimator: Estimator, called: set[str]) -> None:
+    """Refuse a mean over no rows at all, which a layer that was called has where no term of the loss counts."""
+    empty = [name for name, statistic in estimator.statistics.items() if name in called and statistic.empty]
+    if estimator.joint is not None and estimator.joint.empty and called >= set(estimator.adaptation.adapters):
+        empty = list(estimator.adaptation.adapters)
+    if empty:
+        raise ValueError(
+            f"No statistics for layers {empty}: every target is ignored, or masked, or has weight 0, so that none of "
+            "their inputs counts. Leave such data out, or check ignore_index, mask and class weights."
+        )
 
 
 def _readable(approximation: Approximation, fault: str) -> str:

@@ -52,7 +52,7 @@ def batches_of(loader: Iterable[Any] | tuple[Any, Any]) -> Iterator[tuple[Any, A
     """Iterate over ``(inputs, targets)``; a single pair counts as one batch.
 
     Args:
-        loader: Iterable of pairs, or a pair whose first entry is a tensor or a mapping.
+        loader: Iterable of pairs, or a pair ``(inputs, targets)``. What could be two pairs counts as two.
 
     Yields:
         Pairs.
@@ -62,11 +62,19 @@ def batches_of(loader: Iterable[Any] | tuple[Any, Any]) -> Iterator[tuple[Any, A
     """
     if not isinstance(loader, Iterable):
         raise TypeError(f"loader must be an iterable of pairs (inputs, targets), not {type(loader).__name__}.")
-    single = isinstance(loader, (tuple, list)) and len(loader) == 2 and isinstance(loader[0], (Tensor, Mapping))
-    for batch in [loader] if single else loader:
+    for batch in [loader] if _is_pair(loader) else loader:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise TypeError(f"loader must give pairs (inputs, targets), not {type(batch).__name__}.")
         yield batch[0], batch[1]
+
+
+def _is_pair(loader: Any) -> bool:
+    """Whether this is one batch: its first entry is no batch, or its second, a tensor or None, is none."""
+    if not isinstance(loader, (tuple, list)) or len(loader) != 2:
+        return False
+    inputs, targets = loader
+    several = isinstance(inputs, (tuple, list)) and (targets is None or isinstance(targets, Tensor))
+    return several or isinstance(inputs, (Tensor, Mapping))
 
 
 def with_progress(pairs: Iterator[tuple[Any, Any]], loader: Any, show: bool) -> Iterator[tuple[Any, Any]]:

@@ -47,14 +47,71 @@ def frozen_buffers(model: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    saved = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    saved = {name: (buffer, _Kept(buffer)) for name, buffer in model.named_buffers()}
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in saved:
-                    buffer.copy_(saved[name])
+        for name, present in list(model.named_buffers()):
+            if name not in saved:
+                continue
+            buffer, kept = saved[name]
+            if present is not buffer:  # the forward put another tensor in its place
+                owner, _, key = name.rpartition(".")
+                setattr(model.get_submodule(owner), key, buffer)
+            kept.restore(buffer)
+
+
+class _Kept:
+    """What a buffer holds, and a way back to it that graphs made before do not notice.
+
+    They may hold the buffer for their backward, and find in it at the end what it held; but every write counts up the
+    version by which they would tell.  Writing to ``data`` does not.
+
+    Args:
+        buffer: The buffer.
+    """
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self._strided = buffer.layout == torch.strided
+        self._version = 0 if self._strided else buffer._version
+        self._values = (_memory(buffer) if self._strided else buffer.detach()).clone()
+
+    def restore(self, buffer: torch.Tensor) -> None:
+        """Put it back.
+
+        Args:
+            buffer: The buffer.
+        """
+        if self._strided:
+            _memory(buffer).copy_(self._values)
+        elif buffer._version != self._version:  # the data of a sparse tensor is a tensor of its own
+            with torch.no_grad():
+                buffer.copy_(self._values)
+
+
+def _memory(buffer: torch.Tensor) -> torch.Tensor:
+    """View a buffer's data without the dimensions along which it was expanded, which cannot be written to."""
+    view = buffer.data
+    for dim, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            view = view.narrow(dim, 0, 1)
+    return view
+
+
+def refuse_inference_mode(what: str) -> None:
+    """Refuse to differentiate where torch records nothing, and gives derivatives of zero without a word.
+
+    Args:
+        what: What is to be computed.
+
+    Raises:
+        RuntimeError: It runs under `torch.inference_mode`.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{what} differentiates the model, which torch.inference_mode() does not allow: call it outside, on "
+            "tensors that were made outside. Under torch.no_grad() it works."
+        )
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Curvature on disk: a safetensors file, which holds numbers and text and never code.
 
 The file's metadata says what the tensors are: the format's version, the kind and shape of each layer's block, the
-layers' parameters with their shapes, and the options with which the layers' adapters were built. Loading checks all of
-it against the model.
+layers' parameters with their shapes, the kinds of their adapters and the options with which these were built. Loading
+checks all of it against the model.
 """
 
 from __future__ import annotations
@@ -207,6 +207,7 @@ def _described(curvature: Curvature, layer: str) -> dict[str, Any]:
     return {
         "name": layer,
         "kind": block.kind,
+        "adapter": type(curvature.layouts[layer]).__name__,
         "shape": list(block.shape),
         "parameters": {name: list(curvature.parameter_shapes[name]) for name in names},
     }
@@ -252,7 +253,8 @@ def read_file(path: Path, kind: str, what: str) -> tuple[dict[str, Tensor], dict
                     f"{path} has version {metadata.get('version')!r} of the format, this kronfac reads version "
                     f"{_VERSION}: use the kronfac that wrote it, or make the {what} again"
                 )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            # Copied to where tensors begin in memory: from other addresses products differ in their last bits.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise StorageError(f"{path} is damaged, or no {what} saved by kronfac ({error})") from error
     try:
@@ -279,5 +281,17 @@ def _check_layer(
     present = {name: tuple(parameters[name].shape) for name in adapters[layer].parameter_names}
     if saved != present:
         raise StorageError(f"{path} was saved with the parameters {saved} of layer {layer!r}, the model has {present}")
+    # Files from before adapters were named in them are held to their shapes alone.
+    kind, shape = type(adapters[layer]).__name__, tuple(adapters[layer].shape)
+    if entry.get("adapter", kind) != kind:
+        raise StorageError(
+            f"{path} was saved with a layer {layer!r} of another kind: its adapter was {entry['adapter']}, that of the "
+            f"model's {type(adapters[layer].module).__name__} is {kind}"
+        )
+    if (saved_shape := entry.get("shape")) != list(shape):
+        raise StorageError(
+            f"{path} was saved with a block of shape {saved_shape} for layer {layer!r}, the model's layer has "
+            f"{list(shape)}: are its groups others?"
+        )
     if entry.get("kind") not in KINDS:
         raise StorageError(f"{path}: the block of layer {layer!r} is of the unknown kind {entry.get('kind')!r}")

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, zeros
+from kronfac.approximations.joint import JointApproximation
 from kronfac.approximations.kfac import KFAC
+from kronfac.approximations.xkfac import XKFAC
 from kronfac.blocks import Block, Eigenbasis, EigenKronecker
 from kronfac.blocks.eigen_kronecker import change_basis
 from kronfac.layers import LayerAdapter
@@ -163,7 +165,7 @@ class EKFAC(Approximation):
         base: The approximation whose factors give the basis; K-FAC by default.
 
     Raises:
-        TypeError: ``base`` is no approximation.
+        TypeError: ``base`` is no approximation, or one that looks at the whole graph.
     """
 
     name = "ekfac"
@@ -174,6 +176,11 @@ class EKFAC(Approximation):
         base = KFAC() if base is None else base
         if not isinstance(base, Approximation):
             raise TypeError(f"base must be a kronfac.approximations.Approximation, not {type(base).__name__}.")
+        if not takes_layers_alone(base):
+            raise TypeError(
+                f"base must take layers one by one, such as KFAC() or TKFAC(): approximation={base.name!r} reads what "
+                "lies between layers from the whole graph."
+            )
         self.base = base
 
     def start(self, layer: LayerAdapter) -> Statistic:
@@ -196,6 +203,18 @@ class EKFAC(Approximation):
         """
         super().check(source)
         self.base.check(source)
+
+
+def takes_layers_alone(approximation: Approximation) -> bool:
+    """Whether a layer's statistics can be kept apart from other layers', as those who compose approximations do.
+
+    Args:
+        approximation: What is to be a part of another approximation.
+
+    Returns:
+        False of those that couple layers, or read from the graph of all of them what batch norm couples.
+    """
+    return not isinstance(approximation, (JointApproximation, XKFAC))
 
 
 def add_squares_(

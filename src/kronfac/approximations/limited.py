@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kronfac.approximations.base import Approximation, Statistic
 from kronfac.approximations.diagonal import DiagonalBlocks
+from kronfac.approximations.ekfac import takes_layers_alone
 from kronfac.approximations.joint import JointApproximation
 from kronfac.approximations.kfac import KFAC
 from kronfac.layers import LayerAdapter
@@ -89,9 +90,18 @@ class Limited(Approximation):
             tape: The recorded layers.
             outputs: The model's outputs.
             statistics: Those of the model's layers.
+
+        Raises:
+            ValueError: A part that reads the graph of all layers does not get all of them.
         """
         for part, wide in ((self.base, False), (self.wide, True)):
             own = {name: s for name, s in statistics.items() if self.is_wide(s.layer) is wide}
+            if len(own) < len(statistics) and not takes_layers_alone(part):
+                raise ValueError(
+                    f"Limited({self.width}) gives layers {[name for name in statistics if name not in own]} to another "
+                    f"part than approximation={part.name!r}, which reads the graph of all layers and can leave none "
+                    "out: use one approximation for all of them."
+                )
             part.begin(model, source, tape, outputs, own)
 
     def check(self, source: Source) -> None:

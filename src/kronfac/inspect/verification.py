@@ -27,7 +27,7 @@ from kronfac.inspect.sampling import Spread, measure_spreads, single
 from kronfac.inspect.verified import LayerCheck, VerificationReport
 from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.likelihoods import Likelihood
-from kronfac.measuring import apart_from_training, couples_examples, frozen_buffers
+from kronfac.measuring import apart_from_training, couples_examples, frozen_buffers, refuse_inference_mode
 from kronfac.sources import Empirical, ForwardOnly, Recursive, Sampled, Seed, Source, align_weights, get_source
 from kronfac.tape import Tape, record
 
@@ -141,6 +141,7 @@ def verify(
 
 
 def _check(model: nn.Module, batch: Any, source: Source) -> tuple[Any, Any]:
+    refuse_inference_mode("kronfac.verify")
     if isinstance(source, (Empirical, ForwardOnly)):
         raise ValueError(
             f"source={source.name!r} does not estimate the Gauss-Newton matrix, with which verify compares; use "

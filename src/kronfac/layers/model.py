@@ -79,9 +79,20 @@ def adapt_model(model: nn.Module, *, sharing: str = "expand", norm: str = "unitw
             adapter = adapt(module, name, sharing)
             if isinstance(adapter, NormAdapter) and norm == "full":
                 adapter = adapter.full()
+            if not adapter.parameters:
+                result.uncovered |= {key: _strange(module) for key in own if key in order}
+                continue
             extra = [key for key in own if key not in adapter.parameters]
             result.uncovered |= {key: f"{type(module).__name__} adapters know weight and bias only" for key in extra}
             result.adapters[name] = adapter
         except UnsupportedLayer as error:
             result.uncovered |= {key: str(error) for key in own if key in order}
     return result
+
+
+def _strange(module: nn.Module) -> str:
+    """Why a layer has no block whose trained parameters are neither weight nor bias."""
+    return (
+        f"{type(module).__name__} adapters know weight and bias only; its weight is frozen, or computed from other "
+        "parameters (weight_norm, spectral_norm, prune)"
+    )

@@ -33,7 +33,8 @@ class NormAdapter(LayerAdapter):
 
     def __init__(self, module: nn.Module, name: str, sharing: str = "expand") -> None:
         super().__init__(module, name, "expand")
-        self._units = module.weight.numel() if self.has_weight else module.bias.numel()  # type: ignore[operator]
+        units = module.weight if self.has_weight else getattr(module, "bias", None)
+        self._units = units.numel() if isinstance(units, Tensor) else 0  # without either, adapt_model leaves it out
         self.stack = (self._units,)
         self.d_out, self.d_in = 1, int(self.has_weight) + int(self.has_bias)
 
@@ -156,14 +157,21 @@ class ChannelNorm(NormAdapter):
             return F.group_norm(x, module.num_groups, eps=module.eps)
         if isinstance(module, _InstanceNorm):
             if module.track_running_stats and not module.training:
-                return F.instance_norm(
-                    x, module.running_mean, module.running_var, use_input_stats=False, eps=module.eps
-                )
+                mean, variance = _running(module, x)
+                return F.instance_norm(x, mean, variance, use_input_stats=False, eps=module.eps)
             return F.instance_norm(x, eps=module.eps)
         assert isinstance(module, _BatchNorm)
         if self.spreads:
             return F.batch_norm(x, None, None, training=True, eps=module.eps)
-        return F.batch_norm(x, module.running_mean, module.running_var, training=False, eps=module.eps)
+        mean, variance = _running(module, x)
+        return F.batch_norm(x, mean, variance, training=False, eps=module.eps)
+
+
+def _running(module: _BatchNorm | _InstanceNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Running statistics in the dtype of an input that may have been raised."""
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    return module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:

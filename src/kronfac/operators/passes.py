@@ -20,9 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kronfac._typing import NamedTensors
 from kronfac.forwards import pick_outputs
-from kronfac.measuring import apart_from_training, couples_examples
+from kronfac.measuring import apart_from_training, couples_examples, refuse_inference_mode
 
 Pick = Callable[[Any], Tensor] | None
+_WHAT = "A product with the curvature"
 
 
 def run(model: nn.Module, parameters: NamedTensors, inputs: Any, pick: Pick) -> Tensor:
@@ -64,6 +65,7 @@ def leaves(model: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
     Returns:
         Leaves that share memory with the parameters, by name.
     """
+    refuse_inference_mode(_WHAT)
     known = dict(model.named_parameters())
     return {name: known[name].detach().requires_grad_() for name in names}
 
@@ -85,6 +87,7 @@ def push_forward(model: nn.Module, inputs: Any, vector: NamedTensors, pick: Pick
     Returns:
         Outputs and ``J v`` of the same shape, detached.
     """
+    refuse_inference_mode(_WHAT)
     known = dict(model.named_parameters())
     vector = {name: tangent.detach().to(known[name].dtype) for name, tangent in vector.items()}
     _load_forward_rules()
@@ -114,6 +117,7 @@ def push_forward_each(
     Returns:
         Outputs, and one derivative for each direction, detached.
     """
+    refuse_inference_mode(_WHAT)
     if len(vectors) > 1 and not couples_examples(model):
         known = dict(model.named_parameters())
         names = list(vectors[0])

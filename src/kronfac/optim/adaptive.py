@@ -46,8 +46,10 @@ class AdaptiveKFAC(Proposing):
     The closure must call the model once; where ``λ`` is adapted it is evaluated again at the trial point, with the same
     state of torch's random generators, so that dropout keeps its masks. On such steps a loss that rises or is not
     finite takes the step back and raises ``λ`` until it falls. In between, a loss that is not finite takes the
-    step before back. A step that finds no descent at all raises a ``RuntimeError`` and leaves the parameters as they
-    were.
+    step before back. A step that finds no descent at all raises a ``RuntimeError``. A step that raises, by an error in
+    the closure too, leaves the parameters and ``λ`` as they were.
+
+    A parameter that is frozen (``requires_grad=False``) while training goes on does not move; momentum starts anew.
 
     Args:
         model: The module that the closure calls.
@@ -164,8 +166,17 @@ class AdaptiveKFAC(Proposing):
         no step that lowers the loss, or a closure that does not do what is asked of it, with a ``RuntimeError``.
         """
         self._gatherer.check_layers()
-        params: list[Tensor] = [p for p, _ in self._members()]
+        params = self._free()
         call = Closure(closure, self._gatherer.root, params)
+        with self._undone_on_error(params):
+            loss = self._step_in(call, params)
+        if self._average is not None:
+            update_average([p for p, _ in self._members()], self.state, self._average, self._steps)
+        self._steps += 1
+        self._gatherer.reset()
+        return loss
+
+    def _step_in(self, call: Closure, params: list[Tensor]) -> float:
         loss, gradients = self._gradient(call, params)
         self._check_forwards()
         if self._steps == 0:
@@ -178,25 +189,20 @@ class AdaptiveKFAC(Proposing):
         best = self._best(params, gradients)
         self._gamma, self._inverses = best.gamma, best.inverses
         self._take(call, loss, objective, params, best)
-        if self._average is not None:
-            update_average(params, self.state, self._average, self._steps)
-        self._steps += 1
-        self._gatherer.reset()
         return loss
 
     # ---------------------------------------------------------------- taking the step
     def _take(self, call: Closure, loss: float, objective: float, params: list[Tensor], proposal: Proposal) -> None:
         checked = self._probation > 0 or self._steps % self._adapt_every == 0
         rejected, actual, rho = 0, None, None
+        saved = self._leave(params) if checked else []
         while True:
             lam = self._lam.value
             coefficients = proposal.model.minimise(lam + self._decay)
             predicted = proposal.model.change(coefficients, lam + self._decay)
             delta = proposal.step(coefficients)
             if not checked:
-                torch._foreach_add_(params, delta)
                 break
-            saved = [p.clone() for p in params]
             torch._foreach_add_(params, delta)
             actual = self._objective(call, params) - objective
             # Differences below the rounding of the objective say nothing.
@@ -236,6 +242,8 @@ class AdaptiveKFAC(Proposing):
             kl=0.5 * float(coefficients @ proposal.model.curvature @ coefficients),
             rejected=rejected,
         )
+        if not checked:  # last, as there is no copy to go back to
+            torch._foreach_add_(params, delta)
 
     # ---------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:

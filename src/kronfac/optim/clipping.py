@@ -14,7 +14,8 @@ from kronfac.forwards import pick_outputs
 from kronfac.likelihoods import Likelihood
 from kronfac.operators import ggn_quadratic_form
 from kronfac.optim.gathering import Gatherer
-from kronfac.optim.last_batch import last_batch
+from kronfac.optim.last_batch import LastBatch, last_batch
+from kronfac.optim.options import inner_product
 
 #: Part of the mini-batch used for the exact product, as in the paper.
 FRACTION = 4
@@ -54,13 +55,16 @@ class KLClip:
         self.last = 0.0
         self.scale = 1.0
 
-    def __call__(self, bound: float, approximate: float, exact: Callable[[], float] | None) -> float:
+    def __call__(
+        self, bound: float, approximate: float, exact: Callable[[], float] | None, multiple: float = 1.0
+    ) -> float:
         """Return the factor for an update.
 
         Args:
             bound: ``C``.
-            approximate: ``vᵀF̂v``.
+            approximate: ``vᵀF̂v``. Where it is zero nothing is measured, and the last ratio stays.
             exact: Forms ``vᵀFv``; None to use the last ratio.
+            multiple: What both are yet to be multiplied by: the squared rate, which may be zero for a while.
 
         Returns:
             ``min(1, √(C / vᵀFv))``.
@@ -68,14 +72,16 @@ class KLClip:
         Raises:
             FloatingPointError: The product is not finite.
         """
-        if exact is not None or self.ratio is None:
-            value = exact() if exact is not None else approximate
+        if exact is not None and approximate > 0:
+            value = exact()
             if not math.isfinite(value):
                 raise FloatingPointError(
                     "The curvature product vᵀFv of the KL clip is NaN or Inf; no parameter was changed."
                 )
-            self.ratio = value / approximate if approximate > 0 else 1.0
-        self.last = self.ratio * approximate
+            self.ratio = value / approximate
+        elif exact is None and self.ratio is None:
+            self.ratio = 1.0
+        self.last = (1.0 if self.ratio is None else self.ratio) * approximate * multiple
         self.scale = math.sqrt(bound / self.last) if self.last > bound else 1.0
         return self.scale
 
@@ -83,7 +89,10 @@ class KLClip:
 def exact_product(
     gatherer: Gatherer, likelihood: Likelihood, vector: Mapping[str, Tensor], pick: Callable[[Any], Tensor] | None
 ) -> float:
-    """``vᵀFv`` on a quarter of the mini-batch that the last forward saw.
+    """``vᵀFv`` on a quarter of the mini-batch that the last forward saw, of two examples at least.
+
+    Examples are taken to lie along the first dimension of inputs and outputs; where that does not hold, or the model
+    does not take a part of them, it is the whole mini-batch (:mod:`kronfac.optim.last_batch`).
 
     Args:
         gatherer: Holds that forward's arguments.
@@ -94,21 +103,48 @@ def exact_product(
     Returns:
         The value.
     """
-    batch = last_batch(gatherer, "kl_clip (None switches it off)", 1 / FRACTION)
-    with gatherer.paused(), torch.autocast(next(iter(vector.values())).device.type, enabled=False):
-        value = ggn_quadratic_form(
-            gatherer.root,
-            likelihood,
-            batch.inputs,
-            vector,
-            batch.targets,
-            outputs=lambda out: pick_outputs(out, pick),
-        )
+    what = "kl_clip (None switches it off)"
+    batch = last_batch(gatherer, what, 1 / FRACTION)
+    value = None if batch.examples is None else _product_on_part(batch, gatherer, likelihood, vector, pick)
+    if value is None:
+        batch = batch if batch.examples is None else last_batch(gatherer, what)
+        value = _product_on(batch, gatherer, likelihood, vector, pick)
     # A sum over a part of the last of a step's batches is as much smaller; means are not.
     whole = max(gatherer.gathered, 1) * batch.whole if likelihood.reduction == "sum" else 1.0
     local = float(value) * whole
     # All processes of a distributed run must clip alike.
     return mean_over_processes(local, value.device)
+
+
+def _product_on_part(
+    batch: LastBatch,
+    gatherer: Gatherer,
+    likelihood: Likelihood,
+    vector: Mapping[str, Tensor],
+    pick: Callable[[Any], Tensor] | None,
+) -> Tensor | None:
+    """``vᵀFv`` on a part, or None where the model does not take it, or has other than as many outputs."""
+    try:
+        return _product_on(batch, gatherer, likelihood, vector, pick)
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return None  # what is wrong otherwise shows on the whole batch
+
+
+def _product_on(
+    batch: LastBatch,
+    gatherer: Gatherer,
+    likelihood: Likelihood,
+    vector: Mapping[str, Tensor],
+    pick: Callable[[Any], Tensor] | None,
+) -> Tensor:
+    def outputs(found: Any) -> Tensor:
+        picked = pick_outputs(found, pick)
+        if batch.examples is not None and len(picked) != batch.examples:
+            raise ValueError(f"{batch.examples} examples gave {len(picked)} outputs.")
+        return picked
+
+    with gatherer.paused(), torch.autocast(next(iter(vector.values())).device.type, enabled=False):
+        return ggn_quadratic_form(gatherer.root, likelihood, batch.inputs, vector, batch.targets, outputs=outputs)
 
 
 def clip_scale(
@@ -134,31 +170,42 @@ def clip_scale(
         pick: Picks the output tensor.
 
     Returns:
-        The factor, at most 1.
+        The factor, at most 1; where groups differ in ``kl_clip``, a ``ValueError`` says so.
     """
-    given = [group["kl_clip"] for _, _, group in members if group["kl_clip"] is not None]
-    if all(isinstance(bound, str) for bound in given) and due and gatherer.last is None:
-        given = []  # "auto" does not insist where the outputs were captured by hand
-    if not given:
+    given = _bound(members)
+    # "auto" does not insist where the outputs were captured by hand
+    if given is None or (isinstance(given, str) and due and gatherer.last is None):
         return 1.0
     estimator = gatherer.estimator
     terms = estimator.terms
-    if any(isinstance(bound, str) for bound in given):
+    if isinstance(given, str):
         terms = mean_over_processes(terms, members[0][1].device)  # all processes must clip alike
     # One rate for all, as there mostly is, comes out of the forms, and the directions need no copy.
     several = len(set(rates.values())) > 1
-    products = torch.stack([torch.dot(gradients[n].flatten(), directions[n].flatten()) for n in rates]).double()
-    squares = products.new_tensor([rate**2 for rate in rates.values()]) if several else next(iter(rates.values())) ** 2
+    products = torch.stack([inner_product(gradients[n], directions[n]) for n in rates]).double()
+    if several:
+        products = products * products.new_tensor([rate**2 for rate in rates.values()])
 
     def exact() -> float:
-        vector = {n: directions[n] * rate if several else directions[n] for n, rate in rates.items()}
+        dense = {n: directions[n].to_dense() if directions[n].is_sparse else directions[n] for n in rates}
+        vector = {n: dense[n] * rate for n, rate in rates.items()} if several else dense
         decay = sum(
             group["weight_decay"] * float(vector[n].square().sum())
             for n, _, group in members
             if not group["decoupled_weight_decay"] and group["weight_decay"]
         )
-        value = decay + exact_product(gatherer, estimator.likelihood, vector, pick)
-        return value if several else value * next(iter(rates.values())) ** 2
+        return decay + exact_product(gatherer, estimator.likelihood, vector, pick)
 
-    bound = min(bound_of(bound, terms) for bound in given)
-    return clip(bound, float((products * squares).sum()), exact if due else None)
+    square = 1.0 if several else next(iter(rates.values())) ** 2
+    return clip(bound_of(given, terms), float(products.sum()), exact if due else None, square)
+
+
+def _bound(members: Sequence[tuple[str, Tensor, Mapping[str, Any]]]) -> float | str | None:
+    """The one bound of all that moves, since it is one on the step as a whole."""
+    bounds = list(dict.fromkeys(group["kl_clip"] for _, _, group in members))
+    if len(bounds) > 1:
+        raise ValueError(
+            f"kl_clip bounds the step of all parameters together, but parameter groups have {bounds}: give all of them "
+            "the same."
+        )
+    return bounds[0] if bounds else None

@@ -12,6 +12,7 @@ from kronfac.forwards import pick_outputs
 from kronfac.likelihoods import Likelihood
 from kronfac.operators.passes import run, same_random_state
 from kronfac.optim.gathering import Gatherer
+from kronfac.optim.last_batch import last_batch
 
 #: A network by its parameters, with the weight of its divergence.
 Weighted = tuple[float, Mapping[str, Tensor]]
@@ -91,14 +92,14 @@ class ExactWake:
     ) -> None:
         self._gatherer, self._likelihood, self._pick = gatherer, likelihood, pick
         self._parameters, self._gradients, self._product, self._rate = parameters, gradients, product, rate
-        self._xi = xi
+        self._xi, self._inputs = xi, last_batch(gatherer, "variant='qe'").inputs
         with torch.no_grad():
             self._references = [(weight, self._outputs(network)) for weight, network in networks if weight]
 
     def _outputs(self, parameters: Mapping[str, Tensor]) -> Tensor:
         root = self._gatherer.root
         with same_random_state(root, self._gatherer.last_random):
-            return run(root, parameters, self._gatherer.last, lambda out: pick_outputs(out, self._pick))
+            return run(root, parameters, self._inputs, lambda out: pick_outputs(out, self._pick))
 
     def _divergence(self, old: Tensor, new: Tensor) -> Tensor:
         likelihood, targets, xi = self._likelihood, self._gatherer.last_targets, self._xi

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,41 +17,10 @@ from kronfac.graph import in_backward, saved_plainly
 from kronfac.measuring import is_apart_from_training
 from kronfac.operators.passes import random_state, run, same_random_state
 from kronfac.optim.hooks import WeakHook, do_nothing, remove
+from kronfac.optim.root import identities, is_compiled
 from kronfac.optim.sub_batch import Plan, check_fits, part_of
 from kronfac.sources.part import Part
 from kronfac.tape import Tape, TapeError, record
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether a module is what ``torch.compile`` returned.
-
-    Args:
-        model: The module.
-
-    Returns:
-        True if so.
-    """
-    # Whoever compiled it has imported the compiler, which takes seconds and is not worth it for the question.
-    frame = sys.modules.get("torch._dynamo.eval_frame")
-    return frame is not None and isinstance(model, frame.OptimizedModule)
-
-
-def eager_root(model: nn.Module) -> nn.Module:
-    """Return the module behind ``torch.compile`` and data-parallel wrappers; it shares their parameters.
-
-    Args:
-        model: The module the training loop calls.
-
-    Returns:
-        The eager module.
-    """
-    while True:
-        if is_compiled(model):
-            model = model.get_submodule("_orig_mod")
-        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        else:
-            return model
 
 
 def _may_be_training() -> bool:
@@ -70,22 +38,6 @@ def _require_calls(tape: Tape) -> None:
             "No layer hook fired: either the forward calls none of the layers, or it was compiled before. Pass the "
             "module that torch.compile returned to the optimiser."
         )
-
-
-def _identities(model: nn.Module) -> list[tuple[int, object]]:
-    """Identities of all modules and parameters, and formats of these, by a walk that is cheap enough for every step."""
-    found: dict[int, object] = {id(model): None}
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                found[id(parameter)] = (parameter.dtype, parameter.device)
-        for part in module._modules.values():
-            if part is not None and id(part) not in found:
-                found[id(part)] = None
-                waiting.append(part)
-    return list(found.items())
 
 
 class Gatherer:
@@ -133,7 +85,7 @@ class Gatherer:
         self._examples = examples
         self._plan: Plan | None = None  # of the forward that is under way
         self._tape = Tape(estimator.adaptation.adapters)
-        self._identities = _identities(self.root)
+        self._identities = identities(self.root)
         # Hooks that are added to a compiled module are ignored.
         self._own_forward = own_forward or is_compiled(model)
         handles = [
@@ -300,7 +252,7 @@ class Gatherer:
         Raises:
             TapeError: They are not.
         """
-        if _identities(self.root) != self._identities:
+        if identities(self.root) != self._identities:
             raise TapeError(
                 "The model's layers or parameters were replaced, cast or moved after the optimiser was constructed: "
                 "construct a new one."

@@ -115,6 +115,7 @@ class HessianFree(AdaptiveKFAC):
                 self._gatherer.root,
                 self._estimator.likelihood,
                 [(batch.inputs, batch.targets)],
+                parameters=names,
                 outputs=self._options["outputs"],
             )
         whole = batch.whole if self._estimator.likelihood.reduction == "sum" else 1.0
@@ -147,7 +148,9 @@ class HessianFree(AdaptiveKFAC):
         return {name: found[name] for name in vector}
 
     def _layers(self, names: Sequence[str]) -> list[list[str]]:
-        """Names of the parameters layer by layer; parameters without a layer are groups of their own."""
-        layers = [list(adapter.parameter_names) for adapter in self._estimator.adaptation.adapters.values()]
+        """Names of these parameters layer by layer; parameters without a layer are groups of their own."""
+        adapters, free = self._estimator.adaptation.adapters.values(), set(names)
+        layers = [[name for name in adapter.parameter_names if name in free] for adapter in adapters]
+        layers = [layer for layer in layers if layer]
         held = {name for layer in layers for name in layer}
         return [*layers, *([name] for name in names if name not in held)]

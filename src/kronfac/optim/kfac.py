@@ -21,12 +21,13 @@ from kronfac.likelihoods import Likelihood
 from kronfac.optim.averaging import swapped_in, update_average
 from kronfac.optim.clipping import KLClip, clip_scale
 from kronfac.optim.directions import directions, multiply_plainly
-from kronfac.optim.gathering import Gatherer, eager_root
+from kronfac.optim.gathering import Gatherer
 from kronfac.optim.health import Record
 from kronfac.optim.hooks import do_nothing
-from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator
+from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator, with_decay
 from kronfac.optim.reduced import RoundedDirections
 from kronfac.optim.renewal import Renewal
+from kronfac.optim.root import eager_root
 from kronfac.optim.rows import RowGradients, multiply_rows
 from kronfac.optim.rows_checks import check_groups, check_rows
 from kronfac.optim.state import gather_generators, load_curvature_state, save_curvature_state
@@ -201,7 +202,7 @@ class KFAC(Renewal):
         members = [(self._names[id(p)], p, group) for p, group in self._members() if self._has_gradient(p)]
         for name, parameter, group in members:
             if group["weight_decay"] and not group["decoupled_weight_decay"]:
-                gradients[name] = gradients[name].add(parameter, alpha=group["weight_decay"])
+                gradients[name] = with_decay(gradients[name], parameter, group["weight_decay"])
         moved = self._directions(gradients)
         check_finite(gradients, moved)
         scale = self._clip_scale(gradients, moved, members)

@@ -23,8 +23,8 @@ from kronfac.optim.kldwrm_checks import (
     check_model,
     check_numbers,
 )
-from kronfac.optim.kldwrm_state import load_wake, save_wake
-from kronfac.optim.options import check_finite
+from kronfac.optim.kldwrm_state import follow, free_parameters, load_wake, save_wake, still_products
+from kronfac.optim.options import check_finite, with_decay
 from kronfac.optim.wake import Damped, WakeAverage, layer_product, layer_scales
 
 
@@ -155,13 +155,13 @@ class KLDWRM(Averages):
         """
         try:
             return self._step_exactly(closure) if self._variant == "qe" else self._step(closure)
-        except Exception:
+        except BaseException:
             self._gatherer.reset()  # what was gathered is used up or wrong
             raise
 
     def _step_exactly(self, closure: Callable[[], Any] | None) -> float:
         self._gatherer.check_layers()
-        params: list[Tensor] = [p for p, _ in self._members()]
+        params = free_parameters(self)
         call = Closure(closure, self._gatherer.root, params)
         self._gatherer.reset()
         loss, found = call.gradient()
@@ -192,7 +192,7 @@ class KLDWRM(Averages):
         scaled = {}  # ĝ/λ = g/λ + ρ u
         for name, parameter, group in members:
             if group["weight_decay"] and not group["decoupled_weight_decay"]:
-                gradients[name] = gradients[name].add(parameter, alpha=group["weight_decay"])
+                gradients[name] = with_decay(gradients[name], parameter, group["weight_decay"])
             scaled[name] = gradients[name] * group["lr"]
             if "wake" in self.state[parameter]:
                 scaled[name].add_(self.state[parameter]["wake"], alpha=self._rho)
@@ -204,16 +204,19 @@ class KLDWRM(Averages):
         carried = {name: part for name, p, group in members if (part := self._carried(p, group)) is not None}
         if self._variant == "qe":
             moves = self._refined(gradients, moves, members)
-            self._networks.push({name: p for name, p, _ in members}, first=self._steps == 0)
+            # With those that are frozen now: they may move again.
+            self._networks.push({self._names[id(p)]: p for p, _ in self._members()}, first=self._steps == 0)
         products = self._wake_products(scaled, scales, moves, carried)
+        if self._rho:
+            products |= still_products(self, moves, carried)
         for name, parameter, group in members:
             if group["momentum"]:
                 self._buffer(parameter, "momentum_buffer").mul_(group["momentum"]).add_(moves[name])
             parameter.add_(moves[name])
             if name in carried:
                 parameter.add_(carried[name])
-            if self._rho:
-                self._buffer(parameter, "wake").mul_(self._rho).add_(products[name])
+        if self._rho:
+            follow(self, products)
 
     def _carried(self, parameter: Tensor, group: dict[str, Any]) -> Tensor | None:
         """The part of a step that is no solution of this step's problem: momentum and decoupled weight decay."""

@@ -1,18 +1,80 @@
-"""Saving and loading what KLD-WRM holds besides K-FAC's state and the wake, which lies with the parameters."""
+"""What KLD-WRM holds: the wake, which lies with the parameters, and what is saved and loaded besides K-FAC's state."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from kronfac.optim.wake import layer_product
+
 if TYPE_CHECKING:
     from kronfac.optim.kldwrm import KLDWRM
 
 _KEYS = {"variant", "dampings", "sums", "networks"}
+
+
+def free_parameters(optimizer: KLDWRM) -> list[Tensor]:
+    """List the parameters that are not frozen now; none of the optimiser's keeps a gradient.
+
+    Args:
+        optimizer: The optimiser.
+
+    Returns:
+        The parameters.
+
+    Raises:
+        RuntimeError: There are none.
+    """
+    members = [p for p, _ in optimizer._members()]
+    for parameter in members:
+        parameter.grad = None  # with one, a frozen parameter would move
+    params: list[Tensor] = [p for p in members if p.requires_grad]
+    if not params:
+        raise RuntimeError("All parameters are frozen (requires_grad=False): there is nothing to step in.")
+    return params
+
+
+def still_products(optimizer: KLDWRM, moves: Mapping[str, Tensor], carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``F̄ s`` for parameters that stand still while others of their layer move, with which ``F̄`` couples them.
+
+    Args:
+        optimizer: The optimiser.
+        moves: The steps of those that move, by name.
+        carried: What is added to them, where there is something.
+
+    Returns:
+        Products by name, for those that stand still alone.
+    """
+    members = {optimizer._names[id(p)] for p, _ in optimizer._members()}
+    products: dict[str, Tensor] = {}
+    for layer in optimizer._inverses:
+        adapter = optimizer._estimator.adaptation.adapters[layer]
+        moved = [name for name in adapter.parameter_names if name in moves]
+        still = [name for name in adapter.parameter_names if name in members and name not in moves]
+        if moved and still:
+            steps = {name: moves[name] + carried.get(name, 0.0) for name in moved}
+            product = layer_product(adapter, optimizer._average_of(layer), steps)
+            products |= {name: product[name] for name in still}
+    return products
+
+
+def follow(optimizer: KLDWRM, products: Mapping[str, Tensor]) -> None:
+    """Move the wake on: ``u_k = ρ u_{k−1} + F̄_k s_k``, which decays where nothing moved.
+
+    Args:
+        optimizer: The optimiser.
+        products: ``F̄_k s_k`` by name; zero where it is left out.
+    """
+    for parameter, _ in optimizer._members():
+        name = optimizer._names[id(parameter)]
+        if name in products:
+            optimizer._buffer(parameter, "wake").mul_(optimizer._rho).add_(products[name])
+        elif "wake" in optimizer.state[parameter]:
+            optimizer.state[parameter]["wake"].mul_(optimizer._rho)
 
 
 def save_wake(optimizer: KLDWRM) -> dict[str, Any]:

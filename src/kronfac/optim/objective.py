@@ -1,8 +1,11 @@
-"""The objective that AdaptiveKFAC minimises, at the present parameters; a step that blew it up is taken back."""
+"""The objective that AdaptiveKFAC minimises, at the present parameters; steps that blew it up or raised are undone."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,8 @@ from kronfac.optim.options import check_finite
 PROBATION = 5
 #: A loss that grows by this factor over a step that was not checked is looked at again without that step.
 SUSPICIOUS = 1.5
+#: What a step chooses for itself and those after it.
+CHOICES = ("_gamma", "_ceiling", "_calibrates", "_probation", "_unchecked", "_inverses")
 
 
 class Objective(KFAC):
@@ -28,6 +33,73 @@ class Objective(KFAC):
     _decay: float
     _probation: int
     _unchecked: float | None
+    _start: list[Tensor] | None = None  # the parameters before the present step, once it has left them
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of the model's parameters; there is one objective and one damping for all of them.
+
+        Args:
+            param_group: ``params``.
+
+        Raises:
+            ValueError: It has a hyper-parameter of its own.
+        """
+        given = param_group.items() if isinstance(param_group, dict) else ()
+        own = {key: value for key, value in given if key in self.defaults and value != self.defaults[key]}
+        if own:
+            raise ValueError(
+                f"{type(self).__name__} minimises one objective in all parameters, and chooses its own step size, "
+                f"momentum and damping: a group has no {', '.join(f'{key}={value!r}' for key, value in own.items())} "
+                "of its own. Leave it out."
+            )
+        super().add_param_group(param_group)
+
+    def _free(self) -> list[Tensor]:
+        """The parameters that are not frozen now: the others are constants of the objective."""
+        members = [p for p, _ in self._members()]
+        params: list[Tensor] = [p for p in members if p.requires_grad]
+        if not params:
+            raise RuntimeError("All parameters are frozen (requires_grad=False): there is nothing to step in.")
+        stepped = [p for p in members if "previous" in self.state[p]]
+        if stepped and list(map(id, stepped)) != list(map(id, params)):
+            # The last step was one in other parameters: it can be neither gone on with nor taken back.
+            for parameter in stepped:
+                del self.state[parameter]["previous"]
+            self._probation, self._unchecked = PROBATION, None
+        return params
+
+    @contextmanager
+    def _undone_on_error(self, params: list[Tensor]) -> Iterator[None]:
+        """Put parameters, the last step and what was chosen back if the block raises, by Ctrl-C too.
+
+        Statistics keep what they took in of the mini-batch, and buffers what the forward did to them.
+        """
+        chosen = {name: getattr(self, name) for name in CHOICES}
+        lam, streak = self._lam.value, self._lam.streak
+        previous = {p: self.state[p]["previous"] for p in params if "previous" in self.state[p]}
+        try:
+            yield
+        except BaseException:
+            if self._start is not None:
+                torch._foreach_copy_(params, self._start)
+            for parameter in params:
+                self.state[parameter].pop("previous", None)
+            for parameter, change in previous.items():
+                self.state[parameter]["previous"] = change
+            for name, value in chosen.items():
+                setattr(self, name, value)
+            self._lam.value, self._lam.streak = lam, streak
+            self._gatherer.reset()
+            raise
+        finally:
+            self._start = None
+
+    def _leave(self, params: list[Tensor]) -> list[Tensor]:
+        """Copy the parameters before a trial moves them; the first copy is what a step that raises goes back to."""
+        saved = [p.clone() for p in params]
+        if self._start is None:
+            self._start = saved
+        return saved
 
     def _gradient(self, call: Closure, params: list[Tensor]) -> tuple[float, list[Tensor]]:
         """Evaluate loss and gradient; take the step before back if they are not finite, or if it blew the loss up."""
@@ -41,15 +113,13 @@ class Objective(KFAC):
             if not known:
                 raise
             found = math.inf, []
+        here = self._leave(params)
         torch._foreach_sub_(params, previous)
         if found[1] and call.value() >= found[0]:
-            torch._foreach_add_(params, previous)  # a hard mini-batch, not a bad step
+            torch._foreach_copy_(params, here)  # a hard mini-batch, not a bad step
+            self._start = None
             return found
-        try:
-            found = self._finite_gradient(call, params)
-        except FloatingPointError:
-            torch._foreach_add_(params, previous)  # the data are to blame, not the step
-            raise
+        found = self._finite_gradient(call, params)  # if it is not finite here, the data are to blame, not the step
         for parameter in params:
             del self.state[parameter]["previous"]
         self._probation, self._lam.streak = PROBATION, 0

@@ -200,6 +200,48 @@ def several_processes() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
+def values_of(gradient: Tensor) -> Tensor:
+    """The numbers of a gradient, without the zeros that a sparse one leaves out.
+
+    Args:
+        gradient: Dense, or sparse as that of ``nn.Embedding(sparse=True)``.
+
+    Returns:
+        A dense tensor, of another shape if it was sparse.
+    """
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def inner_product(gradient: Tensor, direction: Tensor) -> Tensor:
+    """Inner product of a gradient and its direction; sparse ones are directions of their own, or made dense.
+
+    Args:
+        gradient: Dense or sparse.
+        direction: Of the same shape.
+
+    Returns:
+        0-dimensional.
+    """
+    if gradient.is_sparse and direction is gradient:
+        return values_of(gradient).square().sum()
+    pair = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in (gradient, direction)]
+    return torch.dot(pair[0].flatten(), pair[1].flatten())
+
+
+def with_decay(gradient: Tensor, parameter: Tensor, decay: float) -> Tensor:
+    """Add the gradient of a coupled weight decay.
+
+    Args:
+        gradient: Dense or sparse.
+        parameter: Of the same shape.
+        decay: The weight decay.
+
+    Returns:
+        A new, dense tensor.
+    """
+    return parameter.mul(decay).add_(gradient) if gradient.is_sparse else gradient.add(parameter, alpha=decay)
+
+
 def check_finite(gradients: dict[str, Tensor], directions: dict[str, Tensor] | None = None) -> None:
     """Refuse gradients that are not finite, and directions, which any such gradient spoils.
 
@@ -210,14 +252,14 @@ def check_finite(gradients: dict[str, Tensor], directions: dict[str, Tensor] | N
     Raises:
         FloatingPointError: One is NaN or Inf; the text names the parameters.
     """
-    looked_at = list((gradients if directions is None else directions).values())
+    looked_at = [values_of(tensor) for tensor in (gradients if directions is None else directions).values()]
     if not looked_at:
         return
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(looked_at)])
     if math.isfinite(float(norms.sum())):
         return
     for what, tensors in (("gradient", gradients), ("preconditioned gradient", directions or {})):
-        if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+        if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(values_of(tensor)).all())]:
             raise FloatingPointError(
                 f"NaN or Inf in the {what} of {', '.join(bad)}; no parameter was changed. The loss may have diverged: "
                 "lower lr, raise damping, or set kl_clip."

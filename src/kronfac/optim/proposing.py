@@ -39,6 +39,11 @@ class Proposing(Objective):
         step, period = self._steps, self._greedy_every
         return period is not None and step > 0 and (step % period == 0 or (step < period and step & (step - 1) == 0))
 
+    @property
+    def _inverses_due(self) -> bool:
+        # A layer that was frozen at the last inversion may have statistics now.
+        return super()._inverses_due or any(name not in self._inverses for name in self._ready())
+
     def _best(self, params: list[Tensor], gradients: list[Tensor]) -> Proposal:
         """The proposal of the present ``γ`` or the best of its neighbours', never below ``λ + r``."""
         if self._greedy_due or not self._inverses:
@@ -111,27 +116,30 @@ class Proposing(Objective):
         return proposal.model.change(proposal.model.minimise(damping), damping)
 
     def _mean_eigenvalue(self) -> float:
-        curvature = self._estimator.curvature()
-        size = sum(shape.numel() for shape in curvature.parameter_shapes.values())
-        return max(float(curvature.trace()) / size, 1e-12)
+        """Of the approximate curvature of all layers that are not frozen; 1 if there is none of it."""
+        adapters, ready = self._estimator.adaptation.adapters, self._ready()
+        free = [n for n in ready if any(p.requires_grad for p in adapters[n].parameters.values())]
+        size = sum({name: p.numel() for n in free for name, p in adapters[n].parameters.items()}.values())
+        return max(sum(float(ready[n].block().trace()) for n in free) / size, 1e-12) if size else 1.0
 
     def _calibrate(self, call: Closure, objective: float, params: list[Tensor], gradients: list[Tensor]) -> None:
         """Start from the ``λ`` whose step lowers the first loss most, among those whose model predicts it well."""
         mean = self._mean_eigenvalue()
         found: list[tuple[float, float]] = []
         known: dict[str, Inverse] = {}
+        saved = self._leave(params)
         for multiple in CALIBRATION:
             lam = multiple * mean
             known = self._inverses_at(lam + self._decay, known)
             proposal = self._propose(lam + self._decay, known, params, gradients)
             coefficients = proposal.model.minimise(lam + self._decay)
             predicted = proposal.model.change(coefficients, lam + self._decay)
-            saved = [p.clone() for p in params]
             torch._foreach_add_(params, proposal.step(coefficients))
             actual = self._objective(call, params) - objective
             torch._foreach_copy_(params, saved)
             if math.isfinite(actual) and actual < 0.5 * predicted < 0:
                 found.append((actual, lam))
+        self._start = None if saved is self._start else self._start  # all is where it was: no need of two copies
         self._lam.value = min(found)[1] if found else CALIBRATION[0] * mean
         self._gamma, self._inverses, self._calibrates = self._lam.value + self._decay, {}, False
 

@@ -26,6 +26,7 @@ from kronfac.blocks import Inverse, KroneckerInverse
 from kronfac.graph import output_edge
 from kronfac.layers import LayerAdapter
 from kronfac.linalg.products import matmul
+from kronfac.measuring import is_apart_from_training
 from kronfac.optim.gathering import Gatherer
 from kronfac.optim.hooks import WeakHook, remove
 
@@ -97,6 +98,7 @@ class RowGradients:
         self._gatherer = gatherer
         self._kept: dict[str, list[Rows]] = {}
         self._frozen: set[str] = set()
+        self._apart = False  # whether the last forward but those repeated was of a measurement
         handles: list[RemovableHandle] = []
         for name, layer in self.layers.items():
             handles += [
@@ -121,13 +123,21 @@ class RowGradients:
         self._kept = {}
 
     def _before(self, name: str, args: tuple[Any, ...]) -> None:
-        x = args[0] if len(args) == 1 else None
-        if not self._gatherer.wanted or not isinstance(x, Tensor) or not pay(self.layers[name], x[..., 0].numel()):
+        layer, x = self.layers[name], args[0] if len(args) == 1 else None
+        if not self._trains() or not isinstance(x, Tensor) or not pay(layer, x[..., 0].numel()):
             return
-        weight = self.layers[name].parameters[self.layers[name].weight_key]
-        if weight.requires_grad:
+        weight = layer.parameters[layer.weight_key]
+        if weight.requires_grad and layer.parameters[layer.bias_key].requires_grad:
             weight.requires_grad_(False)
             self._frozen.add(name)
+
+    def _trains(self) -> bool:
+        """Whether a forward now is one of training, or what a checkpoint repeats of one."""
+        # While cotangents are pulled for statistics, a checkpoint repeats a part of the forward that they are of, which
+        # may have been one of its own. Weights must take part in the graph now if, and only if, they did then.
+        if not self._gatherer.measuring:
+            self._apart = is_apart_from_training()
+        return self._gatherer.wanted and not self._apart
 
     def _after(self, name: str, args: tuple[Any, ...], output: Any) -> None:
         if name not in self._frozen:
@@ -185,7 +195,8 @@ class RowGradients:
     def _check(self, gradients: Mapping[str, Tensor]) -> None:
         """Refuse gradients that are not those that the rows make, with one read for all layers."""
         for name, layer in self.layers.items():
-            if name not in self._kept and layer.bias_key in gradients and layer.weight_key not in gradients:
+            trained = layer.parameters[layer.weight_key].requires_grad
+            if name not in self._kept and trained and layer.bias_key in gradients and layer.weight_key not in gradients:
                 raise RuntimeError(_changed(name))
         if not self._kept:
             return
@@ -194,6 +205,13 @@ class RowGradients:
             layer = self.layers[name]
             for rows in kept:
                 rows.check(name)
+            bias = layer.parameters[layer.bias_key]
+            if layer.bias_key not in gradients and bias.grad is not None:
+                raise RuntimeError(
+                    f"The gradient of layer {name!r} is kept as rows, which no other optimizer sees, but it is in no "
+                    "parameter group of this one: put weight and bias into its groups, freeze both, or leave "
+                    "gradients='rows' out."
+                )
             if layer.weight_key in gradients or layer.bias_key not in gradients:
                 raise RuntimeError(_changed(name))
             wanted = gradients[layer.bias_key]

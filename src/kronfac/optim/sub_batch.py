@@ -20,17 +20,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from kronfac.estimator import Estimator
 from kronfac.measuring import couples_examples
-from kronfac.sources.part import Part, first_of
+from kronfac.sources.part import Part, first_of, tensors_of
 from kronfac.tape import TapeError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 #: What may be passed on to a forward of fewer examples as it is.
 _PLAIN = (bool, int, float, str, type(None))
+#: Versions of the tensors that the last planned forward of an estimator's model took.
+_AT_FORWARD: WeakKeyDictionary[Estimator, tuple[int, ...]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Plan:
             fewer = source.name == "recursive" or (2 * examples < batch and source.name != "forward_only")
             seen = all(isinstance(v, (Tensor, *_PLAIN)) for v in values)
             part = Part(examples, batch, cut=not (fewer and seen) or couples_examples(estimator.model))
-        return cls(examples, batch, part, (args, kwargs), _versions(args, kwargs))
+        _AT_FORWARD[estimator] = versions = versions_of(args, kwargs)
+        return cls(examples, batch, part, (args, kwargs), versions)
 
     @property
     def apart(self) -> bool:
@@ -111,7 +115,7 @@ class Plan:
         Raises:
             TapeError: A forward did.
         """
-        if _versions(*self.arguments) != self.versions:
+        if versions_of(*self.arguments) != self.versions:
             raise TapeError(
                 "The model changes its input in place, so that a second forward of it for the statistics would see "
                 "another one; clone the input first."
@@ -166,6 +170,26 @@ def part_of(examples: int | None, outputs: Tensor) -> Part | None:
     return None if examples is None or examples >= len(outputs) else Part(examples, len(outputs), cut=True)
 
 
-def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not v.is_inference()]
-    return tuple(v._version for v in tensors)
+def versions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """Versions of the tensors among a forward's arguments, which every change in place raises.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Returns:
+        Those of tensors that have one.
+    """
+    return tuple(tensor._version for tensor in tensors_of((args, kwargs)) if not tensor.is_inference())
+
+
+def versions_at_forward(estimator: Estimator) -> tuple[int, ...] | None:
+    """Versions, at its beginning, of the tensors that the last forward took whose statistics were due.
+
+    Args:
+        estimator: Takes the statistics.
+
+    Returns:
+        As of :func:`versions_of`, or None before any such forward.
+    """
+    return _AT_FORWARD.get(estimator)

@@ -158,10 +158,13 @@ class Source(ABC):
             likelihood.validate(values, targets)  # type: ignore[arg-type]
             denominator = float(likelihood.denominator(values, targets))  # type: ignore[arg-type]
             weights = likelihood.row_weights(values, targets)  # type: ignore[arg-type]
-            if self.exact:
-                for call in tape.calls.values():
+            for call in tape.calls.values():
+                if self.exact:
                     require_examples(call.adapter, call.input, len(values), f"source={self.name!r}")
-            rows = {name: _unless_ones(align_weights(c.adapter, c.input, weights)) for name, c in tape.calls.items()}
+                elif call.adapter.sharing == "reduce":
+                    # What it averages over must be the positions of one example; expanded rows need no such order.
+                    require_examples(call.adapter, call.input, len(values), "sharing='reduce'", "sharing='expand'")
+            rows = {name: _counted(c.adapter, c.input, weights) for name, c in tape.calls.items()}
             seeds = self.seeds(likelihood, values, targets, generator)
             marked = _with_last(seeds) if tape.disposable else ((seed, False) for seed in seeds)
             for index, (seed, last) in enumerate(marked):
@@ -186,7 +189,9 @@ def _check_inputs(tape: Tape) -> None:
         raise FloatingPointError(not_finite("input", broken))
 
 
-def require_examples(adapter: LayerAdapter, x: Tensor, batch: int, what: str) -> None:
+def require_examples(
+    adapter: LayerAdapter, x: Tensor, batch: int, what: str, instead: str = "approximation='kfac' with source='sampled'"
+) -> None:
     """Refuse a layer whose first dimension is not the batch, where examples must be kept apart.
 
     Args:
@@ -194,6 +199,7 @@ def require_examples(adapter: LayerAdapter, x: Tensor, batch: int, what: str) ->
         x: Its input.
         batch: Number of examples.
         what: What needs the examples apart.
+        instead: What does not.
 
     Raises:
         ValueError: The layer's first dimension differs.
@@ -203,7 +209,7 @@ def require_examples(adapter: LayerAdapter, x: Tensor, batch: int, what: str) ->
         raise ValueError(
             f"{what} needs the examples one by one, but the first dimension of layer {adapter.name!r}'s input is "
             f"{first}, not the batch of {batch}: examples are summed or interleaved there. Keep the batch first "
-            "(expand position indices to [batch, positions]), or use approximation='kfac' with source='sampled'."
+            f"(expand position indices to [batch, positions]), or use {instead}."
         )
 
 
@@ -217,9 +223,16 @@ def _with_last(seeds: Iterable[Seed]) -> Iterator[tuple[Seed, bool]]:
         seed = after
 
 
-def _unless_ones(weights: Tensor | None) -> Tensor | None:
-    """Drop weights that are all one, for the cheaper unweighted forms; others count against other batches' rows."""
-    return None if weights is None or bool((weights == 1).all()) else weights
+def _counted(adapter: LayerAdapter, x: Tensor, weights: Tensor | None) -> Tensor | None:
+    """Weights of a layer's rows in the unit of rows without weights, which count one each; None for ones."""
+    rows = align_weights(adapter, x, weights)
+    if rows is None or weights is None:
+        return None
+    terms = align_weights(adapter, x, weights.new_ones(()).expand_as(weights))
+    assert terms is not None
+    # A row of several terms counts their mean: a mask of ones is no mask, beside batches without one as well.
+    rows = rows if weights.numel() == rows.numel() else rows / terms
+    return None if bool((rows == 1).all()) else rows  # unweighted forms are cheaper
 
 
 def _first_not_finite(tape: Tape) -> str:

@@ -6,7 +6,7 @@ unbiased, the same in every run, a view of memory that is there, and nothing dra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,13 +107,32 @@ def first_of(value: Any, count: int, batch: int) -> Any:
     """Cut an argument of a model or a loss to its first examples.
 
     Args:
-        value: A tensor, a tuple of arguments (targets with their mask), or anything else.
+        value: A tensor, a tuple, list or dictionary of arguments (targets with their mask), or anything else.
         count: How many examples to keep.
         batch: How many there are; tensors whose first dimension is another one stay as they are.
 
     Returns:
         Views of what was given.
     """
-    if isinstance(value, tuple):
-        return tuple(first_of(part, count, batch) for part in value)
+    if isinstance(value, dict):
+        return {key: first_of(part, count, batch) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        parts = [first_of(part, count, batch) for part in value]
+        return parts if isinstance(value, list) else tuple(parts)
     return value[:count] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch else value
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Tensors among the arguments of a model or a loss.
+
+    Args:
+        value: A tensor, a tuple, list or dictionary of arguments, or anything else.
+
+    Yields:
+        The tensors, in the order in which they come.
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(part)
