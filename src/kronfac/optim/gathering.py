@@ -18,7 +18,7 @@ from kronfac.measuring import is_apart_from_training
 from kronfac.operators.passes import random_state, run, same_random_state
 from kronfac.optim.hooks import WeakHook, do_nothing, remove
 from kronfac.optim.root import identities, is_compiled
-from kronfac.optim.sub_batch import Plan, check_fits, part_of
+from kronfac.optim.sub_batch import Plan, check_fits, part_of, versions_of
 from kronfac.sources.part import Part
 from kronfac.tape import Tape, TapeError, record
 
@@ -57,6 +57,7 @@ class Gatherer:
         gathered: Number of forwards gathered since :meth:`reset`.
         forwards: Number of forwards with gradients seen since :meth:`reset`.
         last: Arguments of the last forward that carried gradients, for curvature products.
+        last_versions: Versions of the tensors among them before it, to notice a later change in place.
         last_random: Random state before it, so that products see the same dropout masks.
         measuring: Whether cotangents are being pulled for statistics.
         beside: Further estimators of the same model that take each forward too.
@@ -78,6 +79,7 @@ class Gatherer:
         self.gathered, self.forwards, self.enabled, self._capturing = 0, 0, True, False
         self.measuring, self._pulled = False, False
         self.last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.last_versions: tuple[int, ...] = ()
         self.last_targets: Any = None
         self.last_random: tuple[Tensor, ...] | None = None
         self.beside: list[Estimator] = []
@@ -155,6 +157,7 @@ class Gatherer:
             self._come_last()
         if (counts or self._capturing) and self._keep():
             self.last, self.last_random = (args, kwargs), random_state(self.root)
+            self.last_versions = versions_of(args, kwargs)
         if not counts:
             return
         self.forwards += 1

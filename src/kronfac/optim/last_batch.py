@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kronfac.measuring import couples_examples, kept_modes
 from kronfac.operators.passes import plain_kernels, random_state, run, same_random_state
 from kronfac.optim.gathering import Gatherer
-from kronfac.optim.sub_batch import Arguments, versions_at_forward, versions_of
+from kronfac.optim.sub_batch import Arguments, versions_of
 from kronfac.sources.part import first_of, tensors_of
 from kronfac.tape import TapeError
 
@@ -65,8 +65,8 @@ def last_batch(gatherer: Gatherer, what: str, fraction: float | None = 1.0) -> L
         fraction: Which part, in ``(0, 1]``, rounded up to whole examples, and to two at least, or 32 with batch norm in
             train mode; None for a quarter, but not fewer than 250 examples, and all of them where a part would see
             another function than the whole: batch norm in train mode, other dropout masks, or an argument of another
-            length. It is the whole batch
-            wherever the examples cannot be told apart along the first dimension of inputs and outputs.
+            length. It is the whole batch wherever the examples cannot be told apart along the first dimension of inputs
+            and outputs.
 
     Returns:
         The part.
@@ -89,11 +89,8 @@ def last_batch(gatherer: Gatherer, what: str, fraction: float | None = 1.0) -> L
 
 
 def _check_unchanged(gatherer: Gatherer, arguments: Arguments, what: str) -> None:
-    """Refuse arguments that are no longer what the forward saw; known of forwards that were gathered."""
-    if not (gatherer.forwards and gatherer.gathered):
-        return
-    wanted = versions_at_forward(gatherer.estimator)
-    if wanted is not None and versions_of(*arguments) != wanted:
+    """Refuse arguments that are no longer what the forward saw."""
+    if versions_of(*arguments) != gatherer.last_versions:
         raise TapeError(
             f"{what} needs the model's input once more in step(), but it was changed in place since the forward began: "
             "by the model, which should clone it first, or by the loop, which should leave it alone until after "

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -32,8 +31,6 @@ from kronfac.tape import TapeError
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 #: What may be passed on to a forward of fewer examples as it is.
 _PLAIN = (bool, int, float, str, type(None))
-#: Versions of the tensors that the last planned forward of an estimator's model took.
-_AT_FORWARD: WeakKeyDictionary[Estimator, tuple[int, ...]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,7 @@ class Plan:
             fewer = source.name == "recursive" or (2 * examples < batch and source.name != "forward_only")
             seen = all(isinstance(v, (Tensor, *_PLAIN)) for v in values)
             part = Part(examples, batch, cut=not (fewer and seen) or couples_examples(estimator.model))
-        _AT_FORWARD[estimator] = versions = versions_of(args, kwargs)
-        return cls(examples, batch, part, (args, kwargs), versions)
+        return cls(examples, batch, part, (args, kwargs), versions_of(args, kwargs))
 
     @property
     def apart(self) -> bool:
@@ -181,15 +177,3 @@ def versions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...
         Those of tensors that have one.
     """
     return tuple(tensor._version for tensor in tensors_of((args, kwargs)) if not tensor.is_inference())
-
-
-def versions_at_forward(estimator: Estimator) -> tuple[int, ...] | None:
-    """Versions, at its beginning, of the tensors that the last forward took whose statistics were due.
-
-    Args:
-        estimator: Takes the statistics.
-
-    Returns:
-        As of :func:`versions_of`, or None before any such forward.
-    """
-    return _AT_FORWARD.get(estimator)
