@@ -317,9 +317,14 @@ def test_seeds_and_tasks_with_outputs_of_their_own(tmp_path: Path) -> None:
     assert "±" in table.rows[0][2]
 
 
-def test_what_an_approximation_refuses_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ExperimentError, match="kfac_tridiagonal on permuted-digits: a penalty with a BlockTridiagonal"):
-        continual.compare("permuted-digits", ["kfac_tridiagonal"], out=tmp_path, **SMALL)
+def test_an_approximation_whose_penalty_cannot_be_saved_is_no_strategy(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="kfac_tridiagonal is no strategy: its penalty"):
+        continual.compare("permuted-digits", ["finetune", "kfac_tridiagonal"], out=tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ExperimentError, match="unknown strategy 'nope'") as error:
+        continual.compare("permuted-digits", ["nope"], out=tmp_path / "out", **SMALL)
+    assert "tekfac" in str(error.value)
+    assert "kfac_tridiagonal" not in str(error.value)
 
 
 def test_divergence_is_one_clear_error(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ BUDGET = continual.Budget(steps=5)
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> continual.Results:
     return continual.compare(
-        "permuted-digits-bn",
-        ["finetune", "l2", "kfac_tridiagonal", "ewc"],
+        "split-digits-cnn",
+        ["finetune", "l2", "kkfac", "ewc"],
         out=tmp_path_factory.mktemp("report"),
         tasks=2,
         seeds=(0, 1),
@@ -69,7 +69,7 @@ def test_failures_do_not_keep_others_from_being_run(results: continual.Results, 
     assert [len(results.runs[name]) for name in results.strategies] == [2, 2, 0, 0]
     assert len(results.failures) == 4
     assert "diverged at step" in page
-    assert "kfac_tridiagonal&#x27; is for chains of nn.Linear layers" in page
+    assert "kkfac&#x27; is for nn.Linear layers" in page
     lines = [json.loads(line) for line in (results.folder / "results.jsonl").read_text().splitlines()]
     assert ["failure" in line for line in lines] == [False] * 4 + [True] * 4
 

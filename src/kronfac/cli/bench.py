@@ -35,6 +35,7 @@ from kronfac.experiments.bench import (
 from kronfac.experiments.environment import environment, warning
 from kronfac.experiments.errors import ExperimentError, need
 from kronfac.experiments.files import make_folder, write_json, write_text
+from kronfac.experiments.lock import locked
 from kronfac.experiments.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def bench(
     folder = None if out is None else make_folder(out)
     if folder is not None:
         need("matplotlib", "experiments")
-    with threads_of(threads):
+    with locked(folder), threads_of(threads):
         machine = {**environment(), "threads": torch.get_num_threads()}
         setting = {
             "machine": machine,

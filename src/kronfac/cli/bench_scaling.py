@@ -19,6 +19,7 @@ from kronfac.experiments.bench.scaling_files import MARKDOWN, PICTURE, POINTS, m
 from kronfac.experiments.environment import environment, warning
 from kronfac.experiments.errors import ExperimentError, need
 from kronfac.experiments.files import make_folder
+from kronfac.experiments.lock import locked
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,11 @@ def bench_scaling(asked: Asked) -> None:
     if folder is not None:
         for module in ("pandas", "matplotlib"):
             need(module, "experiments")
-    with threads_of(asked.threads), working(sum(map(len, plan.values())) * (asked.rounds + WARM_UP)) as work:
+    with (
+        locked(folder),
+        threads_of(asked.threads),
+        working(sum(map(len, plan.values())) * (asked.rounds + WARM_UP)) as work,
+    ):
         machine = environment()
         setting = {
             "parts": list(wanted),

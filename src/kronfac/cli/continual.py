@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kronfac.cli.compare import this_command
-from kronfac.cli.options import Fresh, Json, Out, by_optimizer, seed_numbers, words
+from kronfac.cli.options import Fresh, Json, Out, assignments, by_optimizer, seed_numbers, words
 from kronfac.cli.stream_display import stream_display
 from kronfac.cli.stream_outcome import print_choices, print_summary
 from kronfac.experiments import continual as learning
@@ -24,7 +24,7 @@ EPILOG = (
         f"{s.name}: {s.description}" + (f" (strength {s.strength:g})" if s.strength else "")
         for s in learning.STRATEGIES.values()
     )
-    + "\n\nevery approximation of kronfac.approximations, such as ekfac: a penalty with it for each task"
+    + "\n\nevery approximation of kronfac.approximations but kfac_tridiagonal, such as ekfac: a penalty for each task"
 )
 # One by default: networks and batches are so small that more threads cost more than they save.
 Threads = Annotated[int, typer.Option(help="Torch threads.", rich_help_panel="Machine")]
@@ -135,10 +135,9 @@ def continual(
 
 def _axes(texts: Sequence[str]) -> dict[str, list[float]]:
     found = {}
-    for text in texts:
-        name, _, values = text.partition("=")
+    for name, values in assignments(texts, "--grid").items():
         try:
             found[name] = [float(value) for value in values.split(",")]
         except ValueError as error:
-            raise ExperimentError(f"--grid must look like lr=0.001,0.003, got {text!r}") from error
+            raise ExperimentError(f"--grid must look like lr=0.001,0.003, got '{name}={values}'") from error
     return found

@@ -12,6 +12,8 @@ from typer.core import TyperGroup
 from kronfac.experiments.errors import ExperimentError
 
 BAD_INPUT, INTERRUPTED = 2, 130
+#: The commands that keep what they have done; so does ``bench --scaling``, if it has a folder.
+_RESUMABLE = ("train", "compare", "demo", "continual", "analyse table", "reproduce kld-wrm")
 
 
 class OneLineErrors(TyperGroup):
@@ -48,8 +50,26 @@ class OneLineErrors(TyperGroup):
                 raise
             _fail(word())
         if code == INTERRUPTED:  # recent versions of typer turn Ctrl-C into this code, older ones into Abort
-            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+            print(how_to_go_on(sys.argv[1:] if args is None else args), file=sys.stderr)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def how_to_go_on(arguments: Sequence[str]) -> str:
+    """Say what is left of a command that was stopped.
+
+    Args:
+        arguments: Its arguments.
+
+    Returns:
+        One line.
+    """
+    options = {argument.partition("=")[0] for argument in arguments}
+    kept = any(" ".join(arguments[:count]) in _RESUMABLE for count in (1, 2))
+    if not kept and not (list(arguments[:1]) == ["bench"] and {"--scaling", "--out"} <= options):
+        return "stopped"
+    if "--fresh" in options:  # which would throw away what there is once more
+        return "stopped; the same command without --fresh goes on from the last checkpoint"
+    return "stopped; the same command goes on from the last checkpoint"
 
 
 def _fail(message: str) -> NoReturn:

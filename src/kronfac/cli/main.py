@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import io
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,8 +20,10 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run ``kronfac`` with the arguments of this process; exits with 0, or 2 for bad input, or 130 on Ctrl-C."""
+    _replace_what_cannot_be_written()
     try:
-        from kronfac.cli.app import app
+        with _quiet_ctrl_c():
+            from kronfac.cli.app import app
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("kronfac"):
             raise
@@ -24,6 +33,40 @@ def main() -> None:
         )
         sys.exit(2)
     app(prog_name="kronfac")
+
+
+@contextlib.contextmanager
+def _quiet_ctrl_c() -> Iterator[None]:
+    """Leave at once on Ctrl-C: nothing was begun, so that there is nothing to say.
+
+    An exception would not do: torch swallows those that are raised while it loads numpy, and goes on with half of it.
+
+    Yields:
+        Nothing.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield  # whoever started this process has decided otherwise, as nohup does
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _replace_what_cannot_be_written() -> None:
+    """Have streams write ``?`` for what their encoding lacks, such as ± in ASCII: an error would come after training.
+
+    Standard error of a usual process has a way of its own already, and streams put in place by others may have none.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        whole = codecs.lookup(stream.encoding).name == "utf-8"  # which then lacks nothing that can be in a path
+        if stream.errors == "strict" or (stream.errors == "surrogateescape" and not whole):
+            stream.reconfigure(errors="replace")
 
 
 def __getattr__(name: str) -> object:

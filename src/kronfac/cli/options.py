@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kronfac.experiments.errors import ExperimentError
+from kronfac.experiments.settings import MAX_SEED
 
 _BUDGET, _OUTPUT, _MACHINE = "Budget", "Output", "Machine"
 
@@ -126,12 +127,14 @@ def seed_numbers(text: str) -> list[int]:
         The seeds.
 
     Raises:
-        ExperimentError: If one is no whole number of at least 0.
+        ExperimentError: If one is no whole number of at least 0, or too large.
     """
     members = words(text, "--seeds")
     for member in members:
         if not member.isdecimal():
             raise ExperimentError(f"--seeds must be whole numbers with commas between them, got {member!r}")
+        if len(member) > len(str(MAX_SEED)) or int(member) > MAX_SEED:  # Python reads no number of 5000 digits
+            raise ExperimentError(f"--seeds must be whole numbers of at most {MAX_SEED}, got {member}")
     return [int(member) for member in members]
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from kronfac.cli.display import print_table
 from kronfac.experiments.continual.pictures import PICTURE, SCATTER
 from kronfac.experiments.continual.points import ABOUT as GRID
-from kronfac.experiments.continual.points import Grid, read_grid
-from kronfac.experiments.continual.report import REPORT
+from kronfac.experiments.continual.points import Grid
+from kronfac.experiments.continual.report import REPORT, read_stream
 from kronfac.experiments.continual.results import ABOUT as COMPARISON
-from kronfac.experiments.continual.results import Failure, Results, read_results
+from kronfac.experiments.continual.results import Results
 from kronfac.experiments.continual.tables import choices, failures_view, summary
 
 
@@ -26,7 +26,7 @@ def print_summary(results: Results, as_text: bool) -> None:
         print(json.dumps(results.lines(), indent=2))
         return
     print_table(summary(results), f"{results.stream}, {results.tasks} tasks")
-    _print_ending(results.failures, results.folder, PICTURE)
+    _print_ending(results, PICTURE)
 
 
 def print_choices(grid: Grid, as_text: bool) -> None:
@@ -40,20 +40,21 @@ def print_choices(grid: Grid, as_text: bool) -> None:
         print(json.dumps(grid.lines(), indent=2))
         return
     print_table(choices(grid), f"{grid.stream}, {grid.tasks} tasks, chosen by the newest task")
-    _print_ending(grid.failures, grid.folder, SCATTER)
+    _print_ending(grid, SCATTER)
 
 
 def print_stream(folder: Path, as_text: bool) -> None:
-    """Print what a folder of ``kronfac continual`` holds: the comparison if there is one, otherwise the search.
+    """Print what a folder of ``kronfac continual`` holds: the comparison if a run of it is done, otherwise the search.
 
     Args:
         folder: The folder.
         as_text: Whether to print for people; otherwise JSON.
     """
-    if (folder / COMPARISON).exists():
-        print_summary(read_results(folder), as_text)
-    else:
-        print_choices(read_grid(folder), as_text)
+    results, grid = read_stream(folder)
+    if results is not None:
+        print_summary(results, as_text)
+    elif grid is not None:
+        print_choices(grid, as_text)
 
 
 def is_stream(folder: Path) -> bool:
@@ -68,10 +69,12 @@ def is_stream(folder: Path) -> bool:
     return (folder / COMPARISON).exists() or (folder / GRID).exists()
 
 
-def _print_ending(failures: list[Failure], folder: Path, picture: str) -> None:
-    if failures:
+def _print_ending(one: Results | Grid, picture: str) -> None:
+    if one.failures:
         print()
-        print_table(failures_view(failures), "Runs that failed")
+        print_table(failures_view(one.failures), "Runs that failed")
         print()
-    print(f"picture: {folder / picture}")
-    print(f"report: {folder / REPORT}")
+    if one.progress:
+        print(one.progress)
+    print(f"picture: {one.folder / picture}")
+    print(f"report: {one.folder / REPORT}")

@@ -28,6 +28,7 @@ from kronfac.cli.outcome import print_outcome
 from kronfac.experiments.diagnostics import draw_diagnostics, write_tensorboard
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers import OPTIMIZERS, get_optimizer
+from kronfac.experiments.settings import MAX_SEED
 
 EPILOG = f"{lists.problems()}\n\n{lists.optimizers()}"
 
@@ -39,7 +40,9 @@ def train(
         list[str] | None,
         typer.Option("--set", help="Change a hyper-parameter: --set damping=0.1. Repeatable.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Decides initial weights, the order of examples and sampled labels.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Decides initial weights, the order of examples and sampled labels.", max=MAX_SEED)
+    ] = 0,
     steps: Steps = None,
     epochs: Epochs = None,
     seconds: Seconds = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kronfac.experiments.files import read_json, write_csv, write_json, write_text
+from kronfac.experiments.files import read_json, remove_leftovers, write_csv, write_json, write_text
 from kronfac.experiments.problems import get_problem
 from kronfac.experiments.problems.base import Data, Problem
 from kronfac.experiments.subject import train_subject, training_settings
@@ -52,6 +53,10 @@ class TableSettings:
         own = asdict(self) | {"problems": problem, "train_steps": steps}
         return f"{problem}-{steps}-{hashlib.sha256(json.dumps(own).encode()).hexdigest()[:10]}.json"
 
+    def parts(self) -> list[str]:
+        """Name the files of all problems in both states."""
+        return [self.part(problem, steps) for problem in self.problems for steps in (0, self.train_steps)]
+
 
 def measure_table(
     settings: TableSettings, folder: Path, begin: Callable[[str], object], memory_limit: int = 1 << 32
@@ -60,7 +65,7 @@ def measure_table(
 
     Args:
         settings: What to compare.
-        folder: Where finished parts are kept; an existing folder.
+        folder: Where finished parts are kept; an existing folder that nobody else writes to, see `locked`.
         begin: Called with a line before each piece of work.
         memory_limit: Bytes that the exact curvature may take.
 
@@ -69,6 +74,7 @@ def measure_table(
     """
     parts = folder / PARTS
     parts.mkdir(exist_ok=True)
+    remove_leftovers(parts)
     rows: list[Row] = []
     for name in settings.problems:
         problem, data = get_problem(name), None
@@ -116,12 +122,12 @@ def _measure(
 
 
 def write_table(settings: TableSettings, rows: Sequence[Row], folder: Path, command: str) -> list[Path]:
-    """Write the table as Markdown, and every layer's figures as CSV; finished parts are removed.
+    """Write the table as Markdown, and every layer's figures as CSV; the finished parts of these settings are removed.
 
     Args:
         settings: What was compared.
         rows: What `measure_table` gave.
-        folder: An existing folder.
+        folder: An existing folder that nobody else writes to, see `locked`.
         command: How the table was asked for, to be printed above it.
 
     Returns:
@@ -129,9 +135,12 @@ def write_table(settings: TableSettings, rows: Sequence[Row], folder: Path, comm
     """
     write_text(folder / MARKDOWN, markdown(settings, rows, command))
     write_csv(folder / CSV, [{key: _rounded(value) for key, value in row.items()} for row in rows])
-    for path in (folder / PARTS).glob("*.json"):
-        path.unlink()
-    (folder / PARTS).rmdir()
+    parts = folder / PARTS
+    for name in settings.parts():
+        (parts / name).unlink(missing_ok=True)
+    remove_leftovers(parts)
+    with contextlib.suppress(OSError):  # other settings have parts there, which their own command goes on from
+        parts.rmdir()
     return [folder / MARKDOWN, folder / CSV]
 
 

@@ -117,6 +117,7 @@ def compare(
     folder = make_folder(Path(out))
     data = task.data()
     plan = make_plan(task, optimizers, examples=len(data.train_inputs), **arguments)  # type: ignore[arg-type]
+    plan.check_batches()
     call = command or _call(problem, optimizers, out, arguments)
     with locked(folder), _threads(plan.threads):
         remove_leftovers(folder)

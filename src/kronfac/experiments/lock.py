@@ -10,11 +10,11 @@ from kronfac.experiments.errors import ExperimentError
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path | None) -> Iterator[None]:
     """Hold the lock of a folder. Where the system has no ``flock`` (Windows), nothing is locked.
 
     Args:
-        folder: An existing folder.
+        folder: An existing folder; None where nothing is written, and nothing is locked.
 
     Yields:
         Nothing.
@@ -22,6 +22,9 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ExperimentError: If another process holds it.
     """
+    if folder is None:
+        yield
+        return
     try:
         import fcntl
     except ImportError:

@@ -101,6 +101,20 @@ class Plan:
         spec, base = get_optimizer(optimizer), self.hyperparameters[optimizer]
         return [spec.resolve(base, dict(zip(axes, point, strict=True))) for point in itertools.product(*axes.values())]
 
+    def check_batches(self) -> None:
+        """Refuse batches that are larger than the training set, once its size is known.
+
+        Raises:
+            ExperimentError: Naming the optimiser and the size.
+        """
+        for name in self.optimizers:
+            for values in (self.hyperparameters[name], *self.points(name)):
+                size = values["batch_size"]
+                if size is not None and int(size) > self.examples:  # type: ignore[call-overload]
+                    raise ExperimentError(
+                        f"{name}.batch_size must be at most the {self.examples} training examples, got {size}"
+                    )
+
     def as_json(self) -> dict[str, object]:
         """Turn the plan into what JSON can hold.
 
@@ -238,3 +252,5 @@ def check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ExperimentError(f"device {device!r} is not usable: {str(error).splitlines()[0]}") from error
+    if torch.device(device).type == "meta":
+        raise ExperimentError(f"device {device!r} is not usable: its tensors have shapes, but no numbers")

@@ -11,6 +11,9 @@ from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers import get_optimizer
 from kronfac.experiments.optimizers.options import Parser, integer, number, optional
 
+#: The largest seed. Seeds are multiplied by up to a million, which torch's generators must still take.
+MAX_SEED = 10**12
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -102,7 +105,7 @@ def check_settings(settings: RunSettings) -> None:
         ExperimentError: Naming the setting, its value and what is accepted.
     """
     rules: dict[str, Parser] = {
-        "seed": integer(0),
+        "seed": integer(0, MAX_SEED),
         "steps": optional(integer(1)),
         "seconds": optional(number(0.0, open_low=True)),
         "evaluate_every": integer(1),

@@ -14,6 +14,7 @@ from kronfac.cli.options import Json
 from kronfac.experiments.errors import ExperimentError, need
 from kronfac.experiments.files import make_folder, replace_atomically
 from kronfac.experiments.problems import get_problem
+from kronfac.experiments.settings import MAX_SEED
 
 if TYPE_CHECKING:
     from kronfac.analysis import LayerCorrelations
@@ -36,7 +37,7 @@ def autocorrelation(
     centred: Annotated[
         bool, typer.Option("--centred", help="Subtract each map's mean; the paper's figures do not.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of weights, batches and labels.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights, batches and labels.", min=0, max=MAX_SEED)] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the pictures and numbers.")] = Path("runs/autocorrelation"),
     as_json: Json = False,
 ) -> None:

@@ -16,6 +16,7 @@ from kronfac.cli.options import Json, words
 from kronfac.experiments.errors import ExperimentError, need
 from kronfac.experiments.files import make_folder, replace_atomically
 from kronfac.experiments.problems import get_problem
+from kronfac.experiments.settings import MAX_SEED
 
 if TYPE_CHECKING:
     from kronfac.analysis import LocationCorrelation
@@ -33,7 +34,7 @@ def locations(
     optimizer: Annotated[str, typer.Option("--optimizer", "--optimiser", help="What trains.")] = "sgd",
     look_at: Annotated[int, typer.Option("--examples", help="Training examples to look at.", min=2)] = 256,
     entries: Annotated[int, typer.Option(help="Entries of the products to follow.", min=1)] = 32,
-    seed: Annotated[int, typer.Option(help="Of weights, batches, labels and entries.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights, batches, labels and entries.", min=0, max=MAX_SEED)] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the picture and numbers.")] = Path("runs/locations"),
     as_json: Json = False,
 ) -> None:

@@ -19,6 +19,7 @@ from kronfac.experiments.errors import ExperimentError, need
 from kronfac.experiments.files import make_folder, replace_atomically, write_json, write_text
 from kronfac.experiments.present import Table
 from kronfac.experiments.problems import get_problem
+from kronfac.experiments.settings import MAX_SEED
 
 
 def rank(
@@ -31,7 +32,9 @@ def rank(
     layer: Annotated[
         str | None, typer.Option(help="Look at the block of this layer alone, such as 2.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the initial weights, batches and sampled labels.", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the initial weights, batches and sampled labels.", min=0, max=MAX_SEED)
+    ] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for rank.png, rank.csv and rank.json.", show_default=False)
     ] = None,

@@ -18,6 +18,7 @@ from kronfac.experiments.errors import ExperimentError, need
 from kronfac.experiments.files import make_folder, replace_atomically, write_text
 from kronfac.experiments.present import Table, number
 from kronfac.experiments.problems import get_problem
+from kronfac.experiments.settings import MAX_SEED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +38,7 @@ def spectrum(
     norm: Norm = "unitwise",
     source: Annotated[str, typer.Option(help="Which cotangents are pulled back: sampled or exact.")] = "exact",
     samples: Annotated[int, typer.Option(help="Samples of the sampled source.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="Of the initial weights and the sampled labels.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the initial weights and the sampled labels.", min=0, max=MAX_SEED)] = 0,
     out: Out = None,
     as_json: Json = False,
 ) -> None:

@@ -25,6 +25,7 @@ from kronfac.cli.compare import this_command
 from kronfac.cli.options import Json, words
 from kronfac.experiments.approximation_table import PROBLEMS, TableSettings, markdown, measure_table, write_table
 from kronfac.experiments.files import make_folder
+from kronfac.experiments.lock import locked
 from kronfac.experiments.problems import get_problem
 from kronfac.experiments.subject import training_settings
 
@@ -73,10 +74,11 @@ def table(
     )
     folder = make_folder(out)
     total = len(names) * (train_steps + 2 * len(methods) * len(origins))
-    with threads_of(threads), one_line(), working(total) as work:
-        rows = measure_table(settings, folder, work.begin, int(memory_limit * 2**30))
     command = this_command()
-    written = write_table(settings, rows, folder, command)
+    with locked(folder):
+        with threads_of(threads), one_line(), working(total) as work:
+            rows = measure_table(settings, folder, work.begin, int(memory_limit * 2**30))
+        written = write_table(settings, rows, folder, command)
     if as_json:
         print(json.dumps(rows, indent=2, allow_nan=False))
         return

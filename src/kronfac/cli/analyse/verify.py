@@ -12,6 +12,7 @@ from kronfac.cli.analyse.arguments import Approximation, Norm, Problem
 from kronfac.cli.options import Json
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.problems import get_problem
+from kronfac.experiments.settings import MAX_SEED
 
 
 def verify(
@@ -21,7 +22,7 @@ def verify(
     source: Annotated[str, typer.Option(help="Whose cotangents: sampled, exact or recursive.")] = "sampled",
     samples: Annotated[int, typer.Option(help="Samples of the sampled source.", min=1)] = 1,
     examples: Annotated[int, typer.Option(help="Training examples to look at; a few are enough.", min=1)] = 8,
-    seed: Annotated[int, typer.Option(help="Of the initial weights and the sampled labels.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the initial weights and the sampled labels.", min=0, max=MAX_SEED)] = 0,
     train_mode: Annotated[
         bool, typer.Option("--train-mode", help="Compare in training mode, in which batch norm couples the examples.")
     ] = False,

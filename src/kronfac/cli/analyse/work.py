@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.files import replace_atomically
+from kronfac.experiments.settings import MAX_SEED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +54,10 @@ Settings = Annotated[
 Seed = Annotated[
     int,
     typer.Option(
-        help="Decides initial weights, the order of examples and sampled labels.", min=0, rich_help_panel=_TRAINING
+        help="Decides initial weights, the order of examples and sampled labels.",
+        min=0,
+        max=MAX_SEED,
+        rich_help_panel=_TRAINING,
     ),
 ]
 Out = Annotated[

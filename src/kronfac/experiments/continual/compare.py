@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kronfac.experiments.continual.plans import Budget, call_of, carry_out, plans_of
+from kronfac.experiments.continual.plans import Budget, Done, call_of, carry_out, plans_of
 from kronfac.experiments.continual.report import need_for_report, write_report
-from kronfac.experiments.continual.results import Origin, Results, save_results
+from kronfac.experiments.continual.results import Failure, Origin, Results, save_results
 from kronfac.experiments.continual.runner import Listener
 
 
@@ -50,11 +50,14 @@ def compare(
     need_for_report()
     plans = plans_of(stream, strategies, tasks, seeds, budget or Budget(), settings or {})
     origin = Origin.now(command or call_of("compare", stream, strategies, given, out), threads)
-    folder, found, failures = carry_out(plans, out, fresh, threads, listener)
-    runs: dict[str, list[dict[str, object]]] = {name: [] for name in strategies}
-    for plan, result in found:
-        runs[plan.strategy].append(result)
-    results = Results(stream, tasks, folder, list(strategies), runs, failures, origin)
-    save_results(results)
-    write_report(folder)
+
+    def results_of(folder: Path, done: Done, failures: list[Failure]) -> Results:
+        runs: dict[str, list[dict[str, object]]] = {name: [] for name in strategies}
+        for plan, result in done:
+            runs[plan.strategy].append(result)
+        return Results(stream, tasks, folder, list(strategies), runs, failures, origin, len(plans))
+
+    found = carry_out(plans, out, lambda *state: save_results(results_of(*state)), fresh, threads, listener)
+    results = results_of(*found)
+    write_report(results.folder)
     return results

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from kronfac.experiments.continual.balances import BALANCES
 from kronfac.experiments.continual.metrics import metrics_of
-from kronfac.experiments.continual.plans import Budget, call_of, carry_out, plans_of
+from kronfac.experiments.continual.plans import Budget, Done, call_of, carry_out, plans_of
 from kronfac.experiments.continual.points import Grid, Point, save_grid
 from kronfac.experiments.continual.report import need_for_report, write_report
-from kronfac.experiments.continual.results import Origin
+from kronfac.experiments.continual.results import Failure, Origin
 from kronfac.experiments.continual.runner import Listener
 from kronfac.experiments.continual.strategies import get_strategy
 from kronfac.experiments.errors import ExperimentError
@@ -85,14 +85,20 @@ def search(
                 settings = {name: chosen if plain else {**chosen, "balance": balance}}
                 plans += plans_of(stream, [name], tasks, [seed], budget, settings)
     origin = Origin.now(command or call_of("search", stream, strategies, given, out), threads)
-    folder, found, failures = carry_out(plans, out, fresh, threads, listener)
+
+    def grid_of(folder: Path, done: Done, failures: list[Failure]) -> Grid:
+        return Grid(stream, folder, _points(done), slack, tasks, failures, origin, len(plans))
+
+    grid = grid_of(*carry_out(plans, out, lambda *state: save_grid(grid_of(*state)), fresh, threads, listener))
+    write_report(grid.folder)
+    return grid
+
+
+def _points(done: Done) -> list[Point]:
     points = []
-    for plan, result in found:
+    for plan, result in done:
         target = [float(value) for value in result["target"][1:]]  # type: ignore[index]
         average = metrics_of(result["initial"], result["matrix"]).average_accuracy  # type: ignore[arg-type]
-        settings_of: dict[str, object] = result["settings"]  # type: ignore[assignment]
-        points.append(Point(plan.strategy, plan.balance, settings_of, sum(target) / len(target), average))
-    grid = Grid(stream, folder, points, slack, tasks, failures, origin)
-    save_grid(grid)
-    write_report(folder)
-    return grid
+        settings: dict[str, object] = result["settings"]  # type: ignore[assignment]
+        points.append(Point(plan.strategy, plan.balance, settings, sum(target) / len(target), average))
+    return points

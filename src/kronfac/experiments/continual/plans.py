@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,15 +12,20 @@ import torch
 
 from kronfac.experiments.continual.balances import BALANCES
 from kronfac.experiments.continual.results import Failure
-from kronfac.experiments.continual.runner import Listener, Plan, RunError, run
-from kronfac.experiments.continual.strategies import Strategy, get_strategy
+from kronfac.experiments.continual.runner import Listener, Plan, RunError, finished, run
+from kronfac.experiments.continual.strategies import UNSAVED, Strategy, get_strategy
 from kronfac.experiments.continual.streams import Stream, get_stream
 from kronfac.experiments.datasets import load
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.files import make_folder
 from kronfac.experiments.lock import locked
+from kronfac.experiments.settings import MAX_SEED
 
 SETTINGS = ("strength", "lr", "damping", "balance")
+#: Runs that were done, with their results.
+Done = list[tuple[Plan, dict[str, object]]]
+#: Takes a folder, the runs in it that were done and those that failed, and writes them down.
+Keep = Callable[[Path, Done, list[Failure]], object]
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,20 @@ def plans_of(
             f"strategies must be different names, at least one, got {', '.join(strategies) or 'none'}"
         )
     chosen = {name: get_strategy(name) for name in strategies}
+    if refused := [name for name in chosen if name in UNSAVED]:
+        raise ExperimentError(
+            f"{refused[0]} is no strategy: its penalty, which couples layers, cannot be saved, so that a run that was "
+            "stopped could not go on"
+        )
     for name, values in settings.items():
         if name not in chosen:
             raise ExperimentError(f"a setting was given for {name!r}, which is not among the strategies")
         if stray := [key for key in values if key not in SETTINGS]:
             raise ExperimentError(f"{name} has no setting {stray[0]!r}; known: {', '.join(SETTINGS)}")
-    if not seeds or len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds):
-        raise ExperimentError(f"seeds must be different whole numbers of at least 0, got {list(seeds)}")
+    if not seeds or len(set(seeds)) < len(seeds) or any(not 0 <= seed <= MAX_SEED for seed in seeds):
+        raise ExperimentError(
+            f"seeds must be different whole numbers of at least 0 and at most {MAX_SEED}, got {list(seeds)}"
+        )
     if budget.held_out < 0:
         raise ExperimentError(f"held-out examples must be at least 0, got {budget.held_out}")
     steps = _steps(found, tasks, seeds[0], budget)
@@ -103,15 +115,17 @@ def plans_of(
 def carry_out(
     plans: Sequence[Plan],
     out: str | Path,
+    keep: Keep,
     fresh: bool = False,
     threads: int | None = None,
     listener: Listener | None = None,
-) -> tuple[Path, list[tuple[Plan, dict[str, object]]], list[Failure]]:
+) -> tuple[Path, Done, list[Failure]]:
     """Run, or read the results of runs that are done. A run that fails does not keep the others from being run.
 
     Args:
         plans: The runs, on one stream.
         out: The folder.
+        keep: Called before the first run and after each, so that there is a report of what was stopped.
         fresh: Throw away what these runs did before.
         threads: Torch threads.
         listener: Hears how it goes.
@@ -127,27 +141,37 @@ def carry_out(
         raise ExperimentError(f"threads must be at least 1, got {threads}")
     folder = make_folder(Path(out))
     before = torch.get_num_threads()
-    done, failures = [], []
+    failures: list[Failure] = []
     try:
         if threads is not None:
             torch.set_num_threads(threads)
         with locked(folder):
             listener.plan(len(plans), plans[0].tasks)
+            places = {plan: folder / "runs" / plan.folder_name for plan in plans}
+            known = {} if fresh else {plan: result for plan, at in places.items() if (result := finished(at))}
+            keep(folder, _in_order(plans, known), failures)
             for plan in plans:
-                place = folder / "runs" / plan.folder_name
+                new = plan not in known
                 if fresh:
-                    shutil.rmtree(place, ignore_errors=True)
+                    shutil.rmtree(places[plan], ignore_errors=True)
                 try:
-                    done.append((plan, run(plan, place, listener)))
+                    known[plan] = run(plan, places[plan], listener)
                 except RunError as error:
                     failures.append(Failure(asdict(plan), str(error)))
                     listener.failed(plan, str(error))
+                if new:
+                    keep(folder, _in_order(plans, known), failures)
     finally:
         torch.set_num_threads(before)
+    done = _in_order(plans, known)
     if not done:
         others = f" (all {len(failures)} runs failed; this is the first)" if failures[1:] else ""
         raise ExperimentError(failures[0].reason + others)
     return folder, done, failures
+
+
+def _in_order(plans: Sequence[Plan], known: Mapping[Plan, dict[str, object]]) -> Done:
+    return [(plan, known[plan]) for plan in plans if plan in known]
 
 
 def call_of(function: str, stream: str, strategies: Sequence[str], given: Mapping[str, object], out: str | Path) -> str:
@@ -194,7 +218,8 @@ def _checked(
     if strategy.strength is None and (stray := [key for key in settings if key != "lr"]):
         raise ExperimentError(f"{strategy.name} has no {stray[0]}")
     name = strategy.name
-    lr = _number(f"{name}.lr" if "lr" in settings else "lr", settings.get("lr", budget.lr or stream.lr))
+    common = stream.lr if budget.lr is None else budget.lr
+    lr = _number(f"{name}.lr" if "lr" in settings else "lr", settings.get("lr", common))
     if lr <= 0:
         raise ExperimentError(f"lr must be a number above 0, got {lr:g}")
     damping = _number(

@@ -10,6 +10,7 @@ from kronfac.experiments.continual.results import (
     Failure,
     Origin,
     failure_lines,
+    progress,
     read_lines,
     split_failures,
     write_lines,
@@ -50,6 +51,7 @@ class Grid:
         tasks: Number of tasks.
         failures: The runs that came to no end.
         origin: How they were run.
+        planned: How many runs were asked for; 0 where an earlier version wrote the files.
     """
 
     stream: str
@@ -59,6 +61,12 @@ class Grid:
     tasks: int = 0
     failures: list[Failure] = field(default_factory=list)
     origin: Origin = field(default_factory=Origin)
+    planned: int = 0
+
+    @property
+    def progress(self) -> str:
+        """How many runs are finished, in words; nothing if all are."""
+        return progress(len(self.points) + len(self.failures), self.planned)
 
     def panels(self) -> dict[tuple[str, str], list[Point]]:
         """Group the runs.
@@ -105,7 +113,7 @@ def save_grid(grid: Grid) -> None:
         grid: All runs.
     """
     write_lines(grid.folder / POINTS, grid.lines())
-    about = {"stream": grid.stream, "tasks": grid.tasks, "slack": grid.slack}
+    about = {"stream": grid.stream, "tasks": grid.tasks, "slack": grid.slack, "planned": grid.planned}
     write_json(grid.folder / ABOUT, {**about, **vars(grid.origin)})
 
 
@@ -127,6 +135,7 @@ def read_grid(folder: Path) -> Grid:
         points = [Point(**line) for line in lines]  # type: ignore[arg-type]
         origin = Origin(about["command"], about["environment"])  # type: ignore[arg-type]
         slack, tasks = float(str(about["slack"])), int(str(about["tasks"]))
-        return Grid(str(about["stream"]), folder, points, slack, tasks, failures, origin)
+        planned = int(str(about.get("planned", 0)))
+        return Grid(str(about["stream"]), folder, points, slack, tasks, failures, origin, planned)
     except (KeyError, TypeError, ValueError) as error:
         raise ExperimentError(f"{folder / ABOUT} and {POINTS} do not go together; run the command again") from error

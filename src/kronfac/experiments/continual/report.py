@@ -42,8 +42,30 @@ def need_for_report() -> None:
         need(module, "experiments")
 
 
+def read_stream(folder: Path) -> tuple[Results | None, Grid | None]:
+    """Read a folder that `compare` or `search` wrote, finished or not.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The comparison and the search, each None if no run of it is done; one of them is not.
+
+    Raises:
+        ExperimentError: If the folder holds neither, none of its runs is done, or a file is damaged.
+    """
+    results = read_results(folder) if (folder / COMPARISON).exists() else None
+    grid = read_grid(folder) if (folder / GRID).exists() else None
+    if results is None and grid is None:
+        raise ExperimentError(f"{folder} holds no runs of kronfac continual: no {COMPARISON} and no {GRID}")
+    results, grid = results if results and results.done else None, grid if grid and grid.points else None
+    if results is None and grid is None:
+        raise ExperimentError(f"{folder}: no run of kronfac continual is done, so that there is nothing to report yet")
+    return results, grid
+
+
 def write_report(folder: Path) -> Path:
-    """Draw the pictures and write ``report.html`` into a folder that `compare` or `search` wrote.
+    """Draw the pictures and write ``report.html`` into a folder that `compare` or `search` wrote, finished or not.
 
     Args:
         folder: The folder.
@@ -52,13 +74,10 @@ def write_report(folder: Path) -> Path:
         The path of the page.
 
     Raises:
-        ExperimentError: If the folder holds neither, or a file is damaged.
-    """
-    results = read_results(folder) if (folder / COMPARISON).exists() else None
-    grid = read_grid(folder) if (folder / GRID).exists() else None
-    one = results or grid
-    if one is None:
-        raise ExperimentError(f"{folder} holds no runs of kronfac continual")
+        ExperimentError: If there is nothing to report, or a file is damaged.
+    """  # noqa: DOC502
+    results, grid = read_stream(folder)
+    one: Results | Grid = results or grid  # type: ignore[assignment]
     data: dict[str, object] = {
         "strategies": None if results is None else results_data(results),
         "grid": None if grid is None else grid_data(grid),
@@ -78,6 +97,7 @@ def write_report(folder: Path) -> Path:
 def _comparison(results: Results) -> list[str]:
     return [
         f"<h2>Results on {results.stream}, {results.tasks} tasks</h2>\n{table_html(summary(results))}",
+        _progress(results),
         note_html(_FIGURES),
         _failures(results.failures),
         _CURVES,
@@ -91,12 +111,17 @@ def _search(grid: Grid) -> list[str]:
     return [
         f"<h2>Settings chosen by the newest task on {grid.stream}, {grid.tasks} tasks</h2>",
         table_html(choices(grid)),
+        _progress(grid),
         note_html(_CHOICE.format(slack=grid.slack)),
         _failures(grid.failures),
         _SCATTER,
         f"<h3>All runs of the grid</h3>\n{table_html(points_table(grid))}",
         origin_html(grid.origin.environment, grid.origin.command),
     ]
+
+
+def _progress(one: Results | Grid) -> str:
+    return note_html(one.progress.capitalize() + ".") if one.progress else ""
 
 
 def _failures(failures: list[Failure]) -> str:

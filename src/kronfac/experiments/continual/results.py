@@ -69,6 +69,7 @@ class Results:
         runs: For each strategy, the ``result.json`` of each seed that was done.
         failures: The runs that came to no end.
         origin: How they were run.
+        planned: How many runs were asked for; 0 where an earlier version wrote the files.
     """
 
     stream: str
@@ -78,11 +79,17 @@ class Results:
     runs: dict[str, list[dict[str, object]]]
     failures: list[Failure] = field(default_factory=list)
     origin: Origin = field(default_factory=Origin)
+    planned: int = 0
 
     @property
     def done(self) -> list[str]:
         """The strategies that have a run at least."""
         return [name for name in self.strategies if self.runs[name]]
+
+    @property
+    def progress(self) -> str:
+        """How many runs are finished, in words; nothing if all are."""
+        return progress(sum(map(len, self.runs.values())) + len(self.failures), self.planned)
 
     def failed(self, strategy: str) -> int:
         """Count the failures of a strategy.
@@ -150,7 +157,7 @@ def save_results(results: Results) -> None:
     """
     write_lines(results.folder / LINES, results.lines())
     about = {"stream": results.stream, "tasks": results.tasks, "strategies": results.strategies}
-    write_json(results.folder / ABOUT, {**about, **vars(results.origin)})
+    write_json(results.folder / ABOUT, {**about, "planned": results.planned, **vars(results.origin)})
 
 
 def read_results(folder: Path) -> Results:
@@ -172,9 +179,23 @@ def read_results(folder: Path) -> Results:
         for run in done:
             runs[run["settings"]["strategy"]].append(run)  # type: ignore[index]
         origin = Origin(about["command"], about["environment"])  # type: ignore[arg-type]
-        return Results(str(about["stream"]), int(str(about["tasks"])), folder, list(runs), runs, failures, origin)
+        tasks, planned = int(str(about["tasks"])), int(str(about.get("planned", 0)))
+        return Results(str(about["stream"]), tasks, folder, list(runs), runs, failures, origin, planned)
     except (KeyError, TypeError, ValueError) as error:
         raise ExperimentError(f"{folder / ABOUT} and {LINES} do not go together; run the command again") from error
+
+
+def progress(ended: int, planned: int) -> str:
+    """Say how many runs are finished.
+
+    Args:
+        ended: Runs that were done or failed.
+        planned: Runs that were asked for.
+
+    Returns:
+        A few words; nothing if all are finished.
+    """
+    return f"finished: {ended} of {planned} runs" if ended < planned else ""
 
 
 def failure_lines(failures: Iterable[Failure]) -> list[dict[str, object]]:

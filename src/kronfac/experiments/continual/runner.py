@@ -140,9 +140,9 @@ def run(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[str,
     listener = listener or Listener()
     make_folder(folder)
     remove_leftovers(folder)
-    if (folder / _RESULT).exists():
+    if (result := finished(folder)) is not None:
         listener.started(plan, plan.tasks)
-        return read_json(folder / _RESULT)
+        return result
     write_json(folder / _SETTINGS, asdict(plan))
     stream = get_stream(plan.stream)
     tasks, model = stream.tasks(plan.tasks, plan.seed, plan.held_out), stream.model(plan.seed)
@@ -150,6 +150,7 @@ def run(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[str,
     rows: list[dict[str, object]] = []
     initial = [accuracy(model, task) for task in tasks]
     rows = _resume(plan, folder, model, memory)
+    _write_metrics(folder, rows)  # a process that was killed after its checkpoint did not come to it
     listener.started(plan, len(rows))
     for index in range(len(rows), plan.tasks):
         started = time.perf_counter()
@@ -172,7 +173,7 @@ def run(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[str,
         )
         _keep(plan, folder, model, rows)
         listener.learned(plan, tasks[index].name, accuracies)
-    result: dict[str, object] = {
+    result = {
         "settings": asdict(plan),
         "tasks": [task.name for task in tasks],
         "initial": initial,
@@ -185,6 +186,18 @@ def run(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[str,
     for path in (folder / _CHECKPOINT, *folder.glob("penalty-*.safetensors")):
         path.unlink(missing_ok=True)
     return result
+
+
+def finished(folder: Path) -> dict[str, object] | None:
+    """Read the result of a run.
+
+    Args:
+        folder: The run's own folder, which need not exist.
+
+    Returns:
+        The contents of ``result.json``; None if the run is not done.
+    """
+    return read_json(folder / _RESULT) if (folder / _RESULT).exists() else None
 
 
 def _learn(
@@ -256,10 +269,14 @@ def _penalty(learned: int) -> str:
 def _keep(plan: Plan, folder: Path, model: nn.Module, rows: list[dict[str, object]]) -> None:
     """Write what is needed to go on; the number of rows names the penalty that goes with the checkpoint."""
     save_checkpoint(folder / _CHECKPOINT, plan.folder_name, {"model": model.state_dict(), "rows": rows})
-    write_text(folder / _METRICS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    _write_metrics(folder, rows)
     for path in folder.glob("penalty-*.safetensors"):
         if not path.name.startswith(_penalty(len(rows)).removesuffix("safetensors")):
             path.unlink()
+
+
+def _write_metrics(folder: Path, rows: list[dict[str, object]]) -> None:
+    write_text(folder / _METRICS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def _resume(plan: Plan, folder: Path, model: nn.Module, memory: Memory) -> list[dict[str, object]]:

@@ -56,7 +56,7 @@ class Strategy:
         return value
 
 
-#: Strategies by name; every approximation of `kronfac.approximations` is one as well.
+#: Strategies by name; every approximation of `kronfac.approximations` but `UNSAVED` is one as well.
 STRATEGIES: dict[str, Strategy] = {
     s.name: s
     for s in (
@@ -150,6 +150,10 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
+#: Approximations that are no strategies: `kronfac.continual.save` refuses their penalties, and a run keeps its own.
+UNSAVED = ("kfac_tridiagonal",)
+
+
 def get_strategy(name: str) -> Strategy:
     """Find a strategy.
 
@@ -166,4 +170,5 @@ def get_strategy(name: str) -> Strategy:
         return STRATEGIES[name]
     if name in APPROXIMATIONS:
         return Strategy(name, f"{name} penalty", "a penalty for each task", lambda o: Quadratic(o, name), 30.0)
-    raise UnknownNameError("strategy", name, [*STRATEGIES, *(n for n in APPROXIMATIONS if n not in STRATEGIES)])
+    others = [n for n in APPROXIMATIONS if n not in STRATEGIES and n not in UNSAVED]
+    raise UnknownNameError("strategy", name, [*STRATEGIES, *others])

@@ -61,23 +61,26 @@ def number(low: float = -math.inf, high: float = math.inf, open_low: bool = Fals
     return parse
 
 
-def integer(low: int) -> Parser:
+def integer(low: int, high: int | None = None) -> Parser:
     """Accept a whole number.
 
     Args:
         low: The smallest one.
+        high: The largest one; None for no limit.
 
     Returns:
         The parser; it gives an int.
     """
+    wanted = f"a whole number of at least {low}" + ("" if high is None else f" and at most {high}")
 
     def parse(value: object) -> int:
         try:
             result = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             result = math.nan
-        if isinstance(value, bool) or not result.is_integer() or result < low:
-            raise ValueError(f"a whole number of at least {low}")
+        above = high is not None and result > high
+        if isinstance(value, bool) or not result.is_integer() or result < low or above:
+            raise ValueError(wanted)
         return int(result)
 
     return parse
