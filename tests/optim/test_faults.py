@@ -59,13 +59,14 @@ def test_an_earlier_state_is_not_changed_by_later_steps() -> None:
     assert trace(optimizer) == before
 
 
+@pytest.mark.parametrize("forward", ["shared", "own"])
 @pytest.mark.parametrize("refused", [False, True])
-def test_a_step_that_was_not_taken_is_no_part_of_the_next(refused: bool) -> None:
+def test_a_step_that_was_not_taken_is_no_part_of_the_next(refused: bool, forward: str) -> None:
     """GradScaler leaves steps out; a step may refuse its gradients. Sums of curvatures are of one step alone."""
     found = []
     for skips in (0, 2):
         model, data = perceptron(), batch()
-        optimizer = optimizer_of(model, "sum")
+        optimizer = optimizer_of(model, "sum", stats_forward=forward)
         for _ in range(skips):
             optimizer.zero_grad()
             F.cross_entropy(model(data[0]), data[1], reduction="sum").backward()

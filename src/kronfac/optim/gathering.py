@@ -184,7 +184,11 @@ class Gatherer:
             return
         plan, self._plan = self._plan, None
         self._tape.close()
-        if plan is None or output is None:  # nothing was due, or the forward raised
+        if output is None:  # the forward raised
+            return
+        if plan is None:  # nothing was due, or it was gathered before
+            if self.gathered and self.wanted:
+                self._watch(pick_outputs(output, self._pick))
             return
         picked = pick_outputs(output, self._pick)
         self._watch(picked)
