@@ -194,11 +194,13 @@ def _lines_by_gradient(pairs: list[tuple[Tensor, Tensor]], axis: Axis) -> Tensor
 
 def _lines_by_products(pairs: list[tuple[Tensor, Tensor]], axis: Axis) -> Tensor:
     """The same by one product for each pair."""
-    here, there = (torch.stack(lines) for lines in zip(*pairs, strict=True))
-    count, channels = len(pairs), here.shape[3]
-    windows = F.pad(there, (0, 0, axis.reach, axis.reach)).unfold(2, axis.size, axis.dilation)
-    windows = windows.permute(0, 1, 4, 2, 3).reshape(count, -1, windows.shape[2] * channels)
-    return (here.flatten(1, 2).mT @ windows).view(count, channels, -1, channels).transpose(1, 2)
+    found = []
+    for here, there in pairs:
+        channels = here.shape[2]
+        windows = F.pad(there, (0, 0, axis.reach, axis.reach)).unfold(1, axis.size, axis.dilation)
+        windows = windows.permute(0, 3, 1, 2).reshape(-1, windows.shape[1] * channels)
+        found.append((here.flatten(0, 1).T @ windows).view(channels, -1, channels).transpose(0, 1))
+    return torch.stack(found)
 
 
 def _map_by_segments(image: Tensor, rows: Axis, columns: Axis) -> Tensor:
