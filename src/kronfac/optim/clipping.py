@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -103,48 +104,31 @@ def exact_product(
     Returns:
         The value.
     """
-    what = "kl_clip (None switches it off)"
+
+    def product(batch: LastBatch) -> Tensor:
+        def outputs(found: Any) -> Tensor:
+            picked = pick_outputs(found, pick)
+            if batch.examples is not None and len(picked) != batch.examples:
+                raise ValueError(f"{batch.examples} examples gave {len(picked)} outputs.")
+            return picked
+
+        with gatherer.paused(), torch.autocast(next(iter(vector.values())).device.type, enabled=False):
+            return ggn_quadratic_form(gatherer.root, likelihood, batch.inputs, vector, batch.targets, outputs=outputs)
+
+    what, value = "kl_clip (None switches it off)", None
     batch = last_batch(gatherer, what, 1 / FRACTION)
-    value = None if batch.examples is None else _product_on_part(batch, gatherer, likelihood, vector, pick)
+    if batch.examples is not None:
+        # Where the model does not take a part; what is wrong otherwise shows on the whole batch.
+        with suppress(IndexError, RuntimeError, TypeError, ValueError):
+            value = product(batch)
     if value is None:
         batch = batch if batch.examples is None else last_batch(gatherer, what)
-        value = _product_on(batch, gatherer, likelihood, vector, pick)
+        value = product(batch)
     # A sum over a part of the last of a step's batches is as much smaller; means are not.
     whole = max(gatherer.gathered, 1) * batch.whole if likelihood.reduction == "sum" else 1.0
     local = float(value) * whole
     # All processes of a distributed run must clip alike.
     return mean_over_processes(local, value.device)
-
-
-def _product_on_part(
-    batch: LastBatch,
-    gatherer: Gatherer,
-    likelihood: Likelihood,
-    vector: Mapping[str, Tensor],
-    pick: Callable[[Any], Tensor] | None,
-) -> Tensor | None:
-    """``vᵀFv`` on a part, or None where the model does not take it, or has other than as many outputs."""
-    try:
-        return _product_on(batch, gatherer, likelihood, vector, pick)
-    except (IndexError, RuntimeError, TypeError, ValueError):
-        return None  # what is wrong otherwise shows on the whole batch
-
-
-def _product_on(
-    batch: LastBatch,
-    gatherer: Gatherer,
-    likelihood: Likelihood,
-    vector: Mapping[str, Tensor],
-    pick: Callable[[Any], Tensor] | None,
-) -> Tensor:
-    def outputs(found: Any) -> Tensor:
-        picked = pick_outputs(found, pick)
-        if batch.examples is not None and len(picked) != batch.examples:
-            raise ValueError(f"{batch.examples} examples gave {len(picked)} outputs.")
-        return picked
-
-    with gatherer.paused(), torch.autocast(next(iter(vector.values())).device.type, enabled=False):
-        return ggn_quadratic_form(gatherer.root, likelihood, batch.inputs, vector, batch.targets, outputs=outputs)
 
 
 def clip_scale(

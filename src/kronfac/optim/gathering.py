@@ -61,6 +61,8 @@ class Gatherer:
         last_random: Random state before it, so that products see the same dropout masks.
         measuring: Whether cotangents are being pulled for statistics.
         beside: Further estimators of the same model that take each forward too.
+        lengths: Which length was found to be the batch's, by the kind of arguments (:mod:`kronfac.optim.last_batch`).
+        pick: Picks the output tensor.
     """
 
     def __init__(
@@ -83,7 +85,8 @@ class Gatherer:
         self.last_targets: Any = None
         self.last_random: tuple[Tensor, ...] | None = None
         self.beside: list[Estimator] = []
-        self._due, self._begin, self._pick, self._keep = due, begin, outputs, keep
+        self.lengths: dict[Any, int | None] = {}
+        self._due, self._begin, self.pick, self._keep = due, begin, outputs, keep
         self._examples = examples
         self._plan: Plan | None = None  # of the forward that is under way
         self._tape = Tape(estimator.adaptation.adapters)
@@ -133,7 +136,7 @@ class Gatherer:
                         "tensor of outputs. Put several heads together, or use a context for each forward."
                     )
                 tape.close()
-                picked = pick_outputs(outputs, self._pick)
+                picked = pick_outputs(outputs, self.pick)
                 self._update(tape, picked, targets, part_of(self._examples, picked))
                 self._watch(picked)
 
@@ -188,9 +191,9 @@ class Gatherer:
             return
         if plan is None:  # nothing was due, or it was gathered before
             if self.gathered and self.wanted:
-                self._watch(pick_outputs(output, self._pick))
+                self._watch(pick_outputs(output, self.pick))
             return
-        picked = pick_outputs(output, self._pick)
+        picked = pick_outputs(output, self.pick)
         self._watch(picked)
         if plan.apart:
             self._run_again(plan, picked)
@@ -229,9 +232,9 @@ class Gatherer:
         Its buffers are copies. To put their values back would be a change in place, which the backward of the training
         forward, by which they were saved, does not forgive.
         """
-        with same_random_state(self.root), saved_plainly():
-            with record(self.estimator.adaptation.adapters) as tape:
-                outputs = run(self.root, {}, plan.inputs(), self._pick)
+        with same_random_state(self.root):
+            with record(self.estimator.adaptation.adapters) as tape, saved_plainly():
+                outputs = run(self.root, {}, plan.inputs(), self.pick)
             _require_calls(tape)
             if whole is None:
                 plan.check_inputs()

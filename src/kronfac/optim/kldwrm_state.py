@@ -24,18 +24,11 @@ def free_parameters(optimizer: KLDWRM) -> list[Tensor]:
         optimizer: The optimiser.
 
     Returns:
-        The parameters.
-
-    Raises:
-        RuntimeError: There are none.
+        The parameters; a ``RuntimeError`` says so if there are none.
     """
-    members = [p for p, _ in optimizer._members()]
-    for parameter in members:
+    for parameter, _ in optimizer._members():
         parameter.grad = None  # with one, a frozen parameter would move
-    params: list[Tensor] = [p for p in members if p.requires_grad]
-    if not params:
-        raise RuntimeError("All parameters are frozen (requires_grad=False): there is nothing to step in.")
-    return params
+    return optimizer._free()
 
 
 def still_products(optimizer: KLDWRM, moves: Mapping[str, Tensor], carried: Mapping[str, Tensor]) -> dict[str, Tensor]:

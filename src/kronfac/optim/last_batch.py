@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from kronfac.measuring import couples_examples, kept_modes
 from kronfac.operators.passes import plain_kernels, random_state, run, same_random_state
 from kronfac.optim.gathering import Gatherer
-from kronfac.optim.sub_batch import Arguments, versions_of
+from kronfac.optim.sub_batch import PLAIN, Arguments, versions_of
 from kronfac.sources.part import first_of, tensors_of
 from kronfac.tape import TapeError
 
@@ -32,10 +31,7 @@ PART, FEWEST = 0.25, 250
 #: freedom out of as many: with two examples there is no derivative left, with 32 all but a sixteenth of it.
 LEAST, LEAST_COUPLED = 2, 32
 #: Arguments that hold no examples.
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-
-#: Which lengths were found to be the batch's, by the kind of arguments.
-_FOUND: WeakKeyDictionary[Gatherer, dict[Any, int | None]] = WeakKeyDictionary()
+_PLAIN = (*PLAIN, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ def _batch(gatherer: Gatherer, arguments: Arguments, fraction: float | None) -> 
         return 0  # what else the model takes may say something about each example
     if all(_part(gatherer, fraction, size) == size for size in sizes):
         return 0  # it would be the whole batch in any case
-    known, kind = _FOUND.setdefault(gatherer, {}), _kind(arguments, sizes)
+    known, kind = gatherer.lengths, _kind(arguments, sizes)
     if kind not in known:
         found = _try(gatherer, arguments, sizes, fraction)
         if found is None:
@@ -166,7 +162,7 @@ def _try(gatherer: Gatherer, arguments: Arguments, sizes: list[int], fraction: f
     Returns:
         The number of examples; 0 if they cannot be told apart; None if these outputs do not say.
     """
-    root, pick = gatherer.root, gatherer._pick
+    root, pick = gatherer.root, gatherer.pick
     with _trial(gatherer):
         try:
             whole = run(root, {}, _widened(root, arguments), pick)

@@ -96,11 +96,17 @@ class Membership(Optimizer):
             for parameter in group["params"]:
                 yield parameter, group
 
+    def _free(self) -> list[Tensor]:
+        """The parameters that are not frozen now, of which there must be some."""
+        params: list[Tensor] = [p for p, _ in self._members() if p.requires_grad]
+        if not params:
+            raise RuntimeError("All parameters are frozen (requires_grad=False): there is nothing to step in.")
+        return params
+
     def _damping(self, layer: str) -> float:
         """That of the group of the layer's first parameter, which is its weight if it has one: a block has but one."""
-        groups = {id(parameter): group for parameter, group in self._members()}
         for parameter in self._estimator.adaptation.adapters[layer].parameters.values():
-            if (group := groups.get(id(parameter))) is not None:
+            if (group := next((group for member, group in self._members() if member is parameter), None)) is not None:
                 return float(group["damping"]) + (0.0 if group["decoupled_weight_decay"] else group["weight_decay"])
         return float(self.defaults["damping"])
 

@@ -56,11 +56,8 @@ class Objective(KFAC):
 
     def _free(self) -> list[Tensor]:
         """The parameters that are not frozen now: the others are constants of the objective."""
-        members = [p for p, _ in self._members()]
-        params: list[Tensor] = [p for p in members if p.requires_grad]
-        if not params:
-            raise RuntimeError("All parameters are frozen (requires_grad=False): there is nothing to step in.")
-        stepped = [p for p in members if "previous" in self.state[p]]
+        params = super()._free()
+        stepped = [p for p, _ in self._members() if "previous" in self.state[p]]
         if stepped and list(map(id, stepped)) != list(map(id, params)):
             # The last step was one in other parameters: it can be neither gone on with nor taken back.
             for parameter in stepped:

@@ -30,7 +30,7 @@ from kronfac.tape import TapeError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 #: What may be passed on to a forward of fewer examples as it is.
-_PLAIN = (bool, int, float, str, type(None))
+PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Plan:
             source = estimator.source
             # The recursion's moments cannot be cut, and inputs alone are cut at no cost.
             fewer = source.name == "recursive" or (2 * examples < batch and source.name != "forward_only")
-            seen = all(isinstance(v, (Tensor, *_PLAIN)) for v in values)
+            seen = all(isinstance(v, (Tensor, *PLAIN)) for v in values)
             part = Part(examples, batch, cut=not (fewer and seen) or couples_examples(estimator.model))
         return cls(examples, batch, part, (args, kwargs), versions_of(args, kwargs))
 
@@ -99,11 +99,10 @@ class Plan:
             Positional and keyword arguments, cut to the part where it takes a forward of its own.
         """
         self.check_inputs()
-        args, kwargs = self.arguments
         if self.part is None or self.part.cut:
             return self.arguments
-        m, n = self.part.examples, self.part.of
-        return tuple(first_of(v, m, n) for v in args), {k: first_of(v, m, n) for k, v in kwargs.items()}
+        args, kwargs = first_of(self.arguments, self.part.examples, self.part.of)
+        return args, kwargs
 
     def check_inputs(self) -> None:
         """Refuse a model that changes its arguments in place.
