@@ -297,3 +297,14 @@ def test_two_pairs_are_two_batches(kind: type) -> None:
     found = kf.estimate(model, kf.Categorical(), kind(pairs), source="exact").to_dense()
     whole = torch.cat([x for x, _ in pairs]), torch.cat([LABELS, LABELS])
     torch.testing.assert_close(found, kf.estimate(model, kf.Categorical(), whole, source="exact").to_dense())
+
+
+# ---------------------------------------------------------------------------------------------------- dtypes
+def test_layers_of_two_dtypes_are_named() -> None:
+    class Widen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.double()
+
+    model = nn.Sequential(nn.Linear(4, 3), Widen(), nn.Linear(3, 3).double())
+    with pytest.raises(TypeError, match=r"float32 \(layer '0'\) and torch.float64 \(layer '2'\)"):
+        kf.estimate(model, kf.Categorical(), (draw(6, 4).float(), LABELS))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kronfac as kf
-from kronfac.layers import adapt_model
+from kronfac.layers import adapt, adapt_model
 from kronfac.measuring import couples_examples, frozen_buffers
 from kronfac.tape import Tape, TapeError, record
 
@@ -177,6 +177,29 @@ def detached(model: Calls, x: Tensor) -> Tensor:
     return model.head(model.layer(x)).detach()
 
 
+def tied_by_hand(model: Calls, x: Tensor) -> Tensor:
+    return (model.layer(x) @ model.layer.weight)[:, :2]
+
+
+def used_before_its_call(model: Calls, x: Tensor) -> Tensor:
+    return model.head(model.layer(x @ model.layer.weight.T @ model.layer.weight))
+
+
+def bias_alone(model: Calls, x: Tensor) -> Tensor:
+    return model.head(model.layer(x) + model.layer.bias)
+
+
+def of_a_layer_without_use(model: Calls, x: Tensor) -> Tensor:
+    model.layer(x)
+    return x @ model.layer.weight[:2].T
+
+
+def derivative(model: Calls, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model.head(torch.tanh(model.layer(x))).sum(), x, create_graph=True)
+    return slope[:, :2]
+
+
 class TwoInputs(nn.Linear):
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         return super().forward(x) * scale
@@ -205,12 +228,21 @@ class Unpacked(nn.Module):
         return self.layer(x)[0]
 
 
+for _kind in (Turned, TwoInputs, Pair):  # their rows and cotangents are a linear layer's, where it can be read
+    adapt.register(_kind, adapt.dispatch(nn.Linear))
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "input changed in place": (lambda: Calls(changed_in_place), "'layer' was changed in place"),
     "used twice": (lambda: Calls(twice), "'layer' is used more than once"),
     "no_grad": (lambda: Calls(without_grad), "'layer' carries no gradient"),
     "re-entrant checkpoint": (lambda: Calls(reentrant), "'layer' carries no gradient.*use_reentrant=False"),
     "detached outputs": (lambda: Calls(detached), "outputs carry no gradient"),
+    "tied by hand": (lambda: Calls(tied_by_hand), r"parameters of layers \['layer'\] in another way"),
+    "used before its call": (lambda: Calls(used_before_its_call), r"parameters of layers \['layer'\] in another way"),
+    "bias used": (lambda: Calls(bias_alone), r"parameters of layers \['layer'\] in another way"),
+    "call without use": (lambda: Calls(of_a_layer_without_use), r"parameters of layers \['layer'\] in another way"),
+    "derivatives": (lambda: Calls(derivative), r"parameters of layers \['layer', 'head'\] in another way"),
     "two arguments": (Scaled, "'layer' must be called with one tensor"),
     "two outputs": (Unpacked, "'layer' returned a tuple"),
 }

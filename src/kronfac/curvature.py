@@ -55,8 +55,9 @@ class BlockDiagonal:
                 raise TypeError(f"the block of layer {layer!r} must be a Block, got {type(block).__name__}")
         if without := [layer for layer in blocks if layer not in layouts]:
             raise ValueError(f"there is a block but no layout for the layers {listed(without)}")
-        if len(dtypes := {block.dtype for block in blocks.values()}) > 1:
-            raise TypeError(f"blocks must share one dtype, got {listed(sorted(map(str, dtypes)))}")
+        if len(dtypes := {block.dtype: layer for layer, block in blocks.items()}) > 1:
+            each = " and ".join(f"{dtype} (layer {layer!r})" for dtype, layer in dtypes.items())
+            raise TypeError(f"blocks must share one dtype, got {each}; cast the model to one of them")
         self.blocks: dict[str, Block] = dict(blocks)
         self.layouts: dict[str, Layout] = {layer: layouts[layer] for layer in blocks}
         self.options: dict[str, str] = dict(options or {})

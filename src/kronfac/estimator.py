@@ -166,8 +166,8 @@ class Estimator:
         missing = [name for name, statistic in self.statistics.items() if statistic.empty]
         if missing:
             raise RuntimeError(
-                f"No statistics for layers {missing}: the forward pass never called them. Freeze them "
-                "(requires_grad=False) or call them."
+                f"No statistics for layers {missing}: the forward pass never called them (freeze them, "
+                "requires_grad=False, or call them), or no term of the loss counted (every target ignored or masked)."
             )
         blocks = {name: statistic.block() for name, statistic in self.statistics.items()}
         return BlockDiagonal(blocks, self.adaptation.adapters, self.adaptation.order, options=self.options)

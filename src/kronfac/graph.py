@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -89,6 +89,45 @@ def feeders_of(outputs: Tensor, nodes: Mapping[str, Node]) -> dict[str | None, s
     if last is not None:
         feeders[None] = {names[last]} if last in names else behind(last)
     return feeders
+
+
+def used_elsewhere(outputs: Tensor, layers: Mapping[str, tuple[Node, Iterable[Tensor]]]) -> list[str]:
+    """Find layers whose parameters the outputs depend on in another way than through the layer's one call.
+
+    Args:
+        outputs: A model's outputs, attached to the graph.
+        layers: The node of a layer's output, and its trained parameters, by name.
+
+    Returns:
+        Names of the layers that have such a parameter.
+    """
+    users: dict[Node, list[Node]] = {}
+    stack = [] if outputs.grad_fn is None else [outputs.grad_fn]
+    met = set(stack)
+    while stack:
+        node = stack.pop()
+        for used, _ in node.next_functions:
+            if used is not None:
+                users.setdefault(used, []).append(node)
+                if used not in met:
+                    met.add(used)
+                    stack.append(used)
+
+    def alone(node: Node, last: Node) -> bool:
+        # From a parameter on, past its casts and transposes, to the layer's product with its input.
+        while node != last and node in users:
+            if len(users[node]) > 1 or last not in met:
+                return False
+            node = users[node][0]
+            if len(node.next_functions) > 1:
+                break
+        return True
+
+    return [
+        name
+        for name, (last, parameters) in layers.items()
+        if not all(alone(get_gradient_edge(parameter).node, last) for parameter in parameters)
+    ]
 
 
 def output_edge(output: Tensor) -> tuple[GradientEdge, bool]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from kronfac.graph import feeders_of, in_backward, last_of, output_edge
+from kronfac.graph import feeders_of, in_backward, last_of, output_edge, used_elsewhere
 from kronfac.layers import LayerAdapter
 from kronfac.measuring import apart_from_training, is_marked_apart
 
@@ -189,7 +189,7 @@ class Tape:
             retain_graph: Keep the graph for further pulls and for the training loss.
 
         Raises:
-            TapeError: The outputs carry no gradient.
+            TapeError: The outputs carry no gradient, or use a layer's parameters without calling the layer.
         """
         if not outputs.requires_grad:
             raise TapeError(
@@ -229,8 +229,24 @@ class Tape:
     def _last_edges(self, outputs: Tensor) -> list[str]:
         """Names of recorded layers from which no other recorded layer can be reached, and of unreachable ones."""
         if self._last is None or self._last[0] is not outputs:
+            self._refuse_other_uses(outputs)
             self._last = (outputs, last_of(outputs, {name: call.edge.node for name, call in self.calls.items()}))
         return self._last[1]
+
+    def _refuse_other_uses(self, outputs: Tensor) -> None:
+        layers = {
+            name: (call.edge.node, [p for p in call.adapter.parameters.values() if p.requires_grad])
+            for name, call in self.calls.items()
+        }
+        used = used_elsewhere(outputs, layers)
+        if used:
+            raise TapeError(
+                f"The model's outputs depend on the parameters of layers {used} in another way than through the layers' "
+                "calls (such as F.linear(h, layer.weight), or derivatives of the network among its outputs), which one "
+                "block for each layer cannot hold. Where a second layer uses the same weight, make it a module whose "
+                "weight is that parameter: tied weights are left out of the curvature, by name. Or freeze the layers "
+                "(requires_grad=False)."
+            )
 
     def feeders(self, outputs: Tensor) -> dict[str | None, set[str]]:
         """From which recorded layers each one takes its input directly, not through another recorded layer.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kronfac.layers import adapt, adapt_model
@@ -78,6 +79,22 @@ def test_parameters_that_an_adapter_does_not_know_are_named() -> None:
     assert "Gated" in found.uncovered["0.gate"]
 
 
+def test_layers_with_a_forward_of_their_own_have_no_block_until_they_are_registered() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(2 * x)
+
+    patched = nn.Linear(2, 2)
+    patched.forward = lambda x: F.linear(x, 2 * patched.weight)  # type: ignore[method-assign]
+    model = nn.Sequential(nn.Linear(2, 2), Doubled(2, 2), patched)
+    found = adapt_model(model)
+    assert list(found.adapters) == ["0"]
+    assert set(found.uncovered) == {"1.weight", "1.bias", "2.weight", "2.bias"}
+    assert "Doubled has a forward of its own, so that Linear's formulas" in found.uncovered["1.weight"]
+    adapt.register(Doubled, adapt.dispatch(nn.Linear))
+    assert list(adapt_model(model).adapters) == ["0", "1"]
+
+
 def test_parameters_of_a_container_are_named() -> None:
     class Positioned(nn.Module):
         def __init__(self) -> None:
@@ -88,6 +105,14 @@ def test_parameters_of_a_container_are_named() -> None:
     found = adapt_model(Positioned())
     assert list(found.uncovered) == ["position"]
     assert "Positioned" in found.uncovered["position"]
+
+
+def test_lazy_modules_are_refused_until_they_have_a_shape() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"0\.weight, 0\.bias have no shape yet"):
+        adapt_model(model)
+    model(torch.zeros(2, 5))
+    assert list(adapt_model(model).adapters) == ["0", "1"]
 
 
 def test_a_layer_alone_is_a_model() -> None:

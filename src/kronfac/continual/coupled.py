@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kronfac.continual.pairs import Pair
+from kronfac.layers import adapt
 
 
 class _Normalising(nn.Module):
@@ -50,6 +51,8 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: _Conv2d,
     nn.Conv3d: _Conv3d,
 }
+for _plain, _kind in _KINDS.items():
+    adapt.register(_kind)(adapt.dispatch(_plain))  # what is gathered at them is what belongs to the merged weights
 
 
 def normalising(pair: Pair, layer: nn.Module) -> nn.Module:

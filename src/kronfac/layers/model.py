@@ -6,10 +6,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from kronfac.layers.base import LayerAdapter, UnsupportedLayer
 from kronfac.layers.norm import NormAdapter
-from kronfac.layers.registry import adapt
+from kronfac.layers.registry import adapt, require_known_forward
 
 SHARING = ("expand", "reduce")
 NORMS = ("unitwise", "full")
@@ -50,7 +51,7 @@ def adapt_model(model: nn.Module, *, sharing: str = "expand", norm: str = "unitw
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: Unknown ``sharing`` or ``norm``, or no parameter is trainable.
+        ValueError: Unknown ``sharing`` or ``norm``, no parameter is trainable, or some have no shape yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
@@ -59,6 +60,9 @@ def adapt_model(model: nn.Module, *, sharing: str = "expand", norm: str = "unitw
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} is unknown; choose one of {NORMS}.")
     every = dict(model.named_parameters(remove_duplicate=False))
+    shapeless = [name for name, p in every.items() if is_lazy(p)]
+    if shapeless:
+        raise ValueError(f"{', '.join(shapeless)} have no shape yet (lazy modules): call the model on a batch first.")
     order = tuple(name for name, p in model.named_parameters() if p.requires_grad)
     if not order:
         raise ValueError("The model has no trainable parameter (requires_grad=True).")
@@ -77,6 +81,7 @@ def adapt_model(model: nn.Module, *, sharing: str = "expand", norm: str = "unitw
             continue
         try:
             adapter = adapt(module, name, sharing)
+            require_known_forward(module)
             if isinstance(adapter, NormAdapter) and norm == "full":
                 adapter = adapter.full()
             if not adapter.parameters:

@@ -1,4 +1,4 @@
-"""``adapt``: from a module to its adapter, by type; subclasses inherit."""
+"""``adapt``: from a module to its adapter, by type; subclasses inherit, unless they compute something of their own."""
 
 from __future__ import annotations
 
@@ -22,3 +22,34 @@ def adapt(module: nn.Module, name: str, sharing: str = "expand") -> LayerAdapter
         UnsupportedLayer: There is no exact adapter for this module; the text says why.
     """
     raise UnsupportedLayer(f"no adapter for layers of type {type(module).__name__}")
+
+
+def runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what a class computes: a subclass with a ``forward`` of its own may not.
+
+    Args:
+        module: The module.
+        kind: The class.
+
+    Returns:
+        True if so.
+    """
+    return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
+
+
+def require_known_forward(module: nn.Module) -> None:
+    """Refuse a layer that computes something of its own.
+
+    Args:
+        module: The layer; its class or one that it inherits from has an adapter.
+
+    Raises:
+        UnsupportedLayer: Its ``forward`` is not that of the class whose adapter it inherits.
+    """
+    kind = next(kind for kind in type(module).__mro__ if kind in adapt.registry)
+    if not runs_as(module, kind):
+        name, parent = type(module).__name__, kind.__name__
+        raise UnsupportedLayer(
+            f"{name} has a forward of its own, so that {parent}'s formulas may not be its; if they are, say so by "
+            f"kronfac.layers.adapt.register({name}, kronfac.layers.adapt.dispatch({parent}))"
+        )

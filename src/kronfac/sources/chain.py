@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from kronfac.layers.registry import runs_as
+
 LINEAR = (nn.Linear,)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: One number in, one number out, the same function everywhere, and nothing random in either mode.
@@ -128,7 +130,7 @@ def is_known(module: nn.Module, kinds: tuple[type[nn.Module], ...] = KNOWN) -> b
     Returns:
         True if so.
     """
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+    return any(runs_as(module, kind) for kind in kinds)
 
 
 def _unwrap(model: nn.Module) -> Link:
