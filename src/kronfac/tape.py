@@ -241,7 +241,7 @@ class Tape:
         used = used_elsewhere(outputs, layers)
         if used:
             raise TapeError(
-                f"The model's outputs depend on the parameters of layers {used} in another way than through the layers' "
+                f"The model's outputs depend on the parameters of layers {used} in another way than through their "
                 "calls (such as F.linear(h, layer.weight), or derivatives of the network among its outputs), which one "
                 "block for each layer cannot hold. Where a second layer uses the same weight, make it a module whose "
                 "weight is that parameter: tied weights are left out of the curvature, by name. Or freeze the layers "
