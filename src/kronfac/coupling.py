@@ -11,10 +11,12 @@ from collections.abc import Iterable
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from kronfac.layers.conv import ConvAdapter
 
 if TYPE_CHECKING:
-    from kronfac.tape import Tape
+    from kronfac.tape import Call, Tape
 
 
 class Coupling(IntEnum):
@@ -22,8 +24,8 @@ class Coupling(IntEnum):
 
     Attributes:
         NONE: Not at all: no batch norm in train mode lies between the layer and the outputs.
-        DIRECT: Through batch norm, which takes the layer's output and is all that does: the derivatives of any loss in
-            the layer's outputs then add up to zero over batch and positions.
+        DIRECT: Through batch norm over the layer's units, which takes the layer's output and is all that does: the
+            derivatives of any loss in the layer's outputs then add up to zero over batch and positions.
         GENERAL: Through batch norm somewhere behind the layer.
     """
 
@@ -45,7 +47,7 @@ def couplings(tape: Tape, outputs: Tensor) -> dict[str, Coupling]:
     if outputs.grad_fn is None:
         return {}
     nodes = _reachable([outputs.grad_fn])
-    norms = {node for node in nodes if _couples(node)}
+    norms = {node for node in nodes if _couples(node, len(outputs))}
     behind = _reachable([follower for node in norms for follower in _following(node)])
     users: dict[Any, list[Any]] = {}
     for node in nodes:
@@ -66,18 +68,51 @@ def couplings(tape: Tape, outputs: Tensor) -> dict[str, Coupling]:
         node = call.edge.node
         if node not in nodes:
             continue
-        direct = node is not outputs.grad_fn and feeds_norms_alone(node)
+        direct = node is not outputs.grad_fn and _units_are_channels(call) and feeds_norms_alone(node)
         found[name] = (Coupling.DIRECT if direct else Coupling.GENERAL) if node in behind else Coupling.NONE
     return found
 
 
-def _couples(node: Any) -> bool:
+def refuse_synchronised(model: nn.Module, name: str) -> None:
+    """Refuse batch norm that couples the examples of several processes.
+
+    Args:
+        model: The model.
+        name: The approximation's name.
+
+    Raises:
+        ValueError: There is one in train mode.
+    """
+    for key, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            raise ValueError(
+                f"approximation={name!r}: {key!r} is an nn.SyncBatchNorm in train mode, which couples examples of "
+                f"different processes; use nn.BatchNorm, or approximation='kfac'."
+            )
+
+
+def _units_are_channels(call: Call) -> bool:
+    """Whether dimension 1, which batch norm takes for the channels, holds the layer's units and not its positions."""
+    return len(call.output_shape) == 2 or isinstance(call.adapter, ConvAdapter)
+
+
+def _couples(node: Any, batch: int) -> bool:
     """Whether a node is batch norm that normalises by the batch's own statistics."""
-    if "BatchNorm" not in node.name():
+    if "BatchNorm" not in node.name() or not getattr(node, "_saved_training", True):
         return False
-    # Instance norm runs the same operation over one "example" whose channels are those of all examples.
-    one_example = node._input_metadata[0].shape[0] == 1
-    return bool(getattr(node, "_saved_training", True)) and not one_example
+    return not _is_instance_norm(node, batch)
+
+
+def _is_instance_norm(node: Any, batch: int) -> bool:
+    """Whether a batch norm is instance norm: the same operation over one example with the channels of all."""
+    # One example alone does not show it: [1, C, N] is batch norm over N examples. The view of [N, C, …] before it does.
+    one, *rest = node._input_metadata[0].shape
+    before = node.next_functions[0][0]
+    if one != 1 or before is None or before.name() != "ViewBackward0":
+        return False
+    sizes = list(before._saved_self_sym_sizes)
+    # Layers may have moved positions into the examples, whose number is then a multiple of the batch.
+    return len(sizes) > 1 and sizes[0] % batch == 0 and [sizes[0] * sizes[1], *sizes[2:]] == rest
 
 
 def _following(node: Any) -> list[Any]:

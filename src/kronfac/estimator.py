@@ -72,6 +72,9 @@ class Estimator:
         self.generator = generator
         #: Terms of the loss for each unit of its denominator, as this process last saw them.
         self.terms = 1.0
+        # Layers called since the last decay, and terms of the loss that passed by those that were not, till they are.
+        self._called: set[str] = set()
+        self._passed = 0.0
         #: Statistics layer by layer; none where the approximation couples layers.
         self.statistics: dict[str, Statistic] = {}
         #: Statistics of all layers together, where the approximation couples them.
@@ -112,10 +115,7 @@ class Estimator:
         with torch.no_grad():
             values = outputs.detach()
             cut = None if part is None else part.begin(self.likelihood, values, targets)
-            count = self.likelihood.term_shape(values, targets).numel()
-            terms = count / max(float(self.likelihood.denominator(values, targets)), 1e-12)
-            terms *= 1.0 if part is None or part.cut else part.weight(self.likelihood)
-            self.terms = self.terms + terms if adds else terms
+        denominator = 0.0
         if self.joint is not None:
             self.joint.check_graph(tape.feeders(outputs))
             add = whole_pulls(list(tape.calls), self.joint.add)
@@ -123,11 +123,37 @@ class Estimator:
             add = self._add
 
         def take(sample: Sample) -> None:
+            nonlocal denominator
             sample = sample if cut is None else cut(sample)
             # The denominator of a sum is one, and was counted with the first of its parts.
-            add(replace(sample, denominator=0.0) if adds else sample)
+            sample = replace(sample, denominator=0.0) if adds else sample
+            denominator = sample.denominator
+            add(sample)
 
         self.source.stream(tape, self.likelihood, outputs, targets, self.generator, take)
+        self._count_absent(set(tape.calls), denominator)
+        with torch.no_grad():  # of targets that the source has looked at
+            count = self.likelihood.term_shape(values, targets).numel()
+            terms = count / max(float(self.likelihood.denominator(values, targets)), 1e-12)
+            terms *= 1.0 if part is None or part.cut else part.weight(self.likelihood)
+            self.terms = self.terms + terms if adds else terms
+
+    def _count_absent(self, called: set[str], denominator: float) -> None:
+        """Count the terms of the loss in which a layer has no part, since the forward did not call it.
+
+        Until the next decay all forwards are of one loss; one that calls a layer in none of them says nothing of it.
+        """
+        for name, statistic in self.statistics.items():
+            if name not in called and name in self._called:
+                statistic.count_absence(denominator)
+            elif name in called and name not in self._called and self._passed:
+                statistic.count_absence(self._passed)
+        self._passed += denominator
+        self._called |= called
+
+    def begin_loss(self) -> None:
+        """Begin with the forwards of another loss: layers that they do not call are no part of it."""
+        self._called, self._passed = set(), 0.0
 
     def _add(self, sample: Sample) -> None:
         self.statistics[sample.layer.name].add(sample)
@@ -141,13 +167,24 @@ class Estimator:
 
     def decay(self, factor: float) -> None:
         """Forget: multiply all sums and weights by ``factor`` (exponential moving average)."""
+        self.begin_loss()
         for statistic in self.statistics.values():
             statistic.decay(factor)
         if self.joint is not None:
             self.joint.decay(factor)
 
+    def reset(self) -> None:
+        """Forget all sums and weights without a trace, which a factor of zero leaves: a mean survives its decay."""
+        self.begin_loss()
+        for statistic in self.statistics.values():
+            for mean in statistic.means().values():
+                mean.reset()
+        for mean in {} if self.joint is None else self.joint.means().values():
+            mean.reset()
+
     def next_pass(self) -> None:
         """Go on to the next pass over the same data, where the approximation takes several; see :func:`estimate`."""
+        self.begin_loss()
         for statistic in self.statistics.values():
             statistic.next_pass()
 

@@ -91,6 +91,20 @@ def feeders_of(outputs: Tensor, nodes: Mapping[str, Node]) -> dict[str | None, s
     return feeders
 
 
+def unreached(outputs: Tensor, nodes: Mapping[str, Node]) -> set[str]:
+    """Find the nodes that the outputs do not depend on.
+
+    Args:
+        outputs: A model's outputs, attached to the graph.
+        nodes: Nodes by name.
+
+    Returns:
+        Their names.
+    """
+    met = _users(outputs)[1]
+    return {name for name, node in nodes.items() if node not in met}
+
+
 def used_elsewhere(outputs: Tensor, layers: Mapping[str, tuple[Node, Iterable[Tensor]]]) -> list[str]:
     """Find layers whose parameters the outputs depend on in another way than through the layer's one call.
 
@@ -101,17 +115,7 @@ def used_elsewhere(outputs: Tensor, layers: Mapping[str, tuple[Node, Iterable[Te
     Returns:
         Names of the layers that have such a parameter.
     """
-    users: dict[Node, list[Node]] = {}
-    stack = [] if outputs.grad_fn is None else [outputs.grad_fn]
-    met = set(stack)
-    while stack:
-        node = stack.pop()
-        for used, _ in node.next_functions:
-            if used is not None:
-                users.setdefault(used, []).append(node)
-                if used not in met:
-                    met.add(used)
-                    stack.append(used)
+    users, met = _users(outputs)
 
     def alone(node: Node, last: Node) -> bool:
         # From a parameter on, past its casts and transposes, to the layer's product with its input.
@@ -128,6 +132,22 @@ def used_elsewhere(outputs: Tensor, layers: Mapping[str, tuple[Node, Iterable[Te
         for name, (last, parameters) in layers.items()
         if not all(alone(get_gradient_edge(parameter).node, last) for parameter in parameters)
     ]
+
+
+def _users(outputs: Tensor) -> tuple[dict[Node, list[Node]], set[Node]]:
+    """For each node behind the outputs those that use it, once for each use; and all nodes."""
+    users: dict[Node, list[Node]] = {}
+    stack = [] if outputs.grad_fn is None else [outputs.grad_fn]
+    met = set(stack)
+    while stack:
+        node = stack.pop()
+        for used, _ in node.next_functions:
+            if used is not None:
+                users.setdefault(used, []).append(node)
+                if used not in met:
+                    met.add(used)
+                    stack.append(used)
+    return users, met
 
 
 def output_edge(output: Tensor) -> tuple[GradientEdge, bool]:

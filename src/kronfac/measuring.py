@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -37,6 +37,30 @@ def is_apart_from_training() -> bool:
     return is_marked_apart() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def remembered_buffers(model: nn.Module) -> Callable[[], None]:
+    """Remember every buffer (running statistics of batch norm).
+
+    Args:
+        model: The model.
+
+    Returns:
+        Puts them back as they are now.
+    """
+    saved = {name: (buffer, _Kept(buffer)) for name, buffer in model.named_buffers()}
+
+    def put_back() -> None:
+        for name, present in list(model.named_buffers()):
+            if name not in saved:
+                continue
+            buffer, kept = saved[name]
+            if present is not buffer:  # the forward put another tensor in its place
+                owner, _, key = name.rpartition(".")
+                setattr(model.get_submodule(owner), key, buffer)
+            kept.restore(buffer)
+
+    return put_back
+
+
 @contextmanager
 def frozen_buffers(model: nn.Module) -> Iterator[None]:
     """Put back every buffer (running statistics of batch norm) at the end of the block.
@@ -47,18 +71,11 @@ def frozen_buffers(model: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    saved = {name: (buffer, _Kept(buffer)) for name, buffer in model.named_buffers()}
+    put_back = remembered_buffers(model)
     try:
         yield
     finally:
-        for name, present in list(model.named_buffers()):
-            if name not in saved:
-                continue
-            buffer, kept = saved[name]
-            if present is not buffer:  # the forward put another tensor in its place
-                owner, _, key = name.rpartition(".")
-                setattr(model.get_submodule(owner), key, buffer)
-            kept.restore(buffer)
+        put_back()
 
 
 class _Kept:

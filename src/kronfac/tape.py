@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from kronfac.graph import feeders_of, in_backward, last_of, output_edge, used_elsewhere
+from kronfac.graph import feeders_of, in_backward, last_of, output_edge, unreached, used_elsewhere
 from kronfac.layers import LayerAdapter
 from kronfac.measuring import apart_from_training, is_marked_apart
 
@@ -126,6 +126,8 @@ class Tape:
             values = (*args, *kwargs.values())
             if len(values) != 1 or not isinstance(values[0], Tensor):
                 raise TapeError(f"Layer {name!r} must be called with one tensor, the input, to gather its curvature.")
+            if not values[0].numel():
+                return  # an expert without tokens: as if it had not been called
             if not isinstance(output, Tensor):
                 raise TapeError(f"Layer {name!r} returned a {type(output).__name__}; its curvature needs one tensor.")
             if not output.requires_grad:
@@ -247,6 +249,17 @@ class Tape:
                 "weight is that parameter: tied weights are left out of the curvature, by name. Or freeze the layers "
                 "(requires_grad=False)."
             )
+
+    def unreached(self, outputs: Tensor) -> set[str]:
+        """Which recorded layers the outputs do not depend on.
+
+        Args:
+            outputs: The model's outputs, attached to the graph.
+
+        Returns:
+            Their names.
+        """
+        return unreached(outputs, {name: call.edge.node for name, call in self.calls.items()})
 
     def feeders(self, outputs: Tensor) -> dict[str | None, set[str]]:
         """From which recorded layers each one takes its input directly, not through another recorded layer.

@@ -139,3 +139,7 @@ def test_refusals() -> None:
         convolution_correlations(nn.Linear(2, 3), kf.Categorical(), (draw(2, 2), None))
     with pytest.raises(ValueError, match="loader is empty"):
         convolution_correlations(model(), kf.Categorical(), [])
+    pooled = nn.Sequential(nn.Conv2d(2, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    sizes = [(draw(2, 2, size, size), None) for size in (5, 7)]
+    with pytest.raises(ValueError, match=r"derivatives of layer '0' are maps of size \(5, 5\) after .*\(3, 3"):
+        convolution_correlations(pooled, kf.Categorical(), sizes)

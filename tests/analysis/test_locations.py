@@ -60,6 +60,19 @@ def test_independent_products_show_sampling_alone() -> None:
     assert found.entries_floor == pytest.approx(expected, rel=0.5)
 
 
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_the_floor_does_not_depend_on_the_batches(size: int) -> None:
+    net, x = model(), draw(21, 2, 5, 7)
+    whole, parts = (
+        location_correlation(net, kf.Categorical(), data, ["0"])[0]
+        for data in ((x, None), [(part, None) for part in x.split(size)])
+    )
+    # The labels are drawn batch by batch, in one order.
+    assert parts.trace_floor == pytest.approx(whole.trace_floor, rel=1e-10)
+    (alone,) = location_correlation(net, kf.Categorical(), (x[:1], None), ["0"])
+    assert alone.trace_floor == 0  # there are no others
+
+
 def test_a_common_factor_shows() -> None:
     """All locations see the same pixel and sum into one output: the products are the same."""
     net = double(nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.AvgPool2d(3), nn.Flatten())).eval()

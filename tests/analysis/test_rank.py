@@ -82,6 +82,42 @@ def test_ignored_examples_have_no_rank() -> None:
     assert row["batch_sampled"] == 2
 
 
+@pytest.mark.parametrize("likelihood", [kf.Bernoulli(), kf.Gaussian()], ids=repr)
+def test_one_number_an_example_may_come_without_a_dimension(likelihood: kf.Likelihood) -> None:
+    model, x = net(1), draw(6, 4)
+    flat = nn.Sequential(*model, nn.Flatten(0))
+    found, wanted = (monte_carlo_rank(m, likelihood, x, batch_sizes=[1, 4], samples=2) for m in (flat, model))
+    assert found == wanted
+    assert [row["batch_ggn"] for row in found] == [1, 4]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_masked_examples_have_no_rank(flat: bool) -> None:
+    model, x = net(1), draw(6, 4)
+    model = nn.Sequential(*model, nn.Flatten(0)) if flat else model
+    mask = torch.arange(6) % 3 == 0
+    for targets in ((draw(*model(x).shape).sigmoid(), mask), (None, mask)):
+        (row,) = monte_carlo_rank(model, kf.Bernoulli(), x, targets, batch_sizes=[6])
+        assert row["all_ggn"] == row["batch_ggn"] == row["batch_ggn_bound"] == row["batch_sampled"] == 2
+
+
+def test_batches_keep_the_weights_of_their_examples() -> None:
+    """One row of the mask may stand for all examples, and rows go where the batches' examples go."""
+    model, x = net(3), draw(6, 4)
+    one, each = torch.tensor([[True, False, True]]), torch.tensor([[True, False, True]]).expand(6, 3)
+    rows = [monte_carlo_rank(model, kf.Gaussian(), x, (None, mask), batch_sizes=[1, 3]) for mask in (one, each)]
+    assert rows[0] == rows[1]
+    assert [row["batch_ggn_bound"] for row in rows[0]] == [2, 6]
+    for kept in range(6):
+        alone = torch.arange(6) == kept
+        found = monte_carlo_rank(model, kf.Gaussian(), x, (None, alone), batch_sizes=[1, 2, 3, 4, 5, 6])
+        ranks = [row["batch_ggn"] for row in found]
+        assert set(ranks) <= {0, 3}
+        assert ranks == sorted(ranks)
+        assert ranks == [row["batch_ggn_bound"] for row in found]
+        assert ranks[-1] == 3
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -95,6 +131,11 @@ def test_ignored_examples_have_no_rank() -> None:
 def test_bad_arguments_are_named(options: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         monte_carlo_rank(net(1), kf.Bernoulli(), draw(4, 4), **options)
+
+
+def test_targets_of_another_kind_are_named() -> None:
+    with pytest.raises(TypeError, match=r"a pair \(targets, mask\) of tensors, got tuple"):
+        monte_carlo_rank(net(1), kf.Bernoulli(), draw(4, 4), (None, None), batch_sizes=[2])  # type: ignore[arg-type]
 
 
 def test_coupled_examples_are_refused() -> None:

@@ -9,6 +9,7 @@ from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers import OPTIMIZERS, get_optimizer
 from kronfac.experiments.problems import Data, get_problem
 from kronfac.experiments.schedules import factor
+from kronfac.optim.averaging import update_average
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,8 @@ from kronfac.experiments.schedules import factor
         ("kfac", {"kl_clip": 0}, "kfac.kl_clip must be a number above 0, or auto, or none, got 0"),
         ("kfac", {"source": "guess"}, "kfac.source must be one of sampled, exact"),
         ("kfac", {"decoupled_weight_decay": "maybe"}, "must be true or false"),
+        ("kldwrm_so", {"kl_product": "none"}, "kldwrm_so.kl_product must be one of exact, approximate"),
+        ("kldwrm_qe", {"model_approximation": "ekfac"}, "kldwrm_qe.model_approximation must be one of kfac, diagonal"),
         ("adamw", {"schedule": "linear"}, "adamw.schedule must be one of constant, cosine, exponential"),
         ("adamw", {"batch_size": 0}, "adamw.batch_size must be a whole number of at least 1, or none"),
     ],
@@ -43,6 +46,24 @@ def test_texts_become_values_and_later_layers_win() -> None:
     assert values["kl_clip"] is None
     assert values["stats_every"] == 5
     assert values["batch_size"] is None
+
+
+def test_every_choice_of_kldwrm_is_a_hyperparameter() -> None:
+    """The bound's product for all variants, and the model's blocks where there is a model."""
+    problem, steps = get_problem("digits-mlp"), {"stats_every": "1", "solve": "iterative"}
+    for name, given in (("so", {}), ("q", steps), ("qe", steps)):
+        spec = get_optimizer(f"kldwrm_{name}")
+        own = {"kl_product": "approximate"} | ({"model_approximation": "diagonal"} if given else {})
+        optimizer = spec.build(problem.model(0), problem, spec.resolve(given, own), torch.Generator())
+        assert optimizer._kl_product == "approximate"  # type: ignore[attr-defined]
+        second = optimizer._second  # type: ignore[attr-defined]
+        assert second.approximation.name == "diagonal" if given else second is None
+    spec = get_optimizer("kldwrm_q")
+    assert spec.resolve({"model_approximation": "none"})["model_approximation"] is None
+    with pytest.raises(ExperimentError, match=r"kldwrm_q on digits-mlp: .*set solve='iterative'"):
+        spec.build(problem.model(0), problem, spec.resolve({"model_approximation": "dense"}), torch.Generator())
+    with pytest.raises(ExperimentError, match="kldwrm_so has no hyper-parameter 'model_approximation'"):
+        get_optimizer("kldwrm_so").resolve({"model_approximation": "dense"})
 
 
 def test_an_unknown_optimiser_is_refused() -> None:
@@ -89,7 +110,7 @@ def test_schedules_fall_from_one_to_the_final_factor(schedule: str) -> None:
     assert factor("constant", 0.5, 0.01) == 1.0
 
 
-def test_the_average_of_iterates_is_bias_corrected_and_swapped_out_again() -> None:
+def test_the_average_of_iterates_is_the_optimisers_own_and_is_swapped_out_again() -> None:
     model = torch.nn.Linear(1, 1, bias=False)
     average = IterateAverage(model, 0.5)
     for value in (1.0, 2.0, 4.0):
@@ -97,13 +118,18 @@ def test_the_average_of_iterates_is_bias_corrected_and_swapped_out_again() -> No
             model.weight.fill_(value)
         average.update()
     with average.applied():
-        # (1/8 * 1 + 1/4 * 2 + 1/2 * 4) / (7/8)
-        assert model.weight.item() == pytest.approx((0.125 + 0.5 + 2.0) / 0.875)
+        assert model.weight.item() == pytest.approx((1.5 + 4.0) / 2)  # the mean of two, then halves
     assert model.weight.item() == 4.0
     restored = IterateAverage(model, 0.5)
     restored.load_state_dict(average.state_dict())
     with restored.applied():
-        assert model.weight.item() == pytest.approx(3.0)
+        assert model.weight.item() == pytest.approx(2.75)
+    parameter = torch.nn.Parameter(torch.ones(1))
+    state: dict[torch.Tensor, dict[str, torch.Tensor]] = {parameter: {}}
+    for steps, value in enumerate((1.0, 2.0, 4.0)):
+        parameter.data.fill_(value)
+        update_average([parameter], state, 0.5, steps)
+    assert state[parameter]["average"].item() == pytest.approx(2.75)
     with pytest.raises(ValueError, match="another network"):
         IterateAverage(torch.nn.Linear(2, 2), 0.5).load_state_dict(average.state_dict())
 

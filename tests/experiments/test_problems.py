@@ -30,7 +30,7 @@ def small_dataset(name: str) -> Dataset:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_problem_fits_together(name: str) -> None:
     problem = get_problem(name)
-    data = problem.prepare(small_dataset(problem.dataset))
+    data = problem.data() if problem.dataset is None else problem.prepare(small_dataset(problem.dataset))  # type: ignore[call-arg, arg-type]
     model = problem.model(seed=0)
     metrics = problem.evaluate(model, data)
     assert list(metrics) == problem.metrics

@@ -68,7 +68,12 @@ def test_pooling_refuses_odd_sides() -> None:
 
 # -------------------------------------------------------------------------------------------------------------- rows
 def test_rows_are_the_papers() -> None:
-    assert len([row for row in ROWS.values() if row.paper]) == 15
+    assert len([row for row in ROWS.values() if row.paper]) == 16
+    assert [row.key for row in choose(["qe"])] == ["qe-0.04", "qe-0.07", "qe-0.1", "qe-0.04-rho-0.7"]
+    long = ROWS["qe-0.04-rho-0.7"]
+    assert [long.values[name] for name in ("rho", "omega", "n_inner", "n_cap")] == [0.7, 0.04, 7, 8]
+    assert long.title == "QE-KLD-WRM, ρ = 0.7, ω = 0.04, N_IS = 7, N_cap = 8"
+    assert long.paper == ("8", "6", "0", "0", "0", "97.85", "0.60", "0.29", "0.03")
     assert ROWS["so-0.33-each"].values["factor_damping"] == 0.01
     assert [row.key for row in choose(["so"])] == ["so-0.33", "so-0.5", "so-0.7", "so-0.8"]
     assert all(len(row.paper) in (0, len(COLUMNS)) for row in ROWS.values())
@@ -82,11 +87,11 @@ def test_rows_are_the_papers() -> None:
 def test_every_row_is_of_the_papers_length_and_batch() -> None:
     study = make_study(["all"], 10, 50, "mnist")
     settings = study.all_settings()
-    assert len(settings) == 160
+    assert len(settings) == 170
     assert {s.steps for s in settings} == {5850}
     assert get_problem("mnist-puiu").batch_size == 512
-    assert len({s.folder_name for s in settings}) == 160
-    assert [s.seed for s in settings[:17]] == [0] * 16 + [1]
+    assert len({s.folder_name for s in settings}) == 170
+    assert [s.seed for s in settings[:18]] == [0] * 17 + [1]
 
 
 # ------------------------------------------------------------------------------------------------------------- table

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import hessian
 
-from kronfac.likelihoods import Bernoulli, Categorical, ElementwiseLikelihood, Gaussian, Likelihood
+from kronfac.likelihoods import Bernoulli, Categorical, ElementwiseLikelihood, Gaussian, Likelihood, categorical
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -238,5 +238,84 @@ def test_unknown_parts_of_a_users_likelihood_are_refused_by_name() -> None:
         Minimal().symmetric_kl(outputs, outputs)
     with pytest.raises(NotImplementedError, match="Minimal cannot enumerate its labels"):
         Minimal().label_atoms(outputs)
-    with pytest.raises(ValueError, match="Minimal differentiates its loss twice at the targets"):
+    with pytest.raises(ValueError, match=r"Minimal gives no product with its Hessian.*subclass ElementwiseL"):
         Minimal().hessian_product(outputs, outputs)
+
+
+# ---------------------------------------------------------------------------------------------------- confidence
+def spread(probabilities: Tensor, vector: Tensor) -> Tensor:
+    """``u^T H u`` without cancellation: the variance of ``u`` as a sum over pairs of classes, the last dimension."""
+    pairs = probabilities.unsqueeze(-1) * probabilities.unsqueeze(-2)
+    return (pairs * (vector.unsqueeze(-1) - vector.unsqueeze(-2)).square()).sum((-1, -2)) / 2
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0, 1024.0])
+@pytest.mark.parametrize("logit", [0.0, 8.0, 18.0, 40.0])
+def test_curvature_of_a_confident_prediction_in_float32(
+    logit: float, shift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 18 the greatest probability rounds to 1; what is added to all entries of a vector must not count."""
+    likelihood = Categorical()
+    outputs = torch.tensor([[logit, 0.0, 0.0]])
+    vector = torch.tensor([[0.0, 0.0, 0.125]]) + shift
+    wanted = float(spread(outputs.double().softmax(-1), vector.double()))
+    product = (vector.double() * likelihood.hessian_product(outputs, vector).double()).sum()
+    assert float(product) == pytest.approx(wanted, rel=1e-6 + 2e-6 * shift)
+    through = [(column.double() * vector.double()).sum() ** 2 for column in likelihood.root_columns(outputs)]
+    assert float(sum(through)) == pytest.approx(wanted, rel=1e-6 + 2e-6 * shift)
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    monkeypatch.setattr(categorical, "rademacher", lambda *_: signs)
+    probes = likelihood.probe_cotangents(outputs.expand(8, 3)).double()
+    found = (probes @ vector.double()[0]).square().mean()
+    assert float(found) == pytest.approx(wanted, rel=1e-6 + 2e-6 * shift)
+
+
+@pytest.mark.parametrize("method", ["sample_cotangents", "probe_cotangents"])
+@pytest.mark.parametrize("logit", [0.0, 18.0, 40.0])
+def test_cotangents_of_a_confident_prediction_add_up_to_nothing(logit: float, method: str) -> None:
+    outputs = torch.tensor([logit, 0.0, 1.0]).expand(50, 3)
+    drawn = getattr(Categorical(), method)(outputs, generator=generator())
+    assert (drawn.double().sum(-1).abs() <= 2e-7 * drawn.double().norm(dim=-1)).all()
+    assert (drawn != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "dim", "targets"),
+    [
+        (Categorical(class_dim=-1), -1, None),
+        (Categorical(class_dim=1), 1, None),
+        (Categorical(WEIGHT, ignore_index=-100, label_smoothing=0.2, class_dim=-1), -1, (INDICES, MASK)),
+        (Categorical(WEIGHT, ignore_index=-100, label_smoothing=0.2, class_dim=1), 1, (INDICES, MASK)),
+    ],
+    ids=repr,
+)
+def test_products_of_confident_predictions_with_all_options(likelihood: Categorical, dim: int, targets: object) -> None:
+    places = torch.tensor([[0, 1], [2, 0], [1, 2]])
+    outputs = (torch.nn.functional.one_hot(places, 3) * 20.0).movedim(-1, dim)
+    vector = (3 + 0.125 * draw(3, 2, 3, seed=3).round().float()).movedim(-1, dim)
+    weights = likelihood.term_weights(outputs, targets)
+    wanted = spread(outputs.double().movedim(dim, -1).softmax(-1), vector.double().movedim(dim, -1))
+    wanted = wanted if weights is None else wanted * weights
+    found = (vector.double() * likelihood.hessian_product(outputs, vector, targets).double()).sum(dim)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-15)
+    assert (wanted > 0).any()
+
+
+def test_products_are_differentiable_in_the_vector() -> None:
+    likelihood, outputs, targets = CASES["categorical, all options"]
+    vector, other = draw(*outputs.shape, seed=5).requires_grad_(), draw(*outputs.shape, seed=6)
+    (found,) = torch.autograd.grad((likelihood.hessian_product(outputs, vector, targets) * other).sum(), vector)
+    torch.testing.assert_close(found, likelihood.hessian_product(outputs, other, targets))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("logit", [0.0, 8.0, 18.0, 30.0])
+def test_divergence_of_confident_predictions_in_float32(logit: float, sign: float) -> None:
+    first = sign * torch.tensor([[logit, 0.0]])
+    second = first + torch.tensor([[0.5, 0.0]])
+    # By the less likely class, with logarithms of 1 - p.
+    side = -1.0 if logit * sign > 0 else 1.0
+    one, two = side * first[0, 0].double(), side * second[0, 0].double()
+    wanted = float(one.sigmoid() * (one - two) + (-one.sigmoid()).log1p() - (-two.sigmoid()).log1p())
+    assert float(Categorical().kl(first, second)) == pytest.approx(wanted, rel=1e-3)
+    assert float(Bernoulli().kl(first[:, :1], second[:, :1])) == pytest.approx(wanted, rel=1e-5)

@@ -131,15 +131,25 @@ def test_warm_up_is_a_plain_mean_that_the_first_step_forgets_once() -> None:
     later = draw(6, 3, seed=1)
     F.cross_entropy(model(later), LABELS[:6]).backward()
     new = estimated(model, (later, None))
-    share = {"input": (0.25 * 12, 6), "output": (0.25 * 12, 6)}
-    wanted = {}
-    for name in whole:
-        old, fresh = share[name.rsplit(".", 1)[1]]
-        wanted[name] = (old * whole[name] + fresh * new[name]) / (old + fresh)
+    # Equation 33: of the three batches of four, 1/(1 − 0.25) count, a quarter of which is left beside the new six.
+    old, fresh = 0.25 * 4 / 0.75, 6
+    wanted = {name: (old * whole[name] + fresh * new[name]) / (old + fresh) for name in whole}
     same(factors(optimizer), wanted)
     optimizer.step()
     with pytest.raises(RuntimeError, match="before the first step"):
         optimizer.warm_up(parts)
+
+
+def test_after_a_long_warm_up_the_average_forgets_as_fast_as_ever() -> None:
+    model, x, later = network(), draw(12, 3), draw(4, 3, seed=1)
+    optimizer = make(model, ema=0.9)
+    batches = [(part, None) for part in x.split(4)] * 10
+    optimizer.warm_up(batches[:7])
+    optimizer.warm_up(batches[7:])  # as if it had been one
+    old, new = estimated(model, (x, None)), estimated(model, (later, None))
+    same(factors(optimizer), old)
+    F.cross_entropy(model(later), LABELS[:4]).backward()
+    same(factors(optimizer), {name: 0.9 * old[name] + 0.1 * new[name] for name in old})
 
 
 def test_warm_up_takes_targets_counts_batches_and_leaves_the_model() -> None:

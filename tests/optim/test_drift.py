@@ -67,6 +67,24 @@ def test_the_measure_is_the_mean_relative_change_of_eigenvalues() -> None:
     assert found == pytest.approx(max(wanted), rel=1e-10)
 
 
+@pytest.mark.parametrize("scheme", ["normal", "trace_restricted"])
+def test_drift_of_tkfac(scheme: str) -> None:
+    model = double(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(32, 3)))
+    options: dict[str, Any] = {"damping": 0.1, "stats_every": 1, "ema": 0.0, "source": "exact", "kl_clip": None}
+    optimizer = kf.optim.TKFAC(model, kf.Categorical(), 0.0, drift=0.3, scheme=scheme, **options)
+    found = []
+    for step in range(12):
+        optimizer.zero_grad()
+        F.cross_entropy(model(draw(24, 1, 6, 6) * (5.0 if step >= 10 else 1.0)), LABELS).backward()
+        optimizer.step()
+        found.append(optimizer.health()["0"].age)
+        now = largest_drift(
+            optimizer._inverses, optimizer._estimator.statistics, optimizer._damping, optimizer._rules()
+        )
+        assert now < 1e-10, "the data are those that were inverted"
+    assert found[8:] == [1, 2, 1, 2]
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, "much"])
 def test_bad_values(value: Any) -> None:
     with pytest.raises(ValueError, match="drift"):

@@ -135,3 +135,20 @@ def test_embeddings_are_trained_under_both_schemes() -> None:
 def test_bad_arguments_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         kf.optim.TKFAC(network(), kf.Categorical(), 0.1, **options)
+
+
+def test_an_expansion_beyond_all_measure_lets_layers_stand_still() -> None:
+    class Faint(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.conv, self.last, self.scale = nn.Conv2d(1, 2, 3, padding=1), nn.Linear(49, 3), scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last((x + self.scale * self.conv(x).sum(1, keepdim=True)).flatten(1) * 30)
+
+    for scale in (1e-19, 1e-20, 1e-23, 0.0):
+        model = Faint(scale)
+        optimizer = kf.optim.TKFAC(model, kf.Categorical(), 0.01, scheme="trace_restricted", kl_clip=None)
+        F.cross_entropy(model(draw(8, 1, 7, 7).float()), torch.arange(8) % 3).backward()
+        optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters())

@@ -240,6 +240,8 @@ def test_refusals() -> None:
         reference.per_example_roots(nn.Sequential(nn.Linear(3, 3)), Gaussian(), X.float(), names=["2.bias"])
     with pytest.raises(ValueError, match="dropout '1' is in train mode"):
         reference.hessian(nn.Sequential(nn.Linear(3, 3), nn.Dropout()), Gaussian(), X.float(), X.float())
+    with pytest.raises(ValueError, match="RReLU '1' is in train mode"):
+        reference.hessian(nn.Sequential(nn.Linear(3, 3), nn.RReLU()), Gaussian(), X.float(), X.float())
     with pytest.raises(ValueError, match="no parameter that requires gradients"):
         reference.fisher(nn.Linear(3, 3).requires_grad_(False), Gaussian(), X.float())
     with pytest.raises(ValueError, match="hold 3 NaN or Inf"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -37,6 +38,15 @@ MAPS = [
     (nn.MaxPool2d(3, 2, ceil_mode=True), (1, 6, 6)),
     (nn.MaxPool2d((2, 3), (1, 2), dilation=(2, 1)), (2, 5, 5)),
     (nn.MaxPool3d(2, 1), (1, 3, 3, 2)),
+    # Without channels torch takes the batch for them.
+    (nn.MaxPool1d(2), (6,)),
+    (nn.MaxPool2d(3, 1, 1), (4, 4)),
+    (nn.MaxPool3d(2, 1), (3, 3, 2)),
+    (nn.AvgPool1d(2), (6,)),
+    (nn.AvgPool2d(3, 1, 1), (4, 4)),
+    (nn.AvgPool3d(2), (4, 2, 2)),
+    (nn.AdaptiveAvgPool1d(2), (5,)),
+    (nn.AdaptiveAvgPool2d((2, 3)), (5, 4)),
     (nn.Flatten(), (2, 3)),
     (nn.Unflatten(1, (2, 3)), (6,)),
     (nn.Identity(), (4,)),
@@ -220,7 +230,125 @@ def test_reduced_precision_gives_float32_statistics(dtype: torch.dtype | None) -
     assert 0 < relative(found, wanted) < 0.1
 
 
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ((nn.Linear(4, 4), nn.MaxPool1d(2), nn.Tanh(), nn.Linear(2, 3)), (4,)),
+        ((nn.Linear(4, 4), nn.MaxPool2d(3, 1, 1), nn.Flatten(), nn.Linear(16, 3)), (4, 4)),
+        ((nn.Linear(4, 4), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(4, 3)), (4, 4)),
+        ((nn.Linear(2, 4), nn.MaxPool3d(2, 1), nn.Flatten(), nn.Linear(6, 3)), (3, 2, 2)),
+    ],
+)
+def test_poolings_of_inputs_without_channels_are_walked_through(
+    layers: tuple[nn.Module, ...], shape: tuple[int, ...]
+) -> None:
+    model, likelihood = double(nn.Sequential(*layers)), kf.Categorical()
+    examples = [(draw(1, *shape, seed=seed), None) for seed in range(3)]
+    wanted = kf.estimate(model, likelihood, (torch.cat([x for x, _ in examples]), None), source="exact")
+    assert relative(kfra(model, likelihood, examples), wanted.to_dense()) < 1e-12
+
+
+class Squeezed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).squeeze(-1)
+
+
+class Scored(kf.Likelihood):
+    """No elementwise likelihood: its one output's curvature is by a root."""
+
+    def nll(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return (outputs - labels).square() / 2
+
+    def sample_labels(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return outputs + torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype)
+
+    def root_columns(self, outputs: Tensor, targets: object = None):
+        yield torch.ones_like(outputs)
+
+
+SCALARS = [Squeezed(), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0), nn.Softplus())]
+
+
+@pytest.mark.parametrize("likelihood", [kf.Bernoulli(), kf.Gaussian(), Scored()], ids=repr)
+@pytest.mark.parametrize("model", SCALARS, ids=["squeezed", "flattened"])
+def test_one_number_an_example_may_come_without_a_dimension(model: nn.Module, likelihood: kf.Likelihood) -> None:
+    model = double(copy.deepcopy(model))
+    examples = [(draw(1, 3, seed=seed), None) for seed in range(3)]
+    x = torch.cat([one for one, _ in examples])
+    assert model(x).shape == (3,)
+    wanted = kf.estimate(model, likelihood, (x, None), source="exact").to_dense()
+    assert relative(kfra(model, likelihood, examples), wanted) < 1e-12
+    assert kfra(model, likelihood, (x, None)).isfinite().all()
+    report = kf.verify(model, likelihood, examples[0], source="recursive")
+    report.raise_if(scale=1e-9, trace=1e-9, error=1e-9)
+    kf.verify(model, likelihood, (x, None), source="recursive").raise_if(scale=1e-9)
+
+
 # ---------------------------------------------------------------------------------------------------- refused
+class Cut(nn.Module):
+    """Calls the entries of its one child by hand, and lets no derivative through one of the places between them."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.net, self.place = net(), place
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, module in enumerate(self.net):
+            x = module(x.detach() if index == self.place else x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [(1, "the input of Linear 'net.2' is not differentiated through Linear 'net.0' alone"), (4, "'net.4'.*'net.2'")],
+)
+def test_a_detached_layer_is_noticed_though_its_values_are_the_chains(place: int, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        kfra(Cut(place), kf.Categorical(), (draw(6, 3), None))
+    # Before the first layer nothing is lost.
+    whole = Cut(0)
+    assert torch.equal(
+        kfra(whole, kf.Categorical(), (draw(6, 3), None)), kfra(whole.net, kf.Categorical(), (draw(6, 3), None))
+    )
+
+
+class Doubled(nn.Module):
+    """Values are the chain's; derivatives take a second path around the middle layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.net[0](x)
+        return self.net[2](self.net[1](first) + (first - first.detach()))
+
+
+def test_a_second_path_of_derivatives_is_noticed() -> None:
+    with pytest.raises(ValueError, match=r"the input of Linear 'net.2' is not .* through Linear 'net.1'"):
+        kfra(double(Doubled()), kf.Gaussian(), (draw(6, 3), None))
+
+
+@pytest.mark.parametrize(
+    ("between", "shape"),
+    [((nn.Conv1d(4, 4, 1),), (3,)), ((nn.Conv2d(4, 4, 1),), (2, 3)), ((nn.Flatten(0), nn.Linear(4, 4)), ())],
+)
+def test_a_layer_that_mixes_the_rows_of_a_batch_is_refused(
+    between: tuple[nn.Module, ...], shape: tuple[int, ...]
+) -> None:
+    """Frozen: where its own statistics are gathered it is refused as well, but not by the recursion."""
+    model = double(nn.Sequential(nn.Linear(3, math.prod(shape[-1:])), *between))
+    between[-1].requires_grad_(False)
+    x = draw(4, *shape[:-1], 3)
+    assert model(x).shape[0] == 4
+    with pytest.raises(ValueError, match=rf"{type(between[-1]).__name__} '{len(between)}' takes \(4,.*keep the batch"):
+        kfra(model, kf.Gaussian(), (x, None))
+
+
 class Skip(nn.Module):
     def __init__(self) -> None:
         super().__init__()

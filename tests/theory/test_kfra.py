@@ -9,12 +9,13 @@ import pytest
 import torch
 from tests.exactness_helpers import block_errors, double, draw, positions, relative
 from torch import Tensor, nn
-from torch.func import hessian
+from torch.func import grad, jacrev
 
 import kronfac as kf
 from kronfac.blocks import Kronecker
 from kronfac.layers import adapt_model
 from kronfac.reference import preactivation_hessians
+from kronfac.sources.chain import ELEMENTWISE
 from kronfac.sources.recursive import output_hessian
 
 LIKELIHOODS = [kf.Categorical(), kf.Bernoulli(), kf.Gaussian()]
@@ -171,7 +172,7 @@ def shifted_hessian(model: nn.Sequential, layer: str, likelihood: kf.Likelihood,
             value = value + shift if name == layer else value
         return likelihood.sum_loss(value, y)
 
-    return hessian(loss)(torch.zeros(model.get_submodule(layer).out_features, dtype=torch.float64))
+    return jacrev(grad(loss))(torch.zeros(model.get_submodule(layer).out_features, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=repr)
@@ -198,12 +199,78 @@ def test_its_gauss_newton_part_is_what_kflr_sums_and_kfra_has_for_one_example() 
     assert relative(whole["0"], parts["0"]) > 1e-3
 
 
+def test_an_activation_may_come_twice() -> None:
+    activation = nn.Sigmoid()
+    model = double(nn.Sequential(nn.Linear(4, 5), activation, nn.Linear(5, 4), activation, nn.Linear(4, 3)))
+    x, y = draw(3, 4, seed=5), torch.arange(3)
+    for options in ({}, {"gauss_newton": True}):
+        found = preactivation_hessians(model, kf.Categorical(), x, y, **options)
+        wanted = preactivation_hessians(mlp(nn.Sigmoid), kf.Categorical(), x, y, **options)
+        assert list(found) == list(wanted) == ["0", "2", "4"]
+        for name, blocks in wanted.items():
+            assert torch.equal(found[name], blocks)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ELEMENTWISE if kind is not nn.Threshold])
+def test_every_activation_is_one_at_every_size_of_the_batch(kind: type[nn.Module]) -> None:
+    """Of some, values differ by a unit in the last place with the number of values that are evaluated at once."""
+    for batch in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17):
+        model, x = mlp(kind), draw(batch, 4, seed=batch)
+        assert len(preactivation_hessians(model, kf.Categorical(), x, gauss_newton=True)) == 3
+
+
+class Own(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class OwnChain(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+TWICE = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "text"),
+    [
+        (nn.Sequential(TWICE, nn.Tanh(), TWICE), ValueError, "Linear '0' is used again as '2'"),
+        (nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), ValueError, "dropout '1' is in train mode"),
+        (nn.Sequential(nn.Linear(2, 2), nn.RReLU()), ValueError, "RReLU '1' is in train mode"),
+        (nn.Sequential(nn.Linear(2, 2), nn.Flatten(0)), TypeError, r"Flatten '1' takes \(3, 2\) to \(6,\)"),
+        (
+            nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False, track_running_stats=False)),
+            TypeError,
+            "BatchNorm1d '1' mixes",
+        ),
+        (nn.Sequential(Own(2, 2)), TypeError, "Own '0' is neither"),
+        (OwnChain(nn.Linear(2, 2)), TypeError, "OwnChain is no nn.Sequential, or has a forward of its own"),
+    ],
+)
+def test_the_recursion_refuses_what_would_be_wrong(model: nn.Module, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        preactivation_hessians(double(model), kf.Gaussian(), draw(3, 2), draw(3, 2, seed=1))
+
+
+def test_what_draws_no_number_is_an_activation() -> None:
+    x = draw(3, 4)
+    still = nn.Sequential(*mlp()[:2], nn.Dropout(0.5), nn.RReLU(), *mlp()[2:]).eval()
+    gains = nn.LeakyReLU((1 / 8 + 1 / 3) / 2)
+    wanted = preactivation_hessians(nn.Sequential(*mlp()[:2], gains, *mlp()[2:]), kf.Gaussian(), x, draw(3, 3))
+    found = preactivation_hessians(still, kf.Gaussian(), x, draw(3, 3))
+    for blocks, expected in zip(found.values(), wanted.values(), strict=True):
+        torch.testing.assert_close(blocks, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_the_recursion_refuses_what_it_does_not_know() -> None:
     x = draw(1, 2)
     with pytest.raises(TypeError, match="LayerNorm '1' is neither"):
         preactivation_hessians(double(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))), kf.Gaussian(), x, x)
     with pytest.raises(TypeError, match="Softmax '1' mixes"):
         preactivation_hessians(double(nn.Sequential(nn.Linear(2, 2), nn.Softmax(1))), kf.Gaussian(), x, x)
+    with pytest.raises(ValueError, match=r"takes inputs \[B, d\], not \(1, 1, 2\)"):
+        preactivation_hessians(double(nn.Sequential(nn.Linear(2, 2))), kf.Gaussian(), x[None], x[None])
     with pytest.raises(ValueError, match="pass y, or gauss_newton=True"):
         preactivation_hessians(mlp(), kf.Gaussian(), draw(1, 4))
 

@@ -248,7 +248,7 @@ def convolution_correlations(
         For every convolution, in the order of the forward pass, its derivatives and its activations.
 
     Raises:
-        ValueError: There is no convolution with trained parameters, or no data.
+        ValueError: There is no convolution with trained parameters, or no data, or images differ in size.
     """
     found = adapt_model(model).adapters
     adapters: dict[str, LayerAdapter] = {n: a for n, a in found.items() if isinstance(a, ConvAdapter)}
@@ -267,6 +267,11 @@ def convolution_correlations(
                     key = (sample.layer.name, kind)
                     if key not in moments:
                         moments[key] = MapMoments(maps.shape[1], tuple(maps.shape[2:]))
+                    if tuple(maps.shape[2:]) != moments[key].size:
+                        raise ValueError(
+                            f"The {kind} of layer {sample.layer.name!r} are maps of size {tuple(maps.shape[2:])} after "
+                            f"maps of size {moments[key].size}: correlations at an offset need images of one size."
+                        )
                     moments[key].add(maps)
     if not moments:
         raise ValueError("loader is empty: no batch to correlate maps over.")

@@ -130,6 +130,8 @@ class _Products:
         self.gram = torch.zeros(count, count, dtype=torch.float64)
         self.strangers = torch.zeros(count, count, dtype=torch.float64)
         self.products: list[Tensor] = []
+        self.first: tuple[Tensor, Tensor] | None = None
+        self.last: tuple[Tensor, Tensor] | None = None
 
     def add(self, x: Tensor, g: Tensor) -> None:
         per_chunk = max(2, _HELD // len(self.gram) ** 2)
@@ -137,16 +139,23 @@ class _Products:
             a, u = self.layer.expand(inputs), self.layer.expand_cotangents(cotangents)
             self.gram += ((a @ a.mT) * (u @ u.mT)).sum(0).cpu()
             # The next example's products instead of the own ones: what independent products look like.
-            b, v = a.roll(1, 0), u.roll(1, 0)
-            self.strangers += ((a @ b.mT) * (u @ v.mT)).sum(0).cpu()
+            self._pair((a[1:], u[1:]), (a[:-1], u[:-1]))
+            if self.last is not None:
+                self._pair((a[:1], u[:1]), self.last)
+            self.first, self.last = self.first or (a[:1], u[:1]), (a[-1:], u[-1:])
             entry = a[..., self.columns] * u[..., self.rows]
             self.products.append(entry.movedim(-1, 0).cpu())
 
+    def _pair(self, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
+        self.strangers += ((one[0] @ other[0].mT) * (one[1] @ other[1].mT)).sum(0).cpu()
+
     def result(self) -> LocationCorrelation:
+        products = torch.cat(self.products, 1)
+        if self.first is not None and self.last is not None and products.shape[1] > 1:
+            self._pair(self.first, self.last)  # the ring is closed
         scale = _inverse_root(self.gram.diagonal())
         trace = self.gram * scale[:, None] * scale[None, :]
         floor = (self.strangers * scale[:, None] * scale[None, :]).abs().nanmean()
-        products = torch.cat(self.products, 1)
         size, count = torch.zeros_like(self.gram), torch.zeros_like(self.gram)
         noise = []
         for entry in products:  # [N, T]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
 from kronfac.likelihoods import Likelihood
+from kronfac.likelihoods.checks import Targets
 from kronfac.measuring import couples_examples
 
 #: Largest matrix of gradients that is held at once: 4 GiB in float64.
@@ -24,7 +25,7 @@ def monte_carlo_rank(
     model: nn.Module,
     likelihood: Likelihood,
     inputs: Tensor,
-    targets: Tensor | None = None,
+    targets: Targets = None,
     *,
     batch_sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
     samples: int = 1,
@@ -41,7 +42,7 @@ def monte_carlo_rank(
         model: The model, in a mode in which its outputs are no random numbers.
         likelihood: The loss.
         inputs: All examples ``[N, ...]``; batches are drawn from them without replacement, each within the next.
-        targets: Targets, where the likelihood needs them.
+        targets: Targets, where the likelihood needs them, or a pair with a mask.
         batch_sizes: Sizes of the batches, at most ``N``.
         samples: Labels ``S`` that are drawn for each example.
         parameters: Names of the parameters to look at, such as those of one layer; all trained ones by default.
@@ -66,7 +67,6 @@ def monte_carlo_rank(
     width = sum(parameter.numel() for parameter in chosen.values())
     generator = torch.Generator(inputs.device).manual_seed(seed)
     order = torch.randperm(len(inputs), generator=generator, device=inputs.device)
-    inputs, targets = inputs[order], None if targets is None else targets[order]
     with torch.no_grad():
         outputs = model(inputs).detach()
         likelihood.validate(outputs, targets)
@@ -77,7 +77,8 @@ def monte_carlo_rank(
             f"The roots of {len(inputs)} examples, {columns.shape[0]} columns over {width} parameters, are more than "
             f"{LIMIT} numbers; pass fewer inputs, or parameters= of one layer."
         )
-    ranks = _ranks(columns.flatten(2).transpose(0, 1))
+    inputs, columns, draws = inputs[order], columns[:, order], [draw[order] for draw in draws]
+    ranks = _ranks(columns.reshape(*columns.shape[:2], -1).transpose(0, 1))
     roots = torch.stack([_gradients(model, chosen, inputs, column) for column in columns], 1)
     drawn = torch.stack([_gradients(model, chosen, inputs, draw) for draw in draws], 1)
     whole = _rank(roots.flatten(0, 1))

@@ -53,6 +53,12 @@ class Mean:
         self.scale *= factor
         self.weight *= factor
 
+    def reset(self) -> None:
+        """Forget everything, without a trace."""
+        if not is_blank(self.total):
+            self.total.zero_()
+        self.weight, self.scale = 0.0, 1.0
+
     def value(self) -> Tensor:
         """Return the mean over all processes, a new tensor: sums and weights are reduced, never averages averaged."""
         total, scale = self.parts()
@@ -93,9 +99,11 @@ class Statistic(ABC):
     Attributes:
         keeps_basis: Whether blocks differ in their eigenvalues alone between two calls of :meth:`rebase`, so that new
             inverses are cheap.
+        by_rows: Names of the means over rows; the others are divided by the loss's denominators.
     """
 
     keeps_basis: bool = False
+    by_rows: frozenset[str] = frozenset()
 
     def __init__(self, layer: LayerAdapter) -> None:
         self.layer = layer
@@ -129,6 +137,16 @@ class Statistic(ABC):
         """Forget: multiply sums and weights by ``factor``."""
         for mean in self.means().values():
             mean.decay(factor)
+
+    def count_absence(self, denominator: float) -> None:
+        """Count terms of the loss for which the forward did not call the layer: their gradients are zero.
+
+        Args:
+            denominator: Of these terms.
+        """
+        for name, mean in self.means().items():
+            if name not in self.by_rows and mean.weight:
+                mean.weight += denominator
 
     def rebase(self) -> None:  # noqa: B027  (most statistics have nothing to renew)
         """Renew what is costly and fixed in between, an eigenbasis; called before blocks are inverted anew."""

@@ -41,7 +41,7 @@ class EKFACStatistic(Statistic):
 
     def __init__(self, base: Statistic, name: str) -> None:
         super().__init__(base.layer)
-        self.base, self._name = base, name
+        self.base, self._name, self.by_rows = base, name, base.by_rows
         self.moments = Mean(zeros(self.layer, *self.layer.shape))
         self.basis: Eigenbasis | None = None
         self._final = False

@@ -24,6 +24,8 @@ class KFACStatistic(Statistic):
         layer: The layer's adapter.
     """
 
+    by_rows = frozenset({"input"})
+
     def __init__(self, layer: LayerAdapter) -> None:
         super().__init__(layer)
         shape = (layer.d_in,) if layer.diagonal_input else (*layer.stack, layer.d_in, layer.d_in)

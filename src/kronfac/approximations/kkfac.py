@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from kronfac.approximations.base import Mean, Statistic, require_finite, zeros
 from kronfac.approximations.joint import JointApproximation, JointStatistic
-from kronfac.approximations.xkfac import XKFACNormStatistic, refuse_synchronised
+from kronfac.approximations.xkfac import XKFACNormStatistic
 from kronfac.blocks.khatri_rao import KhatriRao
-from kronfac.coupling import Coupling
+from kronfac.coupling import Coupling, refuse_synchronised
 from kronfac.layers import LayerAdapter
 from kronfac.layers.base import require_float
 from kronfac.layers.linear import LinearAdapter
@@ -170,7 +170,11 @@ class KKFAC(JointApproximation):
         """
         refuse_synchronised(model, self.name)
         if len(outputs) == 1:
-            raise ValueError(f"approximation={self.name!r} needs batches of two examples at least, got a batch of one.")
+            raise ValueError(
+                f"approximation={self.name!r} needs batches of two examples at least, got a batch of one: it "
+                "estimates a covariance between examples, with or without batch norm. Drop a smaller last batch "
+                "(drop_last=True), or use approximation='kfac'."
+            )
 
 
 def _check(sample: Sample) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, zeros
 from kronfac.approximations.dense import DenseStatistic
-from kronfac.approximations.sua import ChannelInput, reads_patches
+from kronfac.approximations.sua import CHANNEL_MEANS, ChannelInput, reads_patches
 from kronfac.blocks import Block, DiagonalKronecker, Kronecker
 from kronfac.layers import LayerAdapter
 from kronfac.layers.conv import ConvAdapter
@@ -22,6 +22,8 @@ class PRONGStatistic(Statistic):
         layer: The layer's adapter.
         boundaries: Whether a convolution's input factor sees where its taps read padding.
     """
+
+    by_rows = CHANNEL_MEANS | {"input"}
 
     def __init__(self, layer: LayerAdapter, boundaries: bool = False) -> None:
         super().__init__(layer)

@@ -41,6 +41,10 @@ def tap_counts(tables: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
     return same, both, positions
 
 
+#: Names of the means of :class:`ChannelInput`.
+CHANNEL_MEANS = frozenset({"second", "first", "same", "both"})
+
+
 class ChannelInput:
     """Input factor of a convolution under SH and SUA (Grosse & Martens 2016, section 4.2), without patches.
 
@@ -173,6 +177,8 @@ class SUAStatistic(Statistic):
     Args:
         layer: The convolution's adapter.
     """
+
+    by_rows = CHANNEL_MEANS
 
     def __init__(self, layer: ConvAdapter) -> None:
         super().__init__(layer)

@@ -13,7 +13,7 @@ from kronfac.approximations.base import Approximation, Mean, Statistic, blank, i
 from kronfac.approximations.dense import DenseStatistic
 from kronfac.approximations.kfac import KFACStatistic
 from kronfac.blocks import Block, Kronecker, KroneckerSum
-from kronfac.coupling import Coupling, couplings
+from kronfac.coupling import Coupling, couplings, refuse_synchronised
 from kronfac.layers import LayerAdapter
 from kronfac.layers.base import require_float
 from kronfac.linalg.symmetric import add_gram_, all_finite, mirror_
@@ -50,6 +50,8 @@ class XKFACStatistic(KFACStatistic):
     Attributes:
         coupling: What the forward passes showed; None before the first.
     """
+
+    by_rows = frozenset({"input", "input_mean"})
 
     def __init__(self, layer: LayerAdapter) -> None:
         super().__init__(layer)
@@ -230,9 +232,16 @@ class XKFAC(Approximation):
         Raises:
             ValueError: The source, the model's batch norm, its batch or one of its layers is not what XK-FAC is for.
         """
-        _check_model(model, len(outputs))
+        _check_model(model)
         found = couplings(tape, outputs)
-        if source.exact and any(coupling is not Coupling.NONE for coupling in found.values()):
+        coupled = any(coupling is not Coupling.NONE for coupling in found.values())
+        if len(outputs) == 1 and (coupled or couples_examples(model)):
+            raise ValueError(
+                f"approximation={_NAME!r} needs batches of two examples at least where batch norm is in train mode, "
+                "got a batch of one: it estimates a covariance between examples. Drop a smaller last batch "
+                "(drop_last=True), or use approximation='kfac', which takes one example with several positions."
+            )
+        if source.exact and coupled:
             # Sources know of modules alone; a functional batch norm passes them.
             raise ValueError(
                 f"source={source.name!r} pulls all examples at once without independent signs, which is wrong where "
@@ -245,8 +254,9 @@ class XKFAC(Approximation):
                 if statistic.coupling not in (None, found[name]):
                     raise ValueError(
                         f"Layer {name!r}: what batch norm couples behind it is no longer what it was in earlier "
-                        "forward passes, and their statistics cannot be averaged. Keep batch norm in one mode, or "
-                        "start a new Estimator or optimiser after switching it."
+                        "forward passes, and their statistics cannot be averaged. Either a batch norm changed its "
+                        "mode: keep it in one, or start a new Estimator or optimiser after switching it. Or the "
+                        "forward takes another path: with other sizes or branches, use approximation='kfac'."
                     )
             elif coupling is not Coupling.NONE and not isinstance(statistic, XKFACNormStatistic):
                 raise ValueError(
@@ -270,34 +280,11 @@ def _refined(coupling: Coupling, tape: Tape, name: str, batch: int) -> Coupling:
     return Coupling.DIRECT if alone else Coupling.GENERAL
 
 
-def refuse_synchronised(model: nn.Module, name: str) -> None:
-    """Refuse batch norm that couples the examples of several processes.
-
-    Args:
-        model: The model.
-        name: The approximation's name.
-
-    Raises:
-        ValueError: There is one in train mode.
-    """
-    for key, module in model.named_modules():
-        if isinstance(module, nn.SyncBatchNorm) and module.training:
-            raise ValueError(
-                f"approximation={name!r}: {key!r} is an nn.SyncBatchNorm in train mode, which couples examples of "
-                f"different processes; use nn.BatchNorm, or approximation='kfac'."
-            )
-
-
-def _check_model(model: nn.Module, batch: int) -> None:
+def _check_model(model: nn.Module) -> None:
     refuse_synchronised(model, _NAME)
     norms = any(isinstance(module, _BatchNorm) for module in model.modules())
     if norms and not couples_examples(model):
         raise ValueError(
             f"approximation={_NAME!r} is for batch norm in train mode, but all of this model's is in eval mode, where "
             "examples do not interact and XK-FAC is K-FAC: use approximation='kfac', or model.train()."
-        )
-    if norms and batch == 1:
-        raise ValueError(
-            f"approximation={_NAME!r} needs batches of two examples at least where batch norm is in train mode, got a "
-            "batch of one: there is no covariance within it. Drop the last, smaller batch (drop_last=True)."
         )

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kronfac.continual.coupled import normalising
-from kronfac.continual.pairs import Pair, check_pair, find_pairs, statistic
+from kronfac.continual.pairs import Pair, check_pair, check_plain, find_pairs, statistic
 from kronfac.continual.statistics import BatchStatistics, TrackedStatistics, measured
+from kronfac.continual.uses import called_together, check_uses
 from kronfac.measuring import kept_modes
 
 
@@ -71,7 +72,12 @@ class MergedBatchNorm:
 
         Returns:
             A model in eval mode, with merged weights as parameters and identities in the places of batch norms.
-        """
+
+        Raises:
+            ValueError: If a layer's weight is computed from other parameters.
+        """  # noqa: DOC502
+        for pair in self.pairs.values():
+            check_plain(pair)
         model = copy.deepcopy(self.model).eval()
         for pair in self.pairs.values():
             weight, bias = pair.merged()
@@ -92,8 +98,11 @@ class MergedBatchNorm:
             A model in train mode with the parameters of `folded`, for `kronfac.estimate`; not for training.
 
         Raises:
-            ValueError: If a layer is of a kind of its own, whose forward could not be kept.
+            ValueError: If a layer is of a kind of its own, whose forward could not be kept, or its weight is computed
+                from other parameters.
         """  # noqa: DOC502
+        for pair in self.pairs.values():
+            check_plain(pair)
         model = copy.deepcopy(self.model).train()
         for pair in self.pairs.values():
             _put(model, pair.layer_name, normalising(pair, model.get_submodule(pair.layer_name)))
@@ -117,7 +126,8 @@ class MergedBatchNorm:
         Yields:
             ``{batch norm's name: (mean, variance)}`` of the newest batch, differentiable.
         """
-        with BatchStatistics({pair.norm_name: pair.norm for pair in self.pairs.values()}) as found:
+        norms = {pair.norm_name: pair.norm for pair in self.pairs.values()}
+        with called_together(self.pairs.values()), BatchStatistics(norms) as found:
             yield found
 
     @contextmanager
@@ -139,7 +149,8 @@ class MergedBatchNorm:
         """
         if not 0.0 < momentum <= 1.0:
             raise ValueError(f"momentum must be in (0, 1], got {momentum}")
-        with TrackedStatistics({pair.norm_name: pair for pair in self.pairs.values()}, momentum) as found:
+        pairs = {pair.norm_name: pair for pair in self.pairs.values()}
+        with called_together(pairs.values()), TrackedStatistics(pairs, momentum) as found:
             yield found
 
     def statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -190,9 +201,10 @@ class MergedBatchNorm:
             inputs: Batches of inputs.
 
         Raises:
-            ValueError: If there is none, or a batch norm has no γ and β.
+            ValueError: If there is none, a batch norm has no γ and β, or the model does not call a layer and its batch
+                norm as one. Nothing is changed then.
         """  # noqa: DOC502
-        self.reparameterise(measured(self.model, {pair.norm_name: pair.norm for pair in self.pairs.values()}, inputs))
+        self.reparameterise(measured(self.model, self.pairs.values(), inputs))
 
     def check(self, inputs: Any, tolerance: float = 1e-5) -> None:
         """Compare the live model in eval mode with the merged one.
@@ -215,7 +227,9 @@ def merge_batchnorm(model: nn.Module, pairs: Mapping[str, str] | None = None) ->
     """Merge each batch norm of a model into the linear or convolution layer before it.
 
     Pairs are found in the model's graph (`torch.fx`), or in the order of `torch.nn.Sequential` where it cannot be
-    traced. Linear layers are taken to have inputs ``[N, d_in]``; `MergedBatchNorm.check` compares outputs on a batch.
+    traced: what else the forward does with a layer is not known then. Linear layers are taken to have inputs
+    ``[N, d_in]``. Whatever passes batches through the model refuses other calls; `MergedBatchNorm.check` compares
+    outputs on a batch.
 
     Args:
         model: The model.
@@ -226,8 +240,8 @@ def merge_batchnorm(model: nn.Module, pairs: Mapping[str, str] | None = None) ->
 
     Raises:
         TypeError: If the model is no module.
-        ValueError: If a batch norm cannot be paired, has no running statistics, or does not fit its layer; the message
-            names it.
+        ValueError: If a batch norm cannot be paired, has no running statistics, does not fit its layer, or if one of
+            the two is also used elsewhere; the message names it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -248,9 +262,13 @@ def merge_batchnorm(model: nn.Module, pairs: Mapping[str, str] | None = None) ->
     result = {layer: Pair(layer, norm, modules[layer], modules[norm]) for layer, norm in found.items()}
     for pair in result.values():
         check_pair(pair)
+    check_uses(model, result.values())
     return MergedBatchNorm(model, result)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)
+    """Put a module in another's place, under all the names that it has."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for own in [key for key, child in parent.named_children() if child is old]:
+            setattr(parent, own, module)

@@ -95,6 +95,11 @@ def recentred_decay(model: Parameters, strength: float, *, names: Iterable[str] 
     chosen = [name for name, p in live.items() if p.requires_grad] if names is None else list(dict.fromkeys(names))
     if unknown := [name for name in chosen if name not in live]:
         raise ValueError(f"the model has no parameters {listed(unknown)}")
+    if live and names is None and not chosen:
+        raise ValueError(
+            "none of the tensors requires a gradient, and weight decay takes those that do: pass live parameters, or "
+            "choose with names="
+        )
     return RecentredDecay(snapshot({name: live[name] for name in chosen}), strength)
 
 

@@ -158,6 +158,25 @@ def check_pair(pair: Pair) -> None:
         raise ValueError(f"{where} do not fit: {width} outputs and {pair.norm.num_features} features")
 
 
+def check_plain(pair: Pair) -> None:
+    """Refuse a layer whose weight or bias is no parameter of its own, where that is to be replaced.
+
+    Args:
+        pair: A layer and a batch norm.
+
+    Raises:
+        ValueError: If they are computed from other parameters.
+    """
+    own = dict(pair.layer.named_parameters(recurse=False))
+    for name in ("weight", "bias"):
+        if name not in own and getattr(pair.layer, name) is not None:
+            raise ValueError(
+                f"the {name} of layer {pair.layer_name!r} is computed from other parameters (weight_norm, "
+                "spectral_norm, prune), which have no merged form: make it a plain one first, by "
+                "torch.nn.utils.parametrize.remove_parametrizations or its like"
+            )
+
+
 def statistic(buffer: Tensor | None) -> Tensor:
     """Give a buffer that must be there.
 

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from kronfac.continual.pairs import Pair, statistic
+from kronfac.continual.uses import called_together
 from kronfac.measuring import kept_modes
 
 
@@ -98,7 +99,8 @@ class TrackedStatistics(BatchStatistics):
         with torch.autocast(mean.device.type, enabled=False):
             # `forward` and not a call: hooks are for batches.
             outputs = layer.forward(mean[None])
-        return outputs.mean(_axes(outputs)), statistic(norm.running_var) + (variance - variance.detach())
+        units = outputs.ndim - 1 if isinstance(layer, nn.Linear) else 1
+        return outputs.mean(_axes(outputs, units)), statistic(norm.running_var) + (variance - variance.detach())
 
     def _average(self, name: str, mean: Tensor) -> None:
         before, count = self._inputs.get(name, (mean, 0))
@@ -110,22 +112,22 @@ class TrackedStatistics(BatchStatistics):
         self._inputs[name] = (before.lerp(mean, max(self._momentum, 1.0 / (count + 1))), count + 1)
 
 
-def measured(
-    model: nn.Module, norms: Mapping[str, _BatchNorm], inputs: Iterable[Any]
-) -> dict[str, tuple[Tensor, Tensor]]:
+def measured(model: nn.Module, pairs: Iterable[Pair], inputs: Iterable[Any]) -> dict[str, tuple[Tensor, Tensor]]:
     """Measure what each batch norm of a model in eval mode sees.
 
     Args:
         model: The model; its modes are restored.
-        norms: Its batch norms by name.
+        pairs: Its layers and batch norms.
         inputs: Batches of inputs.
 
     Returns:
         Mean and unbiased variance over all batches together, by name.
 
     Raises:
-        ValueError: If there is no batch.
+        ValueError: If there is no batch, or a layer and its batch norm are not called as one.
     """
+    pairs = list(pairs)
+    norms = {pair.norm_name: pair.norm for pair in pairs}
     # Sums about the first batch's mean: squares of a large mean would drown a small variance.
     centres: dict[str, Tensor] = {}
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
@@ -142,10 +144,11 @@ def measured(
 
         handles.append(norm.register_forward_pre_hook(add))
     try:
-        with kept_modes(model), torch.no_grad():
+        with kept_modes(model), called_together(pairs) as check, torch.no_grad():
             model.eval()
             for batch in inputs:
                 model(batch)
+                check()
     finally:
         for handle in handles:
             handle.remove()
@@ -160,5 +163,5 @@ def measured(
     return found
 
 
-def _axes(x: Tensor) -> list[int]:
-    return [axis for axis in range(x.ndim) if axis != 1]
+def _axes(x: Tensor, channels: int = 1) -> list[int]:
+    return [axis for axis in range(x.ndim) if axis != channels]

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kronfac.continual.batchnorm import merge_batchnorm
-from kronfac.continual.pairs import Pair, statistic
+from kronfac.continual.pairs import Pair, check_plain, statistic
+from kronfac.continual.uses import called_together
 from kronfac.layers.base import LayerAdapter
 from kronfac.layers.registry import adapt
 from kronfac.linalg.symmetric import mirror_
@@ -79,7 +80,8 @@ class TaskStatistics:
             inputs: Batches of its inputs, of two examples at least; the larger, the better.
 
         Raises:
-            ValueError: If there is no batch, or a layer's inputs are not finite.
+            ValueError: If there is no batch, a layer's inputs are not finite, its weight is computed from other
+                parameters, or the model does not call it and its batch norm as one.
         """
         adapters = {name: _adapter(pair) for name, pair in self._pairs.items()}
         sums: dict[str, tuple[Tensor, Tensor, float]] = {}
@@ -90,8 +92,10 @@ class TaskStatistics:
             stack.enter_context(kept_modes(self.model))
             for module in self.model.modules():
                 module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            check = stack.enter_context(called_together(self._pairs.values()))
             for batch in inputs:
                 self.model(batch)
+                check()
         if not sums:
             raise ValueError("inputs is empty: no batch to take moments from")
         found = {name: _moments(*sums[name], self._pairs[name]) for name in adapters}
@@ -192,6 +196,7 @@ class TaskStatistics:
 
 def _adapter(pair: Pair) -> LayerAdapter:
     """See the layer's weight as a matrix, whatever of the layer is trained."""
+    check_plain(pair)
     layer = copy.copy(pair.layer)
     layer._parameters = {"weight": nn.Parameter(pair.weight.detach()), "bias": None}
     return adapt(layer, pair.layer_name)

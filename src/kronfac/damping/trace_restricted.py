@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kronfac.blocks import Block, PerFactor, Rescaled, ScaledKronecker, Shift, Uniform
@@ -79,7 +80,8 @@ class TraceRestricted:
         """
         damping = check_damping(damping)
         if isinstance(block, ScaledKronecker):
-            scale = (block.delta * self.beta).clamp_min(self.nu)
+            # A layer whose trace is expanded beyond all measure stands still, as it would without the upper end.
+            scale = (block.delta * self.beta).clamp(self.nu, torch.finfo(block.delta.dtype).max ** 0.5)
             added = scale if self.printed else scale.sqrt()
             return Rescaled(scale, added / block.shape[-1], added / block.shape[-2])
         if block.factor_means() is not None:

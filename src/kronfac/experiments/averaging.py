@@ -1,4 +1,4 @@
-"""Averages of a network's iterates (Polyak averaging with exponential decay, as in Grosse and Martens 2016)."""
+"""Averages of a network's iterates (Polyak averaging, Grosse and Martens 2016, Algorithm 1; Botev et al. 2017, B.4)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class IterateAverage:
-    """An exponentially decaying, bias-corrected average of a network's parameters and floating-point buffers.
+    """An exponentially decaying average of a network's parameters and floating-point buffers.
 
-    After t updates the average is ``(1 - d) sum_s d^(t - s) x_s / (1 - d^t)``. The running statistics of batch
-    normalisation are averaged with the weights they belong to.
+    The t-th iterate comes in with the weight ``max(1 - d, 1/t)``, (44) and (45) of Botev et al. and the ``average`` of
+    `kronfac.optim`. The running statistics of batch normalisation are averaged with the weights they belong to.
 
     Args:
         model: The network.
@@ -22,7 +22,7 @@ class IterateAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._model, self._decay, self._count = model, decay, 0
-        self._sums = {name: torch.zeros_like(tensor) for name, tensor in self._live().items()} if decay else {}
+        self._averages = {name: torch.zeros_like(tensor) for name, tensor in self._live().items()} if decay else {}
 
     def _live(self) -> dict[str, Tensor]:
         return {name: t for name, t in self._model.state_dict().items() if t.is_floating_point()}
@@ -33,8 +33,8 @@ class IterateAverage:
             return
         self._count += 1
         live = self._live()
-        for name, total in self._sums.items():
-            total.lerp_(live[name], 1.0 - self._decay)
+        for name, average in self._averages.items():
+            average.lerp_(live[name], max(1.0 - self._decay, 1.0 / self._count))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -48,10 +48,9 @@ class IterateAverage:
             return
         live = self._live()
         kept = {name: tensor.clone() for name, tensor in live.items()}
-        correction = 1.0 - self._decay**self._count
         try:
-            for name, total in self._sums.items():
-                live[name].copy_(total / correction)
+            for name, average in self._averages.items():
+                live[name].copy_(average)
             yield
         finally:
             for name, tensor in kept.items():
@@ -61,22 +60,22 @@ class IterateAverage:
         """Give what a checkpoint needs.
 
         Returns:
-            The count and the sums.
+            The count and the averages.
         """
-        return {"count": self._count, "sums": self._sums}
+        return {"count": self._count, "averages": self._averages}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Restore what `state_dict` gave.
 
         Args:
-            state: The count and the sums.
+            state: The count and the averages.
 
         Raises:
-            ValueError: If the sums are those of another network.
+            ValueError: If they are those of another network.
         """
-        count, sums = state["count"], state["sums"]
-        if not isinstance(count, int) or not isinstance(sums, dict) or sums.keys() != self._sums.keys():
+        count, averages = state["count"], state.get("averages")
+        if not isinstance(count, int) or not isinstance(averages, dict) or averages.keys() != self._averages.keys():
             raise ValueError("the averaged iterates belong to another network")
         self._count = count
-        for name, total in self._sums.items():
-            total.copy_(sums[name])
+        for name, average in self._averages.items():
+            average.copy_(averages[name])

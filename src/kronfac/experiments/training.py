@@ -68,6 +68,8 @@ class Training:
                 group["lr"] = lr * scale
         self.optimizer.zero_grad()
         try:
+            if self.step == 0 and (count := self.settings.hyperparameters.get("warm_up")):
+                self.optimizer.warm_up([self.batches.at(index) for index in range(count)])  # type: ignore[attr-defined, call-overload]
             if self.closure:
                 self.batch_loss = float(self.optimizer.step(lambda: self.problem.loss(self.model(inputs), targets)))  # type: ignore[arg-type, return-value]
             else:

@@ -12,7 +12,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kronfac.likelihoods.checks import Targets, check_generator, check_vector, multiply, split_targets
+from kronfac.likelihoods.checks import (
+    Targets,
+    check_generator,
+    check_terms,
+    check_vector,
+    multiply,
+    split_targets,
+)
 from kronfac.likelihoods.randomness import rademacher
 from kronfac.likelihoods.terms import TermLoss
 
@@ -53,7 +60,7 @@ class Likelihood(TermLoss):
         Returns:
             Of the outputs' shape.
         """
-        return differentiate(lambda z, y: self.nll(z, y).sum(), outputs, labels)
+        return differentiate(lambda z, y: check_terms(self, self.nll(z, y), z).sum(), outputs, labels)
 
     def sample_cotangents(
         self, outputs: Tensor, targets: Targets = None, generator: torch.Generator | None = None
@@ -128,7 +135,12 @@ class Likelihood(TermLoss):
             ValueError: If there are no targets to differentiate at.
         """
         if split_targets(targets)[0] is None:
-            raise ValueError(f"{type(self).__name__} differentiates its loss twice at the targets: pass them")
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} gives no product with its Hessian, and differentiates its loss twice at the targets, which "
+                f"are not there. Implement {name}.hessian_product, or subclass ElementwiseLikelihood; or give the "
+                "targets (an optimiser, whose KL clip needs the product, by optimizer.capture()), or set kl_clip=None"
+            )
         check_vector(outputs, vector)
         outputs, labels, mask = self._labelled(outputs.detach(), targets)
         vector = vector.detach().to(outputs)

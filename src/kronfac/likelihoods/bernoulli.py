@@ -196,7 +196,9 @@ class Bernoulli(ElementwiseLikelihood):
         """
         check_vector(outputs, other)
         first, _, _ = self.prepare(outputs, targets)
-        second = other.to(first)
+        # By the less likely of the coin's two sides: for the other one large logarithms would cancel.
+        side = torch.where(first > 0, -1.0, 1.0).to(first)
+        first, second = side * first, side * other.to(first)
         terms = first.sigmoid() * (first - second) + functional.logsigmoid(-first) - functional.logsigmoid(-second)
         return self.average(terms, outputs, targets)
 

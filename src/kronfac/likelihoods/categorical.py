@@ -53,8 +53,7 @@ class Categorical(CrossEntropy):
         check_generator(generator, outputs)
         probabilities, scale, dim = self._root_parts(outputs, targets)
         labels = _draw(probabilities, generator).unsqueeze(-1)
-        cotangents = probabilities.scatter_add(-1, labels, -torch.ones_like(labels, dtype=probabilities.dtype))
-        return _scaled(cotangents, scale).movedim(-1, dim)
+        return _scaled(_balanced(probabilities, labels), scale).movedim(-1, dim)
 
     def probe_cotangents(
         self, outputs: Tensor, targets: Targets = None, generator: torch.Generator | None = None
@@ -72,7 +71,8 @@ class Categorical(CrossEntropy):
         check_generator(generator, outputs)
         probabilities, scale, dim = self._root_parts(outputs, targets)
         signed = probabilities.sqrt() * rademacher(probabilities.shape, probabilities, generator)
-        return _scaled(signed - probabilities * signed.sum(-1, keepdim=True), scale).movedim(-1, dim)
+        probe = signed - probabilities * signed.sum(-1, keepdim=True)
+        return _scaled(_balanced(probe, probabilities.argmax(-1, keepdim=True)), scale).movedim(-1, dim)
 
     def root_columns(self, outputs: Tensor, targets: Targets = None) -> Iterator[Tensor]:
         """Columns ``sqrt(c p_k) (e_k - p)``, one for each term and class ``k``.
@@ -94,12 +94,12 @@ class Categorical(CrossEntropy):
                 root = here[:, index].sqrt()
                 root = root if scales is None else root * scales[:, term]
                 column = torch.zeros_like(flat)
-                column[:, term] = -here * root.unsqueeze(-1)
-                column[:, term, index] += root
+                at = torch.full_like(here[:, :1], index, dtype=torch.int64)
+                column[:, term] = _balanced(-here * root.unsqueeze(-1), at)
                 yield column.reshape(probabilities.shape).movedim(-1, dim)
 
     def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Targets = None) -> Tensor:
-        """``c (p u - p (p^T u))`` for each term.
+        """``c (p u - p (p^T u))`` for each term, with ``u`` shifted to 0 at the likeliest class, which changes nothing.
 
         Args:
             outputs: Logits.
@@ -112,9 +112,10 @@ class Categorical(CrossEntropy):
         check_vector(outputs, vector)
         outputs, labels, mask = self.prepare(outputs.detach(), targets)
         dim = self._dim(outputs, labels)
-        weighted = outputs.softmax(dim)
-        product = weighted * vector.to(outputs)
-        product = product - weighted * product.sum(dim, keepdim=True)
+        probabilities, vector = outputs.softmax(dim), vector.to(outputs)
+        # Where p rounds to 1, a shift of u would not cancel, and u^T H u could be negative.
+        vector = vector - vector.gather(dim, outputs.argmax(dim, keepdim=True))
+        product = probabilities * (vector - (probabilities * vector).sum(dim, keepdim=True))
         weights = multiply(self.label_weights(outputs, labels), mask)
         return product if weights is None else product * weights.unsqueeze(dim)
 
@@ -137,7 +138,7 @@ class Categorical(CrossEntropy):
         return self.average(terms, outputs, targets)
 
     def kl(self, outputs: Tensor, other: Tensor, targets: Targets = None) -> Tensor:
-        """``sum_k p_k (log p_k - log q_k)`` for each term.
+        """``sum_k p_k (log p_k - log q_k) - p_k + q_k`` for each term; the last two add up to 0.
 
         Args:
             outputs: Logits.
@@ -151,7 +152,10 @@ class Categorical(CrossEntropy):
         raised, labels, _ = self.prepare(outputs, targets)
         dim = self._dim(raised, labels)
         first, second = raised.log_softmax(dim), other.to(raised).log_softmax(dim)
-        return self.average((first.exp() * (first - second)).sum(dim), outputs, targets)
+        probabilities = first.exp()
+        # Where p and q round to 1, log p - log q rounds to 0, but is minus what the other classes differ by.
+        terms = (probabilities * (first - second) - (probabilities - second.exp())).sum(dim)
+        return self.average(terms, outputs, targets)
 
     def label_atoms(self, outputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Every class with its probability.
@@ -178,6 +182,12 @@ def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw one index along the last dimension."""
     flat = probabilities.reshape(-1, probabilities.shape[-1])
     return torch.multinomial(flat, 1, replacement=True, generator=generator).reshape(probabilities.shape[:-1])
+
+
+def _balanced(cotangents: Tensor, at: Tensor) -> Tensor:
+    """Set one class of each term to minus the sum of the others, since ``1 - p`` loses the digits of a ``p`` near 1."""
+    others = cotangents.scatter(-1, at, 0.0)
+    return others.scatter(-1, at, -others.sum(-1, keepdim=True))
 
 
 def _scaled(cotangents: Tensor, scale: Tensor | None) -> Tensor:

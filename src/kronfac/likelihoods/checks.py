@@ -224,3 +224,25 @@ def multiply(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     if first is None or second is None:
         return second if first is None else first
     return first * second
+
+
+def check_terms(likelihood: object, terms: Tensor, outputs: Tensor) -> Tensor:
+    """Refuse an ``nll`` that adds its terms up: each has its own label and weight.
+
+    Args:
+        likelihood: Whose it is.
+        terms: What it returned.
+        outputs: For these outputs, ``[B, ...]``.
+
+    Returns:
+        The terms, ``[B, *T]``.
+
+    Raises:
+        ValueError: They are of another shape.
+    """
+    if terms.ndim == 0 or terms.shape[:1] != outputs.shape[:1]:
+        raise ValueError(
+            f"{type(likelihood).__name__}.nll must return a number for each term, [B, *T], for outputs of shape "
+            f"{tuple(outputs.shape)}, not a tensor of shape {tuple(terms.shape)}: leave sum and mean out"
+        )
+    return terms

@@ -18,6 +18,7 @@ from kronfac.likelihoods.checks import (
     check_mask,
     check_outputs,
     check_reduction,
+    check_terms,
     multiply,
     split_targets,
     spread,
@@ -264,7 +265,7 @@ class TermLoss(ABC):
         Returns:
             Shape ``[B, *T]``.
         """
-        terms = self.nll(outputs, labels)
+        terms = check_terms(self, self.nll(outputs, labels), outputs)
         weights = multiply(self.label_weights(outputs, labels), mask)
         return terms if weights is None else terms * weights
 

@@ -166,12 +166,9 @@ def same_random_state(model: nn.Module, state: tuple[Tensor, ...] | None = None)
     Yields:
         Nothing.
     """
-    devices = _devices(model)
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(_devices(model)):
         if state is not None:
-            torch.set_rng_state(state[0])
-            for device, own in zip(devices, state[1:], strict=True):
-                torch.cuda.set_rng_state(own, device)
+            set_random_state(model, state)
         yield
 
 
@@ -185,6 +182,18 @@ def random_state(model: nn.Module) -> tuple[Tensor, ...]:
         One state for each.
     """
     return torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(model))
+
+
+def set_random_state(model: nn.Module, state: tuple[Tensor, ...]) -> None:
+    """Go back to a random state on the CPU and the model's devices.
+
+    Args:
+        model: The model.
+        state: As `random_state` returns it.
+    """
+    torch.set_rng_state(state[0])
+    for device, own in zip(_devices(model), state[1:], strict=True):
+        torch.cuda.set_rng_state(own, device)
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

@@ -165,7 +165,7 @@ class AdaptiveKFAC(Proposing):
         A loss that is not finite at a point that the optimiser did not choose stops it with a ``FloatingPointError``;
         no step that lowers the loss, or a closure that does not do what is asked of it, with a ``RuntimeError``.
         """
-        self._gatherer.check_layers()
+        self._check_members()
         params = self._free()
         call = Closure(closure, self._gatherer.root, params)
         with self._undone_on_error(params):

@@ -62,8 +62,14 @@ class Averages(KFAC):
 
     def _forget(self) -> None:
         self._wake.begin()
+        self._estimator.begin_loss()
         if self._second is not None:
-            self._second.decay(0.0)  # B_k is that of the newest batch
+            self._second.reset()  # B_k is that of the newest batch
+
+    def _undo(self) -> None:
+        """Take the batch of a step that failed out of the averages, and drop what was made of them."""
+        if self._wake.undo():
+            self._averages, self._model, self._inverses = {}, {}, {}
 
     def curvature(self) -> BlockDiagonal:
         """Return the average ``F̄`` as an operator, without its damping.
@@ -108,6 +114,8 @@ class Averages(KFAC):
         else:
             self._model = {}  # B_k = F̄ between two gatherings (20)
         ready = self._ready()
+        for name in self._gatherer.unreached:
+            self._inverses.pop(name, None)
         self._sums = bool(self._model)
         if not self._sums:
             refresh(self._inverses, ready, lambda name: self._dampings[name], self._rule)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfac.measuring import apart_from_training, frozen_buffers
-from kronfac.operators.passes import random_state, same_random_state
+from kronfac.operators.passes import random_state, same_random_state, set_random_state
 
 
 class Closure:
@@ -37,11 +37,11 @@ class Closure:
         self._function, self._root, self._params = function, root, list(params)
         self._state = random_state(root)
 
-    def gradient(self) -> tuple[float, list[Tensor]]:
-        """Evaluate the loss and its gradient; ``.grad`` is None afterwards.
+    def evaluate(self) -> Tensor:
+        """Evaluate the loss; ``.grad`` is None afterwards.
 
         Returns:
-            The loss, and one tensor for each parameter (zeros where the loss does not depend on it).
+            The loss, 0-dimensional, with its graph.
 
         Raises:
             RuntimeError: The closure called backward, or what it returns cannot be differentiated.
@@ -57,8 +57,22 @@ class Closure:
             )
         if not loss.requires_grad:
             raise RuntimeError("The closure's loss carries no gradient: do not detach it, nor use torch.no_grad().")
-        gradients = torch.autograd.grad(loss, self._params, materialize_grads=True)
-        return float(loss), list(gradients)
+        return loss
+
+    def differentiate(self, loss: Tensor) -> list[Tensor | None]:
+        """Compute the gradient of the loss.
+
+        Args:
+            loss: From :meth:`evaluate`; its graph is freed.
+
+        Returns:
+            One tensor for each parameter, None where the loss does not depend on it.
+        """
+        return list(torch.autograd.grad(loss, self._params, allow_unused=True))
+
+    def rewind(self) -> None:
+        """Go back to the random state that the step began with: what follows is its first evaluation again."""
+        set_random_state(self._root, self._state)
 
     def value(self) -> float:
         """Evaluate the loss at the present parameters, without a trace in buffers, random state or statistics.
@@ -89,6 +103,30 @@ class Closure:
                 f"The closure returned {loss:.6g} and then {again:.6g} for the same parameters and the same state of "
                 "torch's random generators. Draw the batch, and any randomness that is not torch's, outside of it."
             )
+
+
+def evaluated(closure: Callable[[], Any], params: Sequence[Tensor]) -> tuple[Any, bool]:
+    """Evaluate a closure that may call backward, or leave that to the optimiser.
+
+    Args:
+        closure: Returns the loss.
+        params: What the optimiser moves.
+
+    Returns:
+        The loss, and whether the gradients are the optimiser's own, to be forgotten after the step.
+
+    Raises:
+        RuntimeError: There are no gradients, and no loss that has any.
+    """
+    fresh = all(parameter.grad is None for parameter in params)
+    with torch.enable_grad():
+        loss = closure()
+        if not fresh or any(parameter.grad is not None for parameter in params):
+            return loss, False
+        if not (isinstance(loss, Tensor) and loss.requires_grad):
+            raise RuntimeError("The closure left no gradients, and returned no loss that can be differentiated.")
+        _scalar(loss).backward()
+    return loss, True
 
 
 def _scalar(loss: Any) -> Tensor:

@@ -69,6 +69,8 @@ def directions(
         if not present:
             continue
         if name not in inverses:
+            if not any(gradients[key].any() for key in present):
+                continue  # not called: it stands still
             raise RuntimeError(
                 f"Layer {name!r} has a gradient but no inverse: no forward that gathered statistics called it. "
                 "Freeze it, or call it in every forward."

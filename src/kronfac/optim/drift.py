@@ -10,6 +10,7 @@ from kronfac.approximations import Statistic
 from kronfac.blocks import Inverse, Kronecker, KroneckerInverse, PerFactor
 from kronfac.damping import Rule
 from kronfac.optim.refresh import damped_blocks
+from kronfac.optim.warm import as_product
 
 
 def largest_drift(
@@ -40,7 +41,7 @@ def largest_drift(
     for name, inverse in inverses.items():
         if not isinstance(inverse, KroneckerInverse) or name not in statistics:
             continue
-        block, shift = damped_blocks([name], statistics, damping, rule)[name]
+        block, shift = as_product(*damped_blocks([name], statistics, damping, rule)[name])
         if not (isinstance(block, Kronecker) and isinstance(shift, PerFactor)):
             continue
         for new, old, added in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -95,11 +96,18 @@ class ExactWake:
         self._xi, self._inputs = xi, last_batch(gatherer, "variant='qe'").inputs
         with torch.no_grad():
             self._references = [(weight, self._outputs(network)) for weight, network in networks if weight]
+            self._terms = self._count(self._references[0][1])  # the present network's
 
     def _outputs(self, parameters: Mapping[str, Tensor]) -> Tensor:
         root = self._gatherer.root
         with same_random_state(root, self._gatherer.last_random):
             return run(root, parameters, self._inputs, lambda out: pick_outputs(out, self._pick))
+
+    def _count(self, outputs: Tensor) -> float:
+        """Terms of the loss for each unit of its denominator: 1 for the mean over them."""
+        mean, targets = copy.copy(self._likelihood), self._gatherer.last_targets
+        mean.reduction = "mean"
+        return float(mean.denominator(outputs, targets) / self._likelihood.denominator(outputs, targets)) or 1.0
 
     def _divergence(self, old: Tensor, new: Tensor) -> Tensor:
         likelihood, targets, xi = self._likelihood, self._gatherer.last_targets, self._xi
@@ -128,13 +136,16 @@ class ExactWake:
         for (name, step), slope in zip(steps.items(), slopes, strict=True):
             linear = self._gradients[name]
             value = value + self._rate * (step * (linear + 0.5 * curved[name])).sum()
-            gradient[name] = slope + self._rate * (linear + curved[name])
+            gradient[name] = self._rate * (linear + curved[name]) + slope  # which may be sparse
         return value, gradient
 
     def descend(
         self, start: Mapping[str, Tensor], omega: float, iterations: int
     ) -> tuple[dict[str, Tensor], list[float]]:
         """Gradient descent with the learning rate ``ω/λ`` on the objective, that is ``ω`` on what `at` gives.
+
+        A loss that is a sum has as many times the curvature as it has terms, and takes a rate as many times smaller:
+        the steps are those of the mean over all terms, whatever the reduction.
 
         Args:
             start: Where to start: the Q step.
@@ -144,9 +155,9 @@ class ExactWake:
         Returns:
             The last iterate, and the value at each one before it.
         """
-        steps, values = dict(start), []
+        steps, values, rate = dict(start), [], omega / self._terms
         for _ in range(iterations):
             value, gradient = self.at(steps)
             values.append(value)
-            steps = {name: step - omega * gradient[name] for name, step in steps.items()}
+            steps = {name: step - rate * gradient[name] for name, step in steps.items()}
         return steps, torch.stack(values).tolist() if values else []

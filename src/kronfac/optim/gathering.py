@@ -63,6 +63,7 @@ class Gatherer:
         beside: Further estimators of the same model that take each forward too.
         lengths: Which length was found to be the batch's, by the kind of arguments (:mod:`kronfac.optim.last_batch`).
         pick: Picks the output tensor.
+        unreached: Layers that the last statistics were of although the likelihood's outputs do not depend on them.
     """
 
     def __init__(
@@ -85,10 +86,13 @@ class Gatherer:
         self.last_targets: Any = None
         self.last_random: tuple[Tensor, ...] | None = None
         self.beside: list[Estimator] = []
+        self._reached: set[str] = set()
+        self.unreached: set[str] = set()
         self.lengths: dict[Any, int | None] = {}
         self._due, self._begin, self.pick, self._keep = due, begin, outputs, keep
         self._examples = examples
         self._plan: Plan | None = None  # of the forward that is under way
+        self._held: list[Callable[[], None]] | None = None  # statistics that wait to be taken, if they are to wait
         self._tape = Tape(estimator.adaptation.adapters)
         self._identities = identities(self.root)
         # Hooks that are added to a compiled module are ignored.
@@ -137,10 +141,41 @@ class Gatherer:
                     )
                 tape.close()
                 picked = pick_outputs(outputs, self.pick)
-                self._update(tape, picked, targets, part_of(self._examples, picked))
+                part = part_of(self._examples, picked)
+                self._when_wanted(lambda: self._update(tape, picked, targets, part))
                 self._watch(picked)
 
             yield gather
+
+    @contextmanager
+    def held_back(self) -> Iterator[Callable[[], None]]:
+        """Let the statistics of forwards within the block wait; those that were not asked for by its end are dropped.
+
+        Yields:
+            Takes them in; to be called before the graph is freed.
+        """
+        self.reset()
+        held = self._held = []
+
+        def take() -> None:
+            self._held = None
+            with torch.enable_grad():  # as in the forward
+                for waiting in held:
+                    waiting()
+
+        try:
+            yield take
+        finally:
+            if self._held is not None:
+                self._held = None
+                self._tape.forget()
+                self.reset()
+
+    def _when_wanted(self, take: Callable[[], None]) -> None:
+        if self._held is None:
+            take()
+        else:
+            self._held.append(take)
 
     @contextmanager
     def _keeping(self) -> Iterator[None]:
@@ -176,7 +211,8 @@ class Gatherer:
                 )
         plan = Plan.of(self._examples, self.estimator, args, kwargs)
         if self._own_forward and not plan.apart:
-            self._run_again(plan)  # before the training forward, with whose graph it then shares no memory
+            # Before the training forward, with whose graph it then shares no memory.
+            self._when_wanted(lambda: self._run_again(plan))
             return
         self._plan = plan
         if not plan.apart:
@@ -196,10 +232,13 @@ class Gatherer:
         picked = pick_outputs(output, self.pick)
         self._watch(picked)
         if plan.apart:
-            self._run_again(plan, picked)
+            self._when_wanted(lambda: self._run_again(plan, picked))
             return
         _require_calls(self._tape)
-        self._update(self._tape, picked, None, plan.part_of(picked))
+        self._when_wanted(lambda: self._take(picked, plan.part_of(picked)))
+
+    def _take(self, outputs: Tensor, part: Part | None) -> None:
+        self._update(self._tape, outputs, None, part)
         self._tape.forget()
 
     def _watch(self, outputs: Tensor) -> None:
@@ -246,6 +285,10 @@ class Gatherer:
     def _update(self, tape: Tape, outputs: Tensor, targets: Any, part: Part | None) -> None:
         if self.gathered == 0:
             self._begin()
+            self._reached, self.unreached = set(), set()
+        missed = tape.unreached(outputs)
+        self._reached |= set(tape.calls) - missed
+        self.unreached = (self.unreached | missed) - self._reached
         self.measuring = True
         try:
             with saved_plainly():

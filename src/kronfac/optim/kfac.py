@@ -178,11 +178,8 @@ class KFAC(Renewal):
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._gatherer.check_layers()
+        loss = None if closure is None else self._evaluate(closure)
+        self._check_members()
         everything = [p for group in self.param_groups for p in group["params"]]
         if self._fallback is not None:
             check_finite({self._names[id(p)]: p.grad for p in everything if p.grad is not None})
@@ -223,7 +220,7 @@ class KFAC(Renewal):
                 torch._foreach_add_(params, moves, alpha=rate)
 
     def _directions(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        adapters = self._estimator.adaptation.adapters
+        adapters = self._with_curvature()
         rounded = self._rounded
         multiply = multiply_plainly if rounded is None else rounded.multiply
         moved, done = self._units(adapters, self._inverses, gradients)

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from kronfac.approximations import Approximation
 from kronfac.likelihoods import Likelihood
 from kronfac.optim.averages import Averages
-from kronfac.optim.closure import Closure
+from kronfac.optim.closure import Closure, evaluated
 from kronfac.optim.exact_wake import ExactWake, Networks
 from kronfac.optim.iterative_sum import IterativeSum
 from kronfac.optim.kldwrm_checks import (
     check_blocks,
     check_cap,
     check_choices,
+    check_groups,
     check_likelihood,
     check_model,
     check_numbers,
@@ -59,7 +60,7 @@ class KLDWRM(Averages):
             gradients whatever has no closed solve.
         model_approximation: Structure of ``B_k`` where it is not that of ``F`` (future work (c) of the paper): a name
             or object as for ``approximation``, with ``solve="iterative"`` and ``stats_every=1``.
-        omega: ``ω``; the learning rate within a QE step is ``ω/λ``.
+        omega: ``ω``; the learning rate within a QE step is ``ω/λ`` for a mean over terms, less for their sum.
         n_inner: ``N_IS``, iterations within a QE step.
         n_cap: ``N_CAP``, networks that a QE step looks at, the present one included; by default the least number with
             ``ρ^n_cap < 0.1``.
@@ -137,6 +138,7 @@ class KLDWRM(Averages):
         self._model: dict[str, Damped] = {}
         self._sums = False  # whether the inverses are those of F̄ + B/λ, not of F̄
         self.inner_objectives: list[float] = []
+        self._lent = False  # whether .grad holds what the optimiser itself computed
 
     # ---------------------------------------------------------------- step
     @torch.no_grad()
@@ -144,30 +146,39 @@ class KLDWRM(Averages):
         """Take one step.
 
         Args:
-            closure: With ``variant="qe"`` it must evaluate the model once and return the loss without calling backward;
-                otherwise it is optional and calls backward.
+            closure: Evaluates the model once and returns the loss, without calling backward. Other variants than
+                ``"qe"`` take one that does, too, or none.
 
         Returns:
             The closure's loss, or None.
 
         What is not finite stops it with a ``FloatingPointError``, statistics that are missing with a ``RuntimeError``;
-        no parameter is changed then.
+        neither parameters nor averages are changed then.
         """
         try:
             return self._step_exactly(closure) if self._variant == "qe" else self._step(closure)
         except BaseException:
             self._gatherer.reset()  # what was gathered is used up or wrong
+            self._undo()
             raise
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        params = [p for p, _ in self._members()]
+        for parameter in params if self._lent else ():
+            parameter.grad = None
+        loss, self._lent = evaluated(closure, params)
+        return loss
 
     def _step_exactly(self, closure: Callable[[], Any] | None) -> float:
         self._gatherer.check_layers()
         params = free_parameters(self)
         call = Closure(closure, self._gatherer.root, params)
         self._gatherer.reset()
-        loss, found = call.gradient()
+        value = call.evaluate()
+        loss = float(value)
         if not math.isfinite(loss):
             raise FloatingPointError(f"The loss is {loss}; no parameter was changed. Look at the inputs and targets.")
-        for parameter, gradient in zip(params, found, strict=True):
+        for parameter, gradient in zip(params, call.differentiate(value), strict=True):
             parameter.grad = gradient
         try:
             self._step(None)
@@ -189,6 +200,7 @@ class KLDWRM(Averages):
 
     def _move(self, gradients: dict[str, Tensor]) -> None:
         members = [(self._names[id(p)], p, group) for p, group in self._members() if p.grad is not None]
+        gradients = {name: g.to_dense() if g.is_sparse else g for name, g in gradients.items()}  # as the wake is
         scaled = {}  # ĝ/λ = g/λ + ρ u
         for name, parameter, group in members:
             if group["weight_decay"] and not group["decoupled_weight_decay"]:
@@ -204,11 +216,12 @@ class KLDWRM(Averages):
         carried = {name: part for name, p, group in members if (part := self._carried(p, group)) is not None}
         if self._variant == "qe":
             moves = self._refined(gradients, moves, members)
-            # With those that are frozen now: they may move again.
-            self._networks.push({self._names[id(p)]: p for p, _ in self._members()}, first=self._steps == 0)
         products = self._wake_products(scaled, scales, moves, carried)
         if self._rho:
             products |= still_products(self, moves, carried)
+        self._wake.commit()  # from here on the step is taken
+        if self._variant == "qe":  # with those that are frozen now: they may move again
+            self._networks.push({self._names[id(p)]: p for p, _ in self._members()}, first=self._steps == 0)
         for name, parameter, group in members:
             if group["momentum"]:
                 self._buffer(parameter, "momentum_buffer").mul_(group["momentum"]).add_(moves[name])
@@ -232,11 +245,7 @@ class KLDWRM(Averages):
         self, gradients: dict[str, Tensor], start: dict[str, Tensor], members: list[tuple[str, nn.Parameter, Any]]
     ) -> dict[str, Tensor]:
         """Gradient descent on (31) from the Q step."""
-        rates = {float(group["lr"]) for _, _, group in members}
-        if len(rates) > 1:
-            raise ValueError(f"variant='qe' minimises one objective: all groups need the same lr = 1/λ, not {rates}.")
-        if any(group["momentum"] or group["decoupled_weight_decay"] for _, _, group in members):
-            raise ValueError("variant='qe' takes no momentum and no decoupled weight decay.")
+        rate = check_groups([group for _, _, group in members])
         if self._gatherer.forwards > 1 or self._gatherer.gathered > 1 or self._gatherer.last is None:
             raise RuntimeError(
                 "variant='qe' needs one forward of the whole mini-batch in train mode, of whose outputs the loss is a "
@@ -261,7 +270,7 @@ class KLDWRM(Averages):
             self._networks.weighted(parameters, first=self._steps == 0, zeta=self._zeta),
             gradients,
             product,
-            rates.pop(),
+            rate,
             self._xi,
         )
         omega, iterations = self._inner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kronfac.damping import Rule, exact
@@ -155,6 +155,28 @@ def check_model(variant: str, solve: str, stats_every: int) -> None:
             f"model_approximation needs stats_every=1, not {stats_every!r}: between two gatherings B_k is the average "
             "of F (20), of its structure."
         )
+
+
+def check_groups(groups: Sequence[Mapping[str, Any]]) -> float:
+    """Refuse groups of which no single objective is made.
+
+    Args:
+        groups: Those of all parameters that move.
+
+    Returns:
+        Their one rate, ``1/λ``.
+
+    Raises:
+        ValueError: There is none, there are several, or a step is not all of the objective's.
+    """
+    if not groups:
+        raise ValueError("variant='qe': the loss depends on no parameter that the optimiser has.")
+    rates = {float(group["lr"]) for group in groups}
+    if len(rates) > 1:
+        raise ValueError(f"variant='qe' minimises one objective: all groups need the same lr = 1/λ, not {rates}.")
+    if any(group["momentum"] or group["decoupled_weight_decay"] for group in groups):
+        raise ValueError("variant='qe' takes no momentum and no decoupled weight decay.")
+    return rates.pop()
 
 
 def check_likelihood(

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kronfac.estimator import CoverageWarning, Estimator
+from kronfac.layers import LayerAdapter
+from kronfac.optim.gathering import Gatherer
 from kronfac.optim.options import KFACOptions, check_group
 from kronfac.optim.rows import RowGradients
 
@@ -27,6 +29,9 @@ class Membership(Optimizer):
     _names: dict[int, str]
     _fallback: Optimizer | None
     _rows: RowGradients | None
+    _gatherer: Gatherer
+    _frozen: dict[str, nn.Parameter]  # those that no group was made for
+    _warned: bool = False  # of layers that the likelihood's outputs do not depend on
 
     def _make_fallback(
         self, root: nn.Module, fallback: Callable[[list[nn.Parameter]], Optimizer] | None
@@ -48,7 +53,9 @@ class Membership(Optimizer):
     def _groups(self, root: nn.Module) -> Iterable[dict[str, Any]]:
         elsewhere = set(self._estimator.adaptation.uncovered) if self._fallback is not None else set()
         given = self._options["param_groups"]
+        self._frozen = {}
         if given is None:
+            self._frozen = {name: p for name, p in root.named_parameters() if not p.requires_grad}
             kept = [p for name, p in root.named_parameters() if p.requires_grad and name not in elsewhere]
             return [{"params": kept}]
         groups = [dict(group) for group in given]
@@ -102,6 +109,49 @@ class Membership(Optimizer):
         if not params:
             raise RuntimeError("All parameters are frozen (requires_grad=False): there is nothing to step in.")
         return params
+
+    def _check_members(self) -> None:
+        """Refuse a model that is no longer what was taken into the groups."""
+        self._gatherer.check_layers()
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        late = [name for name, p in self._frozen.items() if p.requires_grad and id(p) not in held]
+        if late:
+            raise RuntimeError(
+                f"{', '.join(late)} were frozen when the optimiser was constructed, and are not now: no group holds "
+                "them, so that they would never move. Construct a new optimiser, or add them without curvature by "
+                "add_param_group."
+            )
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        if not any(self._has_gradient(p) for p, _ in self._members()):
+            raise RuntimeError(
+                "The closure left no gradients: it must call zero_grad(), evaluate the loss, call backward() and "
+                "return the loss."
+            )
+        return loss
+
+    def _with_curvature(self) -> dict[str, LayerAdapter]:
+        """The layers but for those that the likelihood's outputs do not depend on; one warning names these."""
+        adapters, missed = self._estimator.adaptation.adapters, self._gatherer.unreached
+        if not missed:
+            return adapters
+        names = [name for layer in adapters if layer in missed for name in adapters[layer].parameter_names]
+        if self._rows is not None and any(map(self._rows.hold, names)):
+            raise RuntimeError(
+                f"The outputs that the likelihood is of do not depend on {', '.join(names)}, whose curvature is zero: "
+                "they take the plain gradient, which gradients='rows' does not keep. Use gradients='dense'."
+            )
+        if not self._warned:
+            warnings.warn(
+                f"Trained without curvature: {', '.join(names)} (the outputs that the likelihood is of do not depend "
+                "on them). They take the plain gradient.",
+                CoverageWarning,
+                stacklevel=4,
+            )
+            self._warned = True
+        return {name: adapter for name, adapter in adapters.items() if name not in missed}
 
     def _damping(self, layer: str) -> float:
         """That of the group of the layer's first parameter, which is its weight if it has one: a block has but one."""

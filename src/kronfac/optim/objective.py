@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronfac.measuring import remembered_buffers
 from kronfac.optim.closure import Closure
 from kronfac.optim.kfac import KFAC
 from kronfac.optim.levenberg_marquardt import LevenbergMarquardt
@@ -101,35 +102,47 @@ class Objective(KFAC):
     def _gradient(self, call: Closure, params: list[Tensor]) -> tuple[float, list[Tensor]]:
         """Evaluate loss and gradient; take the step before back if they are not finite, or if it blew the loss up."""
         previous = [self.state[p].get("previous") for p in params]
-        known = self._steps > 0 and all(v is not None for v in previous)
+        if self._steps == 0 or any(v is None for v in previous):
+            return self._finite_gradient(call, params)
+        put_back = remembered_buffers(self._gatherer.root)
         try:
-            found = self._finite_gradient(call, params)
-            if not known or self._unchecked is None or found[0] <= SUSPICIOUS * abs(self._unchecked):
-                return found
+            # What the step before may have blown up is in no statistics, and in no buffer, before it was looked at.
+            with self._gatherer.held_back() as take:
+                loss = call.evaluate()
+                if self._unchecked is None or not float(loss) > SUSPICIOUS * abs(self._unchecked):
+                    take()
+                    return self._finite(call, loss, params)
+            found = float(loss)
+            del loss  # with its graph
         except FloatingPointError:
-            if not known:
-                raise
-            found = math.inf, []
+            found = math.inf
+        put_back()
+        call.rewind()
         here = self._leave(params)
         torch._foreach_sub_(params, previous)
-        if found[1] and call.value() >= found[0]:
+        if math.isfinite(found) and call.value() >= found:
             torch._foreach_copy_(params, here)  # a hard mini-batch, not a bad step
             self._start = None
-            return found
-        found = self._finite_gradient(call, params)  # if it is not finite here, the data are to blame, not the step
+            return self._finite_gradient(call, params)
+        result = self._finite_gradient(call, params)  # if it is not finite here, the data are to blame, not the step
         for parameter in params:
             del self.state[parameter]["previous"]
         self._probation, self._lam.streak = PROBATION, 0
         self._lam.scale(4.0**4)
-        return found
+        return result
 
     def _finite_gradient(self, call: Closure, params: list[Tensor]) -> tuple[float, list[Tensor]]:
         self._gatherer.reset()
-        loss, gradients = call.gradient()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"The loss is {loss}; no parameter was changed. Look at the inputs and targets.")
+        return self._finite(call, call.evaluate(), params)
+
+    def _finite(self, call: Closure, loss: Tensor, params: list[Tensor]) -> tuple[float, list[Tensor]]:
+        value = float(loss)
+        if not math.isfinite(value):
+            raise FloatingPointError(f"The loss is {value}; no parameter was changed. Look at the inputs and targets.")
+        found = call.differentiate(loss)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
         check_finite({self._names[id(p)]: g for p, g in zip(params, gradients, strict=True)})
-        return loss, gradients
+        return value, gradients
 
     def _check_forwards(self) -> None:
         seen = max(self._gatherer.forwards, self._gatherer.gathered)

@@ -37,6 +37,7 @@ class Renewal(Membership):
     _rule: Rule
     _periods: tuple[int, int]
     _ema: float
+    _warmed: int = 0  # batches of the warm-up
     _steps: int
     _inverses: dict[str, Inverse]
     _record: Record
@@ -101,6 +102,8 @@ class Renewal(Membership):
     def warm_up(self, loader: Iterable[Any] | tuple[Any, Any], batches: int | None = None) -> None:
         """Gather factors from several batches before the first step (Grosse & Martens 2016, 3.1: the whole set).
 
+        They are the plain mean, which from then on counts as ``1/(1 − ema)`` batches at most, so that (33) forgets it.
+
         Args:
             loader: Pairs ``(inputs, targets)``.
             batches: How many; all by default.
@@ -111,6 +114,7 @@ class Renewal(Membership):
         if self._steps:
             raise RuntimeError("warm_up must come before the first step.")
         self._gatherer.check_layers()
+        self._estimator.decay(self._excess)  # of an earlier call: all batches weigh alike
         for index, (inputs, targets) in enumerate(batches_of(loader)):
             if batches is not None and index >= batches:
                 break
@@ -118,6 +122,13 @@ class Renewal(Membership):
             with torch.enable_grad(), frozen_buffers(root), record(estimator.adaptation.adapters) as tape:
                 outputs = pick_outputs(call_model(root, inputs), self._options["outputs"])
                 estimator.update(tape, outputs, targets)  # nothing is forgotten in between: a plain mean
+            self._warmed += 1
+        self._estimator.decay(1.0 / self._excess)
+
+    @property
+    def _excess(self) -> float:
+        """By how much batches of the warm-up outnumber those that an average of the period ``1/(1 − ema)`` sees."""
+        return max(1.0, self._warmed * (1.0 - self._ema))
 
     def curvature(self) -> BlockDiagonal:
         """Return the running curvature as an operator, for analysis.
@@ -147,8 +158,9 @@ class Renewal(Membership):
                 )
 
     def _ready(self) -> dict[str, Statistic]:
-        """Statistics that hold anything, by layer."""
-        return {name: s for name, s in self._estimator.statistics.items() if not s.empty}
+        """Statistics that hold anything, by layer, and that the likelihood has a say in."""
+        missed = self._gatherer.unreached
+        return {name: s for name, s in self._estimator.statistics.items() if not s.empty and name not in missed}
 
     def _drifted(self) -> bool:
         """Whether statistics that were just gathered are too far from those that were inverted."""
@@ -179,21 +191,25 @@ class Renewal(Membership):
         if not (due or self._gatherer.gathered):
             return
         ready = self._ready()
+        late = {name: s for name, s in ready.items() if name not in self._inverses}  # first called since the last time
         if due and delay and self._inverses and self._steps >= self._periods[1]:
             damping, rules = {name: self._damping(name) for name in ready}, self._rules()
             device = next(self._estimator.model.parameters()).device
             starts = dict(self._inverses) if self._warm else None
             copy = partial(snapshot, ready, damping.__getitem__, rules, starts)
             self._pending = submit(copy, self._steps, delay, device)
+        elif due:
+            late = ready
+        else:
+            with self._noting_failures():
+                found = renew_values(self._inverses, ready, self._damping, self._rules())
+            self._record.renewed(found.inverses, self._steps, found)
+        if not late:
             return
         with self._noting_failures():
-            if due:
-                found = refresh(self._inverses, ready, self._damping, self._rules(), warm=self._warm)
-            else:
-                found = renew_values(self._inverses, ready, self._damping, self._rules())
-        if due:
-            for name, value in self._of_factors.items():
-                require_products(f"{name}={value!r}", found.inverses)
+            found = refresh(self._inverses, late, self._damping, self._rules(), warm=self._warm)
+        for name, value in self._of_factors.items():
+            require_products(f"{name}={value!r}", found.inverses)
         self._record.renewed(found.inverses, self._steps, found)
 
     @contextmanager

@@ -59,6 +59,7 @@ def save_curvature_state(optimizer: KFAC) -> dict[str, Any]:
         "generators": optimizer._generators,
         "clip_ratio": optimizer._clip.ratio,
         "terms": optimizer._estimator.terms,
+        "unreached": sorted(optimizer._gatherer.unreached),
         "fallback": None if fallback is None else fallback.state_dict(),
     }
 
@@ -120,6 +121,7 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
     steps = int(_number("steps", saved["steps"]))
     ratio = None if saved["clip_ratio"] is None else _number("clip_ratio", saved["clip_ratio"])
     terms = _number("terms", saved["terms"])
+    unreached = {str(layer) for layer in saved.get("unreached", ())}
     generator, fallback = optimizer._estimator.generator, optimizer._fallback
     assert generator is not None
     random_state = _own_generator(saved).to(device="cpu", dtype=torch.uint8)
@@ -142,6 +144,7 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
         if fallback is not None:
             fallback.load_state_dict(saved["fallback"])
         optimizer._gatherer.reset()
+        optimizer._gatherer.unreached = unreached
 
     return apply
 

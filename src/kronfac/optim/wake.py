@@ -27,13 +27,17 @@ from kronfac.blocks import (
 )
 from kronfac.layers import LayerAdapter
 
+#: Total, weight and scale of each mean, by layer and key.
+_Held = dict[tuple[str, str], tuple[Tensor, float, float]]
+
 
 class WakeAverage:
     """``F̄_k = ρ F̄_{k−1} + (1 − ρ) F_k`` with ``F̄_0 = F_0`` (Puiu 2022, equations 13 and 18), mean by mean.
 
     `kronfac.optim.KFAC` corrects its averages for bias instead: there the first batch weighs as much as each later one,
     here ``1/(1 − ρ)`` times as much, and each batch counts once whatever its size.  While a step's batch is gathered,
-    the statistics hold that batch alone, and the averages wait here.
+    the statistics hold that batch alone, and the averages wait here.  They are kept until the step is taken: one that
+    fails is undone.
 
     Args:
         statistics: The layers' statistics.
@@ -42,7 +46,8 @@ class WakeAverage:
 
     def __init__(self, statistics: Mapping[str, Statistic], rho: float) -> None:
         self._statistics, self._rho = statistics, rho
-        self._held: dict[tuple[str, str], tuple[Tensor, float, float]] | None = None
+        self._held: _Held | None = None
+        self._before: _Held | None = None  # what was merged into, until the step is taken
 
     def _means(self) -> Iterator[tuple[tuple[str, str], Mean]]:
         for layer, statistic in self._statistics.items():
@@ -58,7 +63,8 @@ class WakeAverage:
 
     def merge(self) -> None:
         """Take the batch into the averages; those of layers that saw none of it stay what they were."""
-        held, self._held = self._held, None
+        self._before, self._held = self._held, None
+        held = self._before
         for key, mean in self._means() if held is not None else ():
             assert held is not None
             total, weight, scale = held[key]
@@ -69,9 +75,28 @@ class WakeAverage:
                 mean.total.add_(total, alpha=self._rho * scale / weight)
                 mean.weight = mean.scale = 1.0
 
+    def commit(self) -> None:
+        """The step is taken: the batch stays in the averages."""
+        self._before = None
+
+    def undo(self) -> bool:
+        """Put the averages back to what they were before the batch of a step that failed.
+
+        Returns:
+            Whether it had been merged.
+        """
+        before, self._before = self._before, None
+        if before is not None:
+            self._put(before)
+        return before is not None
+
     def drop(self) -> None:
         """Forget averages that were put aside, because others take their place."""
-        self._held = None
+        self._held = self._before = None
+
+    def _put(self, averages: _Held) -> None:
+        for key, mean in self._means():
+            mean.total, mean.weight, mean.scale = averages[key]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -80,13 +105,11 @@ class WakeAverage:
             yield
             return
         batch = {key: (mean.total, mean.weight, mean.scale) for key, mean in self._means()}
-        for key, mean in self._means():
-            mean.total, mean.weight, mean.scale = self._held[key]
+        self._put(self._held)
         try:
             yield
         finally:
-            for key, mean in self._means():
-                mean.total, mean.weight, mean.scale = batch[key]
+            self._put(batch)
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,7 @@ class ModelFunction:
         unknown = sorted(set(names or ()) - set(known))
         if unknown:
             raise ValueError(f"the model has no parameters {unknown} that require gradients; it has {sorted(known)}")
-        for name, module in model.named_modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-                raise ValueError(f"dropout {name!r} is in train mode, so that there is no one model: use model.eval()")
+        refuse_random(model)
         self.model, self.inputs, self.outputs = model, inputs, outputs
         self.parts = {name: p for name, p in known.items() if names is None or name in names}
         self.names = tuple(self.parts)
@@ -130,6 +128,24 @@ class ModelFunction:
             alone[index] = cotangents[index]
             rows.append(pull(alone))
         return torch.stack(rows)
+
+
+def refuse_random(model: nn.Module) -> None:
+    """Refuse a model that draws random numbers.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: If it has dropout in train mode, or a random activation.
+    """
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise ValueError(f"dropout {name!r} is in train mode, so that there is no one model: use model.eval()")
+        if isinstance(module, nn.RReLU) and module.lower != module.upper:
+            raise ValueError(f"RReLU {name!r} is in train mode, so that there is no one model: use model.eval()")
 
 
 def pullback(function: Callable[[Tensor], Tensor], point: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

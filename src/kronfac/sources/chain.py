@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -131,6 +131,56 @@ def is_known(module: nn.Module, kinds: tuple[type[nn.Module], ...] = KNOWN) -> b
         True if so.
     """
     return any(runs_as(module, kind) for kind in kinds)
+
+
+def window_dims(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> int:
+    """Number of dimensions that a window slides over: a batched input has two more, examples and channels.
+
+    Args:
+        module: A convolution or a pooling.
+        kinds: Classes for one, two and three dimensions, one of which it is.
+
+    Returns:
+        1, 2 or 3.
+    """
+    return 1 + next(index for index, kind in enumerate(kinds) if isinstance(module, kind))
+
+
+def takes_one_example(module: nn.Module, dims: int) -> bool:
+    """Whether a module takes an input for a single example without a batch, and so mixes the rows of a batch.
+
+    Poolings do so too, but keep what they take for channels apart.
+
+    Args:
+        module: A module that the chain knows.
+        dims: Number of the input's dimensions.
+
+    Returns:
+        True if so.
+    """
+    if is_known(module, CONVOLUTIONS):
+        return dims == window_dims(module, CONVOLUTIONS) + 1
+    return is_known(module, LINEAR) and dims == 1
+
+
+def require_unbroken(links: list[Link], feeders: Mapping[str | None, set[str]]) -> None:
+    """Refuse a forward pass whose values are the chain's, but whose derivatives are not.
+
+    Args:
+        links: The chain.
+        feeders: From which layers, directly, each recorded layer takes its input, and the outputs (``None``) theirs.
+
+    Raises:
+        ValueError: One does not take it from the recorded layer before it alone.
+    """
+    recorded = [link for link in links if link.name in feeders]
+    wholes = [*(f"the input of {link}" for link in recorded[1:]), "the model's outputs"]
+    for before, name, what in zip(recorded, [*(link.name for link in recorded[1:]), None], wholes, strict=True):
+        if feeders.get(name, set()) != {before.name}:
+            raise ValueError(
+                f"source='recursive' read a chain of modules, but {what} is not differentiated through {before} alone: "
+                "the forward pass detaches it, or adds another path. Use source='exact' or 'sampled'."
+            )
 
 
 def _unwrap(model: nn.Module) -> Link:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kronfac.layers.base import require_float
-from kronfac.sources.chain import AVERAGES, CONVOLUTIONS, ELEMENTWISE, LINEAR, MAXIMA, is_known
+from kronfac.sources.chain import AVERAGES, CONVOLUTIONS, ELEMENTWISE, LINEAR, MAXIMA, is_known, window_dims
 
 #: Entries of the rows that are pulled through a convolution or a pooling at once.
 CHUNK = 1 << 24
@@ -60,7 +60,7 @@ def pull_back(
         ``[d_in, d_in]``, or ``moment`` itself where the module changes nothing.
     """
     if is_known(module, ELEMENTWISE):
-        slopes = slope(module, x).flatten(1)
+        slopes = slope(module, x).reshape(len(x), -1)
         return _second_moment(slopes, slopes, weights).mul_(moment)
     if is_known(module, MAXIMA):
         return _pull_maximum(module, x, moment, weights)
@@ -133,8 +133,9 @@ def _transpose(function: Callable[[Tensor], Tensor], rows: Tensor, into: Sequenc
 
 def _pull_maximum(module: nn.Module, x: Tensor, moment: Tensor, weights: Tensor | None) -> Tensor:
     """``E_n[P_nᵀ M P_n]`` with ``P_n`` the routing, as a sum over pairs of places in a window."""
-    pool = cast(nn.MaxPool2d, module)
-    dims = x.ndim - 2
+    pool, dims = cast(nn.MaxPool2d, module), window_dims(module, MAXIMA)
+    # Torch pools an input one dimension short channel by channel, and the examples are its channels.
+    x = x.unsqueeze(1) if x.ndim == dims + 1 else x
     kernel, stride, padding, dilation = (
         _each(value, dims) for value in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     )

@@ -14,7 +14,7 @@ from kronfac.likelihoods import Likelihood
 from kronfac.likelihoods.elementwise import ElementwiseLikelihood
 from kronfac.linalg.symmetric import all_finite
 from kronfac.sources.base import Seed, Source
-from kronfac.sources.chain import Link, read_chain, require_still
+from kronfac.sources.chain import Link, read_chain, require_still, require_unbroken, takes_one_example
 from kronfac.sources.moments import example_means, pull_back, run
 from kronfac.sources.sample import Sample, not_finite
 from kronfac.tape import Call, Tape, TapeError
@@ -157,6 +157,7 @@ class Recursive(Source):
             weights = example_means(likelihood.row_weights(values, targets), len(values))  # type: ignore[arg-type]
             moment = output_hessian(likelihood, values, targets)
             found = _walk(tape, links, values, moment, weights, tolerance)
+            require_unbroken(links, tape.feeders(outputs))
             for name in tape.calls:
                 take(replace(sample(name, None), output_moment=found[name]))
 
@@ -173,11 +174,12 @@ def output_hessian(likelihood: Likelihood, outputs: Tensor, targets: object = No
         ``[d, d]`` with ``d`` the number of outputs of an example.
     """
     if isinstance(likelihood, ElementwiseLikelihood):
-        return likelihood.hessian_diagonal(outputs, targets).flatten(1).sum(0).diag()  # type: ignore[arg-type]
+        diagonal = likelihood.hessian_diagonal(outputs, targets)  # type: ignore[arg-type]
+        return diagonal.reshape(len(outputs), -1).sum(0).diag()
     size = outputs[0].numel()
     total = outputs.new_zeros(size, size)
     for column in likelihood.root_columns(outputs, targets):  # type: ignore[arg-type]
-        flat = column.flatten(1)
+        flat = column.reshape(len(column), -1)
         # A column is zero but for the outputs of one term.
         (term,) = flat.any(0).nonzero(as_tuple=True)
         here = flat[:, term]
@@ -241,7 +243,8 @@ def _replay(stretch: list[Link], call: Call, batch: int) -> list[Tensor]:
     values = [require_float(call.input)]
     for link in stretch:
         values.append(run(link.module, values[-1]))
-        if values[-2].shape[0] != batch or values[-1].shape[0] != batch:
+        mixed = takes_one_example(link.module, values[-2].ndim)
+        if mixed or values[-2].shape[0] != batch or values[-1].shape[0] != batch:
             raise ValueError(
                 f"source='recursive' needs the examples apart, but {link} takes {tuple(values[-2].shape)} to "
                 f"{tuple(values[-1].shape)} in a batch of {batch}: keep the batch first, or use source='sampled'."
@@ -253,7 +256,7 @@ def _compare(found: Tensor, wanted: Tensor, stretch: list[Link], what: str, tole
     """Refuse a forward pass that did something else than the chain says."""
     same = found.shape[0] == wanted.shape[0] and found[0].numel() == wanted[0].numel()
     if same:
-        difference = float((found.flatten(1) - wanted.flatten(1)).abs().max())
+        difference = float((found.reshape(wanted.shape) - wanted).abs().max())
         same = difference <= tolerance * float(wanted.abs().max()) + 1e-30
     if not same:
         raise ValueError(

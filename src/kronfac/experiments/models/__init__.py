@@ -6,14 +6,18 @@ from kronfac.experiments.models.autoencoder import autoencoder, logistic_autoenc
 from kronfac.experiments.models.bottleneck import resnet50
 from kronfac.experiments.models.gpt import gpt2
 from kronfac.experiments.models.kfc import kfc_network
+from kronfac.experiments.models.physics import ASKED, PoissonResidual, TaylorPerceptron
 from kronfac.experiments.models.puiu import puiu_network
 from kronfac.experiments.models.resnet import ResNet
 from kronfac.experiments.models.small import perceptron, plain_convolutional, small_convolutional
 from kronfac.experiments.models.transformer import RowTransformer
 
 __all__ = [
+    "ASKED",
+    "PoissonResidual",
     "ResNet",
     "RowTransformer",
+    "TaylorPerceptron",
     "autoencoder",
     "gpt2",
     "kfc_network",

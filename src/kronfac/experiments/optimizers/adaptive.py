@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +10,16 @@ from torch import nn
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers.base import Builder, OptimizerSpec
 from kronfac.experiments.optimizers.kfac import STATS_EXAMPLES, STATS_FORWARD
-from kronfac.experiments.optimizers.options import COMMON, Option, choice, flag, integer, number, number_or
+from kronfac.experiments.optimizers.options import (
+    Option,
+    choice,
+    flag,
+    integer,
+    number,
+    number_or,
+    optional,
+    own_values,
+)
 from kronfac.experiments.problems.base import Problem
 
 
@@ -26,7 +34,10 @@ _SHARED = (
     ),
     Option("weight_decay", 0.0, number(0.0), "strength of the decay of weights, part of the objective"),
     Option(
-        "approximation", "kfac", choice("kfac", "diagonal", "dense", "tkfac", "ekfac"), "what of the curvature is kept"
+        "approximation",
+        "kfac",
+        choice("kfac", "tkfac", "ekfac", "sua", "prong", "xkfac", "xkfac_trace", "diagonal", "dense"),
+        "what of the curvature is kept",
     ),
     Option("damping_rule", "factored", choice("factored", "exact"), "how the damping is split over the factors"),
     Option("stats_every", 1, integer(1), "steps between statistics passes"),
@@ -38,7 +49,7 @@ _SHARED = (
 _ADAPTIVE = (
     *_SHARED,
     Option("adapt_every", 5, integer(1), "steps between adaptations of λ"),
-    Option("greedy_every", 20, integer(1), "steps between choices of γ"),
+    Option("greedy_every", 20, optional(integer(1)), "steps between choices of γ; none: it stays the first"),
 )
 _HESSIAN_FREE = (
     *_SHARED,
@@ -57,11 +68,9 @@ def _builder(kind: str) -> Builder:
 
         if values["schedule"] != "constant":
             raise ExperimentError(f"{kind} chooses its own step size: schedule must be constant")
-        shared = {option.name for option in COMMON}
-        own: dict[str, Any] = {name: value for name, value in values.items() if name not in shared}
         try:
             optimizer: torch.optim.Optimizer = getattr(optim, kind)(
-                model, problem.likelihood(), generator=generator, **own
+                model, problem.likelihood(), generator=generator, average=None, **own_values(values)
             )
         except (TypeError, ValueError, NotImplementedError) as error:
             raise ExperimentError(f"{kind} on {problem.name}: {error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from torch import nn
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers import kfac
 from kronfac.experiments.optimizers.base import OptimizerSpec
-from kronfac.experiments.optimizers.options import COMMON, choice
+from kronfac.experiments.optimizers.options import choice, own_values
 from kronfac.experiments.problems.base import Problem
 
 #: Exact damping wants a larger number than factored damping, whose cross terms add to it.
@@ -25,7 +24,7 @@ _OWN = {
 _OPTIONS = tuple(
     replace(option, **_OWN.get(option.name, {}))  # type: ignore[arg-type]
     for option in kfac.FAMILY[0].options
-    if option.name not in ("approximation", "damping_rule", "factor_damping", "inverse")
+    if option.name not in ("approximation", "damping_rule", "factor_damping", "inverse", "asynchronous", "drift")
 )
 
 
@@ -34,10 +33,8 @@ def _ekfac(
 ) -> torch.optim.Optimizer:
     from kronfac.optim import EKFAC
 
-    shared = {option.name for option in COMMON}  # the runner averages and schedules for every optimiser alike
-    own: dict[str, Any] = {name: value for name, value in values.items() if name not in shared}
     try:
-        return EKFAC(model, problem.likelihood(), generator=generator, **own)
+        return EKFAC(model, problem.likelihood(), generator=generator, **own_values(values))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ExperimentError(f"ekfac on {problem.name}: {error}") from error
 

@@ -10,7 +10,17 @@ from torch import nn
 
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers.base import OptimizerSpec
-from kronfac.experiments.optimizers.options import COMMON, Option, choice, flag, integer, number, number_or, optional
+from kronfac.experiments.optimizers.options import (
+    WARM_UP,
+    Option,
+    choice,
+    flag,
+    integer,
+    number,
+    number_or,
+    optional,
+    own_values,
+)
 from kronfac.experiments.problems.base import Problem
 
 #: Wherever the damping rule is one of the options.
@@ -45,7 +55,10 @@ _OPTIONS = (
     Option("weight_decay", 0.0, number(0.0), "strength of the decay of weights"),
     Option("decoupled_weight_decay", False, flag, "whether the decay bypasses the curvature"),
     Option(
-        "approximation", "kfac", choice("kfac", "diagonal", "dense", "sua", "prong"), "what of the curvature is kept"
+        "approximation",
+        "kfac",
+        choice("kfac", "tkfac", "tekfac", "sua", "prong", "xkfac", "xkfac_trace", "diagonal", "dense"),
+        "what of the curvature is kept",
     ),
     Option(
         "source",
@@ -76,6 +89,21 @@ _OPTIONS = (
         "rows: linear layers wider than the batch form their direction alone; needs kl_clip=none",
         later=True,
     ),
+    Option(
+        "asynchronous",
+        0,
+        integer(0),
+        "steps until inverses that are due take effect, computed by a thread meanwhile; 0: at once",
+        later=True,
+    ),
+    Option(
+        "drift",
+        None,
+        optional(number(0.0, open_low=True)),
+        "mean relative change of a factor's eigenvalues that asks for new inverses; none: when due alone",
+        later=True,
+    ),
+    WARM_UP,
     Option("burn_in", 10, integer(0), "first steps that all gather statistics"),
     Option("ema", 0.95, number(0.0, 1.0, open_high=True), "decay of the running factors"),
     Option(
@@ -107,8 +135,7 @@ def _kfac(
 ) -> torch.optim.Optimizer:
     from kronfac.optim import KFAC
 
-    shared = {option.name for option in COMMON}  # the runner averages and schedules for every optimiser alike
-    own = with_rule({name: value for name, value in values.items() if name not in shared})
+    own = with_rule(own_values(values))
     try:
         return KFAC(model, problem.likelihood(), generator=generator, **own)
     except (TypeError, ValueError, NotImplementedError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers.base import Builder, OptimizerSpec
 from kronfac.experiments.optimizers.kfac import FACTOR_DAMPING, with_rule
 from kronfac.experiments.optimizers.kfac import FAMILY as KFAC_FAMILY
-from kronfac.experiments.optimizers.options import COMMON, Option, choice, integer, number, optional
+from kronfac.experiments.optimizers.options import Option, choice, integer, number, optional, own_values
 from kronfac.experiments.problems.base import Problem
 
 #: KFAC's that mean the same here; the others are below.
@@ -23,15 +22,18 @@ _SHARED = (
     *(option for option in KFAC_FAMILY[0].options if option.name in _KEPT),
     FACTOR_DAMPING,
     Option("rms_clip", None, optional(number(0.0, open_low=True)), "bound on a layer's step by root mean square"),
+    Option(
+        "kl_product",
+        "exact",
+        choice("exact", "approximate"),
+        "what kl_clip bounds: curvature products, or the inner product of step and gradient",
+        later=True,
+    ),
 )
 _MOMENTUM = Option("momentum", 0.0, number(0.0, 1.0, open_high=True), "momentum of the steps")
 _RULE = next(option for option in KFAC_FAMILY[0].options if option.name == "damping_rule")
-_APPROXIMATION = Option(
-    "approximation",
-    "kfac",
-    choice("kfac", "diagonal", "dense", "tkfac", "sua", "prong"),
-    "what of the curvature is kept",
-)
+_BLOCKS = choice("kfac", "diagonal", "dense", "tkfac", "sua", "prong")
+_APPROXIMATION = Option("approximation", "kfac", _BLOCKS, "what of the curvature is kept")
 _MODEL = (
     _RULE,
     _APPROXIMATION,
@@ -40,6 +42,13 @@ _MODEL = (
         "stein",
         choice("stein", "reweighted", "iterative"),
         "how the sum of two Kronecker products is inverted",
+    ),
+    Option(
+        "model_approximation",
+        None,
+        optional(_BLOCKS),
+        "what is kept of the model's curvature; none: as the wake's; needs solve=iterative and stats_every=1",
+        later=True,
     ),
 )
 _EXACT = (
@@ -57,8 +66,7 @@ def _builder(variant: str) -> Builder:
     ) -> torch.optim.Optimizer:
         from kronfac.optim import KLDWRM
 
-        shared = {option.name for option in COMMON}  # the runner averages and schedules for every optimiser alike
-        own: dict[str, Any] = with_rule({name: value for name, value in values.items() if name not in shared})
+        own = with_rule(own_values(values))
         lam = 1.0 / own.pop("lr")
         try:
             return KLDWRM(model, problem.likelihood(), lam, variant=variant, generator=generator, **own)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 #: Turns a value, or the text of one, into the value; raises ValueError saying what is accepted.
 Parser = Callable[[object], object]
@@ -176,3 +177,25 @@ COMMON = (
         "average", 0.0, number(0.0, 1.0, open_high=True), "decay of the average of iterates that is evaluated; 0: none"
     ),
 )
+
+#: Wherever factors can begin before the first step.
+WARM_UP = Option(
+    "warm_up",
+    0,
+    integer(0),
+    "mini-batches whose mean the running factors begin with, before the first step",
+    later=True,
+)
+
+
+def own_values(values: Mapping[str, object]) -> dict[str, Any]:
+    """Leave out what the runner does for every optimiser alike: batches, schedules, averages, the warm-up.
+
+    Args:
+        values: A value for every hyper-parameter.
+
+    Returns:
+        Those that the optimiser's constructor takes.
+    """
+    shared = {option.name for option in (*COMMON, WARM_UP)}
+    return {name: value for name, value in values.items() if name not in shared}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,13 +10,14 @@ from torch import nn
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers.base import OptimizerSpec
 from kronfac.experiments.optimizers.kfac import _OPTIONS as KFAC_OPTIONS
-from kronfac.experiments.optimizers.options import COMMON, Option, choice, number
+from kronfac.experiments.optimizers.options import Option, choice, flag, number, own_values
 from kronfac.experiments.problems.base import Problem
 
 _OWN = (
     Option("source", "sampled", choice("sampled", "exact", "empirical"), "which cotangents are pulled back"),
     Option("scheme", "normal", choice("normal", "trace_restricted"), "how blocks are damped"),
     Option("nu", 1e-2, number(0.0, open_low=True), "least trace of a block with scheme=trace_restricted"),
+    Option("printed_damping", False, flag, "with scheme=trace_restricted: (5.16) as it is printed", later=True),
 )
 _REPLACED = {"approximation", "damping_rule", "factor_damping", *(option.name for option in _OWN)}
 
@@ -27,10 +27,8 @@ def _tkfac(
 ) -> torch.optim.Optimizer:
     from kronfac.optim import TKFAC
 
-    shared = {option.name for option in COMMON}  # the runner averages and schedules for every optimiser alike
-    own: dict[str, Any] = {name: value for name, value in values.items() if name not in shared}
     try:
-        return TKFAC(model, problem.likelihood(), generator=generator, **own)
+        return TKFAC(model, problem.likelihood(), generator=generator, **own_values(values))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ExperimentError(f"tkfac on {problem.name}: {error}") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kronfac.experiments.errors import UnknownNameError
-from kronfac.experiments.problems import autoencoders, convolutional, digits, logistic, pooled, puiu, residual
+from kronfac.experiments.problems import autoencoders, convolutional, digits, logistic, physics, pooled, puiu, residual
 from kronfac.experiments.problems.base import Data, Problem
 
 __all__ = ["PROBLEMS", "Data", "Problem", "get_problem"]
@@ -19,6 +19,7 @@ PROBLEMS: dict[str, Problem] = {
         residual.FAMILY,
         pooled.FAMILY,
         puiu.FAMILY,
+        physics.FAMILY,
     )
     for problem in family
 }

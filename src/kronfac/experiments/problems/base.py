@@ -56,9 +56,9 @@ class Problem:
     Attributes:
         name: What it is asked for by.
         description: One line for people.
-        dataset: Name of its dataset.
+        dataset: Name of its dataset; None where its data are drawn.
         build: Makes the network, drawing its weights from torch's global generator.
-        prepare: Turns the dataset into tensors.
+        prepare: Turns the dataset into tensors, or draws them.
         likelihood: Makes the likelihood whose negative logarithm is the loss (for curvature).
         loss: The loss of a batch from outputs and targets, averaged over examples; plain torch.
         measures: Further figures, by name, from outputs and targets: their *sums* over the examples given.
@@ -73,9 +73,9 @@ class Problem:
 
     name: str
     description: str
-    dataset: str
+    dataset: str | None
     build: Callable[[], nn.Module]
-    prepare: Callable[[Dataset], Data]
+    prepare: Callable[[Dataset], Data] | Callable[[], Data]
     likelihood: Callable[[], Likelihood]
     loss: Callable[[Tensor, Tensor], Tensor]
     measures: Mapping[str, Callable[[Tensor, Tensor], Tensor]]
@@ -98,7 +98,7 @@ class Problem:
         Returns:
             The tensors.
         """
-        return self.prepare(load(self.dataset))
+        return self.prepare(*([] if self.dataset is None else [load(self.dataset)]))
 
     def model(self, seed: int) -> nn.Module:
         """Build the network with weights that depend on the seed alone; torch's global generator is left as it was.
