@@ -18,6 +18,7 @@ FLOORS: list[set[str]] = [
     {"optim", "continual"},
     {"analysis", "inspect", "coverage", "verification"},
     {"estimation"},
+    {"examples"},
     {"estimator"},
     {"storage"},
     {"curvature", "curvature_coupled", "operators"},
@@ -26,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"blocks", "coupling", "tape"},
     {"layers", "likelihoods", "plots"},
     {"linalg"},
-    {"_typing", "forwards", "graph", "measuring"},
+    {"_typing", "eager", "forwards", "graph", "measuring"},
 ]
 HEIGHTS = {name: len(FLOORS) - i for i, names in enumerate(FLOORS) for name in names}
 #: Neighbours on one floor that may nevertheless import each other in this one direction.

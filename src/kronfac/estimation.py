@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from kronfac.approximations import Approximation, JointApproximation
 from kronfac.curvature import BlockDiagonal
 from kronfac.curvature_coupled import CoupledCurvature
+from kronfac.eager import eager_root
 from kronfac.estimator import Estimator
+from kronfac.examples import check_examples
 from kronfac.forwards import batches_of, call_model, pick_outputs, with_progress
 from kronfac.likelihoods import Likelihood
 from kronfac.measuring import frozen_buffers, refuse_inference_mode
@@ -76,7 +78,7 @@ def estimate(
     and draw new labels each time.
 
     Args:
-        model: The model.
+        model: The model; of one that was compiled, or wrapped for parallel runs, it is the module inside.
         likelihood: The loss.
         loader: Iterable of ``(inputs, targets)``, or a single pair. Inputs may be a tensor, a tuple of arguments or
             a mapping of keyword arguments. A pair of a tuple of arguments and a tuple ``(targets, mask)`` looks like
@@ -105,6 +107,7 @@ def estimate(
     device = torch.device("cpu") if first is None else first.device
     if not isinstance(seed, int):
         raise TypeError(f"seed={seed!r} must be an integer.")
+    model = eager_root(model)  # in which the hooks of layers are heard
     estimator = Estimator(
         model,
         likelihood,
@@ -154,6 +157,8 @@ def _read(
         for inputs, targets in with_progress(batches_of(loader), loader, progress):
             with torch.enable_grad(), record(estimator.adaptation.adapters) as tape:
                 out = pick_outputs(call_model(estimator.model, inputs), outputs)
+            if not called:
+                check_examples(estimator, tape, inputs, len(out), outputs)
             tape.disposable = True
             estimator.update(tape, out, targets)
             called.update(tape.calls)

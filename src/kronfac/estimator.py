@@ -86,6 +86,15 @@ class Estimator:
                 name: self.approximation.start(adapter) for name, adapter in self.adaptation.adapters.items()
             }
 
+    @property
+    def needs_examples(self) -> str | None:
+        """What must see examples one by one, for messages; None if nothing must."""
+        if self.source.exact:
+            return f"source={self.source.name!r}"
+        if self.approximation.needs_examples:
+            return f"approximation={self.approximation.name!r}"
+        return "sharing='reduce'" if self.options["sharing"] == "reduce" else None
+
     def warn_uncovered(self, what: str) -> None:
         """Name parameters without a block, once, as a :class:`CoverageWarning`.
 

@@ -182,6 +182,7 @@ class Approximation(ABC):
     Attributes:
         name: The name in the public face.
         needs_pairs: Whether samples must pair each input with its cotangent.
+        needs_examples: Whether a layer's rows must be those of single examples.
         needs_cotangents: Whether it cannot do without cotangents.
         passes: How often :func:`kronfac.estimate` reads the data; :meth:`Statistic.next_pass` is called in between.
         keeps_trace: Whether every block has the trace of the exact one, or K-FAC's own factors: what `verify` checks.
@@ -191,6 +192,7 @@ class Approximation(ABC):
 
     name: str
     needs_pairs: bool = False
+    needs_examples: bool = False
     needs_cotangents: bool = True
     passes: int = 1
     keeps_trace: bool = True

@@ -85,6 +85,7 @@ class DenseBlocks(Approximation):
 
     name = "dense"
     needs_pairs = True
+    needs_examples = True
 
     def start(self, layer: LayerAdapter) -> Statistic:
         """Return an empty moment.

@@ -66,6 +66,7 @@ class DiagonalBlocks(Approximation):
 
     name = "diagonal"
     needs_pairs = True
+    needs_examples = True
 
     def start(self, layer: LayerAdapter) -> Statistic:
         """Return empty squares.

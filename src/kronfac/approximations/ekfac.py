@@ -170,6 +170,7 @@ class EKFAC(Approximation):
 
     name = "ekfac"
     needs_pairs = True
+    needs_examples = True
     passes = 2
 
     def __init__(self, base: Approximation | None = None) -> None:

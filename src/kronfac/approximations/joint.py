@@ -64,6 +64,7 @@ class JointApproximation(Approximation):
     """
 
     needs_pairs = True
+    needs_examples = True
     blocks_alone: str = "kfac"
 
     @abstractmethod

@@ -50,6 +50,7 @@ class Limited(Approximation):
                 )
         parts = (self.base, self.wide)
         self.needs_pairs = any(part.needs_pairs for part in parts)
+        self.needs_examples = any(part.needs_examples for part in parts)
         self.needs_cotangents = any(part.needs_cotangents for part in parts)
         self.passes = max(part.passes for part in parts)
         self.keeps_trace = all(part.keeps_trace for part in parts)

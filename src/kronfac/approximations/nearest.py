@@ -90,6 +90,7 @@ class NearestKronecker(Approximation):
 
     name = "nearest_kronecker"
     needs_pairs = True
+    needs_examples = True
     keeps_trace = False  # the nearest product in Frobenius norm has a trace of its own
 
     def start(self, layer: LayerAdapter) -> NearestKroneckerStatistic:

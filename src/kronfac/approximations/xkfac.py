@@ -200,6 +200,7 @@ class XKFAC(Approximation):
 
     name = _NAME
     needs_pairs = True
+    needs_examples = True
     keeps_trace = False
     couples_examples = True
     whole_batches = True

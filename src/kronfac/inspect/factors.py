@@ -147,10 +147,21 @@ def _pullback(adapter: LayerAdapter, x: Tensor) -> tuple[Tensor, Tensor, dict[st
     prefix = f"{adapter.name}." if adapter.name else ""
     leaves = {name: p.detach().clone().requires_grad_() for name, p in adapter.parameters.items()}
     local = {name.removeprefix(prefix): leaf for name, leaf in leaves.items()}
-    output = functional_call(adapter.module, local, (x,))
+    # Its forward alone: hooks of the user's act before the input that was recorded, and after the output.
+    output = functional_call(_Bare(adapter.module), {f"layer.{name}": leaf for name, leaf in local.items()}, (x,))
     cotangent = torch.zeros_like(output, requires_grad=True)
     gradients = torch.autograd.grad(output, list(leaves.values()), cotangent, create_graph=True)
     return output, cotangent, dict(zip(leaves, gradients, strict=True))
+
+
+class _Bare(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer.forward(x)
+        return output
 
 
 def _shared(adapter: LayerAdapter, cotangent: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from kronfac.approximations import KFAC, Approximation, get_approximation
 from kronfac.approximations.joint import require_per_layer
 from kronfac.blocks import Block, DiagonalKronecker, Kronecker, ScaledKronecker
 from kronfac.curvature import BlockDiagonal
+from kronfac.eager import eager_root
 from kronfac.estimation import estimate
 from kronfac.estimator import CoverageWarning
 from kronfac.forwards import call_model, pick_outputs
@@ -74,6 +75,7 @@ def verify(
     Returns:
         The report.
     """
+    model = eager_root(model)
     method, drawn = get_approximation(approximation), get_source(source, samples)
     require_per_layer(method, "verify")
     inputs, targets = _check(model, batch, drawn)

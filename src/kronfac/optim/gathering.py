@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kronfac.eager import is_compiled
 from kronfac.estimator import Estimator
+from kronfac.examples import check_examples
 from kronfac.forwards import pick_outputs
 from kronfac.graph import in_backward, saved_plainly
 from kronfac.measuring import is_apart_from_training
 from kronfac.operators.passes import random_state, run, same_random_state
+from kronfac.optim.held import Held
 from kronfac.optim.hooks import WeakHook, do_nothing, remove
-from kronfac.optim.root import identities, is_compiled
+from kronfac.optim.root import identities
 from kronfac.optim.sub_batch import Plan, check_fits, part_of, versions_of
 from kronfac.sources.part import Part
 from kronfac.tape import Tape, TapeError, record
@@ -45,7 +48,7 @@ class Gatherer:
 
     Args:
         model: The module the training loop calls.
-        estimator: Takes the statistics; built on :func:`eager_root` of the model.
+        estimator: Takes the statistics; built on :func:`kronfac.eager.eager_root` of the model.
         due: Says whether this forward's statistics are wanted.
         begin: Called once before the first statistics of a step.
         outputs: Picks the output tensor.
@@ -92,7 +95,8 @@ class Gatherer:
         self._due, self._begin, self.pick, self._keep = due, begin, outputs, keep
         self._examples = examples
         self._plan: Plan | None = None  # of the forward that is under way
-        self._held: list[Callable[[], None]] | None = None  # statistics that wait to be taken, if they are to wait
+        self._tried = False  # whether rows are examples
+        self._held = Held()
         self._tape = Tape(estimator.adaptation.adapters)
         self._identities = identities(self.root)
         # Hooks that are added to a compiled module are ignored.
@@ -142,40 +146,23 @@ class Gatherer:
                 tape.close()
                 picked = pick_outputs(outputs, self.pick)
                 part = part_of(self._examples, picked)
-                self._when_wanted(lambda: self._update(tape, picked, targets, part))
+                self._held(lambda: self._update(tape, picked, targets, part))
                 self._watch(picked)
 
             yield gather
 
-    @contextmanager
-    def held_back(self) -> Iterator[Callable[[], None]]:
+    def held_back(self) -> AbstractContextManager[Callable[[], None]]:
         """Let the statistics of forwards within the block wait; those that were not asked for by its end are dropped.
 
-        Yields:
-            Takes them in; to be called before the graph is freed.
+        Returns:
+            A context manager that gives what takes them in; to be called before the graph is freed.
         """
         self.reset()
-        held = self._held = []
+        return self._held.back(self._drop)
 
-        def take() -> None:
-            self._held = None
-            with torch.enable_grad():  # as in the forward
-                for waiting in held:
-                    waiting()
-
-        try:
-            yield take
-        finally:
-            if self._held is not None:
-                self._held = None
-                self._tape.forget()
-                self.reset()
-
-    def _when_wanted(self, take: Callable[[], None]) -> None:
-        if self._held is None:
-            take()
-        else:
-            self._held.append(take)
+    def _drop(self) -> None:
+        self._tape.forget()
+        self.reset()
 
     @contextmanager
     def _keeping(self) -> Iterator[None]:
@@ -212,7 +199,7 @@ class Gatherer:
         plan = Plan.of(self._examples, self.estimator, args, kwargs)
         if self._own_forward and not plan.apart:
             # Before the training forward, with whose graph it then shares no memory.
-            self._when_wanted(lambda: self._run_again(plan))
+            self._held(lambda: self._run_again(plan))
             return
         self._plan = plan
         if not plan.apart:
@@ -232,10 +219,14 @@ class Gatherer:
         picked = pick_outputs(output, self.pick)
         self._watch(picked)
         if plan.apart:
-            self._when_wanted(lambda: self._run_again(plan, picked))
+            self._held(lambda: self._run_again(plan, picked))
             return
         _require_calls(self._tape)
-        self._when_wanted(lambda: self._take(picked, plan.part_of(picked)))
+        if not self._tried:
+            self._tried = True
+            with self._measuring():
+                check_examples(self.estimator, self._tape, (args, kwargs), len(picked), self.pick)
+        self._held(lambda: self._take(picked, plan.part_of(picked)))
 
     def _take(self, outputs: Tensor, part: Part | None) -> None:
         self._update(self._tape, outputs, None, part)
@@ -289,15 +280,19 @@ class Gatherer:
         missed = tape.unreached(outputs)
         self._reached |= set(tape.calls) - missed
         self.unreached = (self.unreached | missed) - self._reached
-        self.measuring = True
-        try:
-            with saved_plainly():
-                for estimator in (self.estimator, *self.beside):
-                    estimator.update(tape, outputs, targets, continues=self.gathered > 0, part=part)
-        finally:
-            self.measuring = False
+        with self._measuring(), saved_plainly():
+            for estimator in (self.estimator, *self.beside):
+                estimator.update(tape, outputs, targets, continues=self.gathered > 0, part=part)
         self.gathered += 1
         self.last_targets = targets
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        self.measuring = True
+        try:
+            yield
+        finally:
+            self.measuring = False
 
     def check_layers(self) -> None:
         """Refuse a model whose modules or parameters are no longer those of the construction, or cast or moved.

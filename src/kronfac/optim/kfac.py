@@ -16,6 +16,7 @@ from kronfac.approximations import Approximation
 from kronfac.approximations.joint import require_per_layer
 from kronfac.blocks import Inverse
 from kronfac.damping import Rule, get_rule
+from kronfac.eager import eager_root
 from kronfac.estimator import Estimator
 from kronfac.likelihoods import Likelihood
 from kronfac.optim.averaging import swapped_in, update_average
@@ -27,7 +28,6 @@ from kronfac.optim.hooks import do_nothing
 from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator, with_decay
 from kronfac.optim.reduced import RoundedDirections
 from kronfac.optim.renewal import Renewal
-from kronfac.optim.root import eager_root
 from kronfac.optim.rows import RowGradients, multiply_rows
 from kronfac.optim.rows_checks import check_groups, check_rows
 from kronfac.optim.state import gather_generators, load_curvature_state, save_curvature_state

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from kronfac.eager import is_compiled
 from kronfac.layers import LayerAdapter
 from kronfac.optim.options import several_processes
-from kronfac.optim.root import is_compiled
 from kronfac.optim.rows import LEAST, fits
 
 

@@ -114,12 +114,29 @@ def first_of(value: Any, count: int, batch: int) -> Any:
     Returns:
         Views of what was given.
     """
+    return _cut(value, slice(count), batch)
+
+
+def rest_of(value: Any, batch: int) -> Any:
+    """Leave the first example out of an argument of a model or a loss.
+
+    Args:
+        value: As for :func:`first_of`.
+        batch: How many examples there are.
+
+    Returns:
+        Views of what was given.
+    """
+    return _cut(value, slice(1, None), batch)
+
+
+def _cut(value: Any, kept: slice, batch: int) -> Any:
     if isinstance(value, dict):
-        return {key: first_of(part, count, batch) for key, part in value.items()}
+        return {key: _cut(part, kept, batch) for key, part in value.items()}
     if isinstance(value, (tuple, list)):
-        parts = [first_of(part, count, batch) for part in value]
+        parts = [_cut(part, kept, batch) for part in value]
         return parts if isinstance(value, list) else tuple(parts)
-    return value[:count] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch else value
+    return value[kept] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch else value
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

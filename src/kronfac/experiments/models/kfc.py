@@ -1,4 +1,4 @@
-"""The CIFAR-10 network of Grosse and Martens (2016), which is cuda-convnet's "cifar-10-fast"."""
+"""The CIFAR-10 network of Grosse and Martens (2016): cuda-convnet's of 18 % error, without response normalisation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from kronfac.experiments.models.initialise import initialise, mark_linear
 
 def kfc_network(classes: int = 10, batch_norm: bool = False, pooling: str = "published") -> nn.Sequential:
     """Build the network: three 5x5 convolutions (32, 32, 64 maps), each with 3x3 pooling of stride 2, and one layer.
+
+    The paper's, and cuda-convnet's, normalise responses after the first two poolings; here nothing does, or batch norm.
 
     Maximum pooling after the first convolution, average pooling after the others; the maps are 16, 8 and 4 pixels
     wide because the pooling windows may overhang (``ceil_mode``), as cuda-convnet's do.

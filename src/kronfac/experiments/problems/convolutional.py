@@ -56,7 +56,7 @@ _TUNED: dict[str, Hyperparameters] = {
 FAMILY = (
     _on(
         name="cifar10-kfc",
-        description="CIFAR-10, three 5x5 convolutions with pooling and one fully-connected layer (cifar-10-fast)",
+        description="CIFAR-10, three 5x5 convolutions with pooling and one fully-connected layer",
         dataset="cifar10",
         build=kfc_network,
         tuned=_TUNED,
