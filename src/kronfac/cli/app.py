@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import kronfac
-from kronfac.cli import analyse, bench, compare, continual, demo, report, reproduce, train
+from kronfac.cli import analyse, bench, compare, continual, demo, report, reproduce, sweep, train
 from kronfac.cli.group import OneLineErrors
 from kronfac.experiments.memory import keep_freed_memory
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train", epilog=train.EPILOG)(train.train)
 app.command("compare", epilog=compare.EPILOG)(compare.compare)
+app.command("sweep", epilog=sweep.EPILOG)(sweep.sweep)
 app.command("continual", epilog=continual.EPILOG)(continual.continual)
 app.command("bench")(bench.bench)
 app.command("report")(report.report)

@@ -30,7 +30,7 @@ def print_outcome(results: Results, as_text: bool) -> None:
         print_table(settings_table(results), "Hyper-parameters")
         for name in results.grids:
             print()
-            print_table(grid_view(results, name), f"Grid of {name}")
+            print_table(grid_view(results, name), f"{'Trials' if name in results.plan.tried else 'Grid'} of {name}")
         print()
         print_table(summary_view(results), f"{results.plan.problem}")
         if len(results.plan.optimizers) > 1:

@@ -18,6 +18,7 @@ from kronfac.experiments.optimizers import OPTIMIZERS
 from kronfac.experiments.problems import PROBLEMS, Problem, get_problem
 from kronfac.experiments.report import write_report
 from kronfac.experiments.results import Results, read_results
+from kronfac.experiments.search import Range, Search, read_axis
 from kronfac.experiments.tables import curves, headlines, reaches, summary
 from kronfac.experiments.targets import targets
 
@@ -28,12 +29,15 @@ __all__ = [
     "DatasetError",
     "ExperimentError",
     "Problem",
+    "Range",
     "Results",
+    "Search",
     "compare",
     "curves",
     "get_problem",
     "headlines",
     "reaches",
+    "read_axis",
     "read_results",
     "summary",
     "targets",

@@ -28,6 +28,8 @@ from kronfac.experiments.results import (
     run_folder,
 )
 from kronfac.experiments.runner import run
+from kronfac.experiments.search import Search
+from kronfac.experiments.searching import searching, try_points
 from kronfac.experiments.settings import RunSettings
 
 
@@ -43,6 +45,7 @@ def compare(
     hyperparameters: Mapping[str, Mapping[str, object]] | None = None,
     grid: Grid | None = None,
     grid_steps: int | None = None,
+    search: Search | None = None,
     metric: str | None = None,
     evaluate_every: int | None = None,
     device: str = "cpu",
@@ -71,6 +74,8 @@ def compare(
         grid: Values to tune over before the final runs: ``{"sgd": {"lr": [0.01, 0.03, 0.1]}}``. Every combination is
             run with the first seed; the one with the lowest final ``metric`` wins. The whole grid is in the report.
         grid_steps: Budget in steps of a tuning run; the whole budget by default.
+        search: Trials in place of a grid, as many for each optimiser: the next point is chosen by what came of those
+            before, and the best is used. Stopped, it goes on with the same points.
         metric: The figure that is tuned and compared, lower being better; the problem's by default.
         evaluate_every: Steps between evaluations; the problem's by default.
         device: Torch device.
@@ -110,19 +115,27 @@ def compare(
     ):  # for the report: missing ones are better known now than at the end
         need(module, "experiments")
     # Checked before the data are loaded (which may be a download) and before anything is written.
-    make_plan(task, optimizers, examples=task.batch_size, **arguments)  # type: ignore[arg-type]
+    checked = make_plan(task, optimizers, examples=task.batch_size, **arguments)  # type: ignore[arg-type]
+    if search is not None:
+        need("optuna", "sweep")
+        searching(checked, search)
     for library in (get_optimizer(name).library for name in optimizers):
         if library is not None:
             need(*library)
     folder = make_folder(Path(out))
     data = task.data()
     plan = make_plan(task, optimizers, examples=len(data.train_inputs), **arguments)  # type: ignore[arg-type]
+    plan = plan if search is None else searching(plan, search)
     plan.check_batches()
     call = command or _call(problem, optimizers, out, arguments)
     with locked(folder), _threads(plan.threads):
         remove_leftovers(folder)
         found = environment() | {"threads": plan.threads}
-        write_json(folder / COMPARISON, {"plan": plan.as_json(), "environment": found, "command": call})
+
+        def note(plan: Plan) -> None:
+            write_json(folder / COMPARISON, {"plan": plan.as_json(), "environment": found, "command": call})
+
+        note(plan)
         if busy := warning(found):
             progress.message(busy)
         data = data.to(device)
@@ -130,7 +143,12 @@ def compare(
         def train(settings: RunSettings) -> None:
             run(task, settings, data, run_folder(folder, settings), progress, checkpoint_every)
 
-        _execute(plan, folder, progress, _anew(folder, train) if fresh else train)
+        do = _anew(folder, train) if fresh else train
+        if search is not None:
+            progress.plan(len(plan.optimizers) * (search.trials + len(plan.seeds)))
+            for name in plan.optimizers:
+                plan = try_points(plan, search, name, folder, note, do)
+        _execute(plan, folder, progress, do)
         results = read_results(folder)
         write_report(results)
     return results
@@ -151,10 +169,11 @@ def _anew(folder: Path, train: Callable[[RunSettings], None]) -> Callable[[RunSe
 
 def _execute(plan: Plan, folder: Path, progress: Progress, train: Callable[[RunSettings], None]) -> None:
     points = {name: plan.points(name) for name in plan.optimizers}
-    progress.plan(sum(map(len, points.values())) + len(plan.optimizers) * len(plan.seeds))
+    if not plan.tried:
+        progress.plan(sum(map(len, points.values())) + len(plan.optimizers) * len(plan.seeds))
     chosen = {name: dict(plan.hyperparameters[name]) for name in plan.optimizers}
     for name in [name for name in plan.optimizers if points[name]]:
-        for values in points[name]:
+        for values in () if name in plan.tried else points[name]:
             train(plan.settings(name, values, plan.seeds[0], tuning=True))
         best = best_point(grid_points(plan, folder, name), plan.metric)
         if best is None:
@@ -165,7 +184,7 @@ def _execute(plan: Plan, folder: Path, progress: Progress, train: Callable[[RunS
         varied = ", ".join(f"{key}={value}" for key, value in best.varied.items())
         progress.message(f"{name}: best of {len(points[name])} points is {varied}")
         for key in at_edge(plan, name, best):
-            progress.message(f"{name}: {key}={best.varied[key]} is at the edge of its grid; a wider one may do better")
+            progress.message(f"{name}: {key}={best.varied[key]} is at the edge of what was tried; more may do better")
     # Seeds outside, optimisers inside: a machine that slows down half-way slows all optimisers alike.
     for seed in plan.seeds:
         for name, values in chosen.items():

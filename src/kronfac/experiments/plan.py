@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 
@@ -26,7 +26,8 @@ class Plan:
         problem: Name of the problem.
         optimizers: Names of the optimisers, in the order of tables.
         hyperparameters: A value for every hyper-parameter of each optimiser, before tuning.
-        grid: Values to tune over, by optimiser and hyper-parameter; empty for no tuning.
+        grid: Values to tune over, by optimiser and hyper-parameter, or both ends of what is searched; empty for no
+            tuning.
         grid_steps: Budget in steps of a tuning run; None for the whole budget.
         seeds: One run of each optimiser per seed; tuning uses the first.
         steps: Budget in steps, or None.
@@ -38,6 +39,7 @@ class Plan:
         threads: Torch threads; results are reproducible for a given number of them.
         examples: Size of the training set, once it is loaded.
         targets: Values of the metric; when each optimiser reaches them is in the report.
+        tried: Points that a search has come to, by optimiser; in place of all combinations of a grid's values.
     """
 
     problem: str
@@ -55,6 +57,7 @@ class Plan:
     threads: int
     examples: int
     targets: tuple[float, ...] = ()
+    tried: Mapping[str, Sequence[Mapping[str, object]]] = field(default_factory=dict)
 
     def settings(self, optimizer: str, values: Mapping[str, object], seed: int, tuning: bool = False) -> RunSettings:
         """Give the settings of one run.
@@ -87,7 +90,7 @@ class Plan:
         )
 
     def points(self, optimizer: str) -> list[dict[str, object]]:
-        """List the grid of an optimiser.
+        """List the grid of an optimiser, or what a search has tried.
 
         Args:
             optimizer: Its name.
@@ -99,6 +102,8 @@ class Plan:
         if not axes:
             return []
         spec, base = get_optimizer(optimizer), self.hyperparameters[optimizer]
+        if optimizer in self.tried:
+            return [spec.resolve(base, point) for point in self.tried[optimizer]]
         return [spec.resolve(base, dict(zip(axes, point, strict=True))) for point in itertools.product(*axes.values())]
 
     def check_batches(self) -> None:
@@ -137,7 +142,8 @@ class Plan:
             ExperimentError: If it is something else.
         """
         names = {field.name for field in fields(cls)}
-        value = {"targets": (), **value} if isinstance(value, dict) else {}  # plans of earlier versions have none
+        # Plans of earlier versions have neither.
+        value = {"targets": (), "tried": {}, **value} if isinstance(value, dict) else {}
         if set(value) != names:
             raise ExperimentError("this is no plan of a kronfac comparison")
         return cls(**{**value, **{name: tuple(value[name]) for name in ("optimizers", "seeds", "targets")}})

@@ -11,6 +11,7 @@ from kronfac.experiments.files import read_json
 from kronfac.experiments.plan import Plan
 from kronfac.experiments.records import read_records
 from kronfac.experiments.runner import METRICS, RESULT
+from kronfac.experiments.search import near_an_end
 from kronfac.experiments.settings import RunSettings
 
 COMPARISON = "comparison.json"
@@ -154,6 +155,9 @@ def at_edge(plan: Plan, optimizer: str, point: GridPoint) -> list[str]:
         The names of such hyper-parameters; those with fewer than three numbers to choose from do not count.
     """
     names = []
+    if optimizer in plan.tried:
+        ends = {name: values for name, values in plan.grid[optimizer].items() if None not in map(_number, values)}
+        return [name for name, pair in ends.items() if len(pair) == 2 and near_an_end(pair, point.varied[name])]
     for name, values in plan.grid[optimizer].items():
         numbers = [number for value in values if (number := _number(value)) is not None]
         if len(numbers) > 2 and _number(point.varied[name]) in (min(numbers), max(numbers)):
