@@ -60,6 +60,24 @@ def test_every_approximation_scales_as_the_share_of_the_terms(approximation: str
         torch.testing.assert_close(all_.to_dense(), share * one.to_dense(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("approximation", ["kfac", "tkfac", "diagonal", "dense", "sua"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_an_accumulated_sum_counts_layers_that_its_first_forward_does_not_call(
+    approximation: str, backwards: bool
+) -> None:
+    model, likelihood = Heads(), kf.Categorical(reduction="sum")
+    optimizer = kf.optim.KFAC(
+        model, likelihood, lr=0.1, source="exact", stats_every=1, kl_clip=None, approximation=approximation
+    )
+    pairs = loader()[::-1] if backwards else loader()
+    for (x, task), y in pairs:
+        F.cross_entropy(model(x, task), y, reduction="sum").backward()
+    wanted = kf.estimate(model, likelihood, pairs, approximation=approximation, source="exact").blocks
+    for name, block in optimizer.curvature().blocks.items():
+        torch.testing.assert_close(block.to_dense(), wanted[name].to_dense(), rtol=1e-10, atol=1e-12)
+    optimizer.step()
+
+
 def test_an_accumulated_step_is_that_of_the_whole_loss() -> None:
     model = Heads()
     optimizer = kf.optim.KFAC(model, kf.Categorical(), lr=0.1, damping=0.1, source="exact", stats_every=1, kl_clip=None)
@@ -117,3 +135,56 @@ def test_experts_without_examples() -> None:
         assert torch.equal(model.experts[1].weight, before) == (not bool(expert.any()))
     with pytest.raises(RuntimeError, match=r"experts\.1.*never called them"):
         kf.estimate(model, kf.Categorical(), [((x, torch.zeros(6, dtype=torch.long)), LABELS)])
+
+
+class Slots(nn.Module):
+    """An expert that is asked once for each slot, of which all but one are empty."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.first, self.expert, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.last = last
+        double(self)
+
+    def forward(self, x: Tensor, empty: bool = True) -> Tensor:
+        h = torch.tanh(self.first(x))
+        none = [self.expert(h[:0])] if empty else []
+        full = [self.expert(h)]
+        return self.head(torch.cat(none + full if self.last else full + none))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("approximation", ["kfac", "dense"])
+def test_calls_without_rows_beside_one_with_rows_do_not_count(last: bool, approximation: str) -> None:
+    model, x = Slots(last), draw(6, 4)
+    found, wanted = (
+        kf.estimate(model, kf.Categorical(), ((x, empty), LABELS), approximation=approximation, source="exact")
+        for empty in (True, False)
+    )
+    torch.testing.assert_close(found.to_dense(), wanted.to_dense(), rtol=1e-12, atol=1e-14)
+
+
+class Branches(nn.Module):
+    """A layer, or a frozen one in its place, and a parameter without a block behind both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.trained = nn.Parameter(torch.ones(3)), nn.Linear(4, 3)
+        self.frozen = nn.Linear(4, 3).requires_grad_(False)
+        double(self)
+
+    def forward(self, x: Tensor, trained: bool) -> Tensor:
+        return self.scale * (self.trained if trained else self.frozen)(x)
+
+
+@pytest.mark.filterwarnings("ignore::kronfac.estimator.CoverageWarning")
+@pytest.mark.parametrize("source", ["exact", "empirical", "forward_only"])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_forwards_that_call_no_layer_with_a_block_count(source: str, first: bool, reduction: str) -> None:
+    model, x, likelihood = Branches(), draw(6, 4), kf.Categorical(reduction=reduction)
+    pairs = [((x, trained), LABELS) for trained in (first, not first)]
+    found = kf.estimate(model, likelihood, pairs, source=source)
+    wanted = kf.estimate(model, likelihood, [((x, True), LABELS)], source=source)
+    share = 0.5 if reduction == "mean" else 1.0
+    torch.testing.assert_close(found.to_dense(), share * wanted.to_dense(), rtol=1e-12, atol=1e-14)

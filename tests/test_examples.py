@@ -81,4 +81,104 @@ def test_rows_that_are_as_many_as_the_examples_by_chance(
     optimizer = kf.optim.EKFAC(model, likelihood, lr=0.1)
     with pytest.raises(ValueError, match=text):
         model(x)
+    with pytest.raises(ValueError, match=text):
+        model(x)  # it is no better the second time
+    del optimizer
+    optimizer = kf.optim.EKFAC(model, likelihood, lr=0.1, stats_forward="own")
+    with pytest.raises(ValueError, match=text):
+        model(x)
+    del optimizer
+
+
+class Noisy(nn.Module):
+    """Draws a code at random in either mode, as variational autoencoders do, from torch's generator or one of its own.
+
+    Args:
+        own: Whether it has one.
+    """
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 8), nn.Linear(4, 6)
+        self.generator = torch.Generator() if own else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, scale = self.encoder(x).chunk(2, -1)
+        return self.decoder(mean + scale.exp() * torch.randn(mean.shape, generator=self.generator))
+
+
+class Detector(nn.Module):
+    """Gives something else in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = self.linear(x)
+        return {"logits": found} if self.training else {"classes": found.argmax(-1)}
+
+
+class Squeezed(nn.Module):
+    """One number for each example, without a dimension too many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).squeeze()
+
+
+@pytest.mark.parametrize(
+    ("make", "batch", "likelihood"),
+    [
+        (lambda: Noisy(own=False), 5, kf.Bernoulli()),
+        (lambda: Noisy(own=True), 5, kf.Bernoulli()),
+        (Detector, 5, kf.Categorical()),
+        (Squeezed, 2, kf.Bernoulli()),
+    ],
+)
+def test_models_of_which_leaving_one_out_tells_nothing(
+    make: Callable[[], nn.Module], batch: int, likelihood: kf.Likelihood
+) -> None:
+    model = make()
+    pick = (lambda found: found["logits"]) if isinstance(model, Detector) else None
+    optimizer = kf.optim.EKFAC(model, likelihood, lr=0.1, outputs=pick)
+    x = torch.rand(batch, 6)
+    found = model(x)
+    (found if pick is None else pick(found)).square().mean().backward()
+    optimizer.step()
+
+
+def test_rounding_that_depends_on_the_size_of_the_batch_is_no_coupling() -> None:
+    class Rounded(nn.Module):
+        """Products in half precision, whose order a device chooses by the size of the batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = self.linear(x)
+            return (found * (1.0 + (len(x) == 4) * torch.finfo(torch.bfloat16).eps)).float()
+
+    model = Rounded()
+    optimizer = kf.optim.EKFAC(model, kf.Categorical(), lr=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.rand(5, 6))
+    with pytest.raises(ValueError, match="the outputs of the others"):
+        kf.estimate(model, kf.Categorical(), (torch.rand(5, 6), None), approximation="ekfac")
+    del optimizer
+
+
+def test_no_graph_lies_beside_the_training_graph_while_one_is_left_out() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+    optimizer = kf.optim.EKFAC(model, kf.Categorical(), lr=0.1)
+    graphs: list[bool] = []
+    model[1].register_forward_hook(lambda module, args, output: graphs.append(output.requires_grad))
+    model(torch.rand(5, 6))
+    assert graphs[0]
+    assert len(graphs) > 1
+    assert not any(graphs[1:])
     del optimizer

@@ -379,6 +379,26 @@ def test_buffers_are_put_back_whatever_happens() -> None:
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
+def test_a_buffer_that_gets_its_size_in_the_forward_is_put_back() -> None:
+    """Observers of quantisation-aware training do so."""
+    model = nn.Sequential(nn.Linear(3, 2)).double()
+    model.register_buffer("least", torch.empty(0, dtype=torch.float64))
+    model.register_buffer("last", draw(2, 3).mT)
+    least, last, before = model.least, model.last, model.last.clone()
+
+    def observe(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        module.least.resize_(2).copy_(output.detach().amin(0))
+        module.last.resize_(4).fill_(7)
+
+    model.register_forward_hook(observe)
+    kf.estimate(model, kf.Gaussian(), (draw(4, 3), None))
+    assert model.least is least
+    assert least.shape == (0,)
+    assert model.last is last
+    assert last.stride() == before.stride() == (1, 3)
+    assert torch.equal(last, before)
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
@@ -437,3 +457,16 @@ def test_models_of_low_precision_have_float32_statistics(dtype: torch.dtype) -> 
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).to(dtype)
     curvature = kf.estimate(model, kf.Categorical(), (torch.randn(6, 4, dtype=dtype), torch.arange(6) % 3))
     assert curvature.to_dense().dtype == torch.float32
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_state_carried_from_an_earlier_forward_must_be_detached(detached: bool) -> None:
+    layer = double(nn.Linear(3, 3))
+    first = layer(draw(4, 3)).tanh()
+    with record(adapt_model(layer).adapters) as tape:
+        out = layer(draw(4, 3, seed=1) + (first.detach() if detached else first))
+    if detached:
+        assert list(tape.pull(out, torch.ones_like(out))) == [""]
+        return
+    with pytest.raises(TapeError, match=r"a state that an earlier forward left without detach\(\)"):
+        tape.pull(out, torch.ones_like(out))

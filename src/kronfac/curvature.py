@@ -15,6 +15,7 @@ from torch import Tensor
 from kronfac._typing import NamedTensors
 from kronfac.blocks import Block, Inverse
 from kronfac.damping import Rule, check_damping, get_rule
+from kronfac.linalg.precision import without_autocast
 from kronfac.vectors import Layout, ParameterSpace, listed
 
 
@@ -67,6 +68,7 @@ class BlockDiagonal:
         self.parameter_names = self._parameters.names
         self.parameter_shapes = self._parameters.shapes
 
+    @without_autocast
     def matmul(self, vector: NamedTensors) -> dict[str, Tensor]:
         """Multiply by a vector.
 
@@ -78,6 +80,7 @@ class BlockDiagonal:
         """
         return self._parameters.map(lambda layer, matrix: self.blocks[layer].matmul(matrix), vector)
 
+    @without_autocast
     def quadratic_form(self, vector: NamedTensors) -> Tensor:
         """Quadratic form ``v^T C v``; differentiable in the vector.
 
@@ -89,6 +92,7 @@ class BlockDiagonal:
         """
         return _sum(self.blocks[layer].quadratic_form(matrix) for layer, matrix in self._parameters.pack(vector))
 
+    @without_autocast
     def inner(self, other: BlockDiagonal) -> Tensor:
         """Frobenius inner product ``tr(C^T D)`` with another curvature of the same layers.
 
@@ -107,6 +111,7 @@ class BlockDiagonal:
             raise ValueError("the two curvatures are over different parameters")
         return _sum(block.inner(other.blocks[layer]) for layer, block in self.blocks.items())
 
+    @without_autocast
     def trace(self) -> Tensor:
         """Trace.
 
@@ -115,6 +120,7 @@ class BlockDiagonal:
         """
         return _sum(block.trace() for block in self.blocks.values())
 
+    @without_autocast
     def frobenius_norm(self) -> Tensor:
         """Frobenius norm.
 
@@ -123,14 +129,16 @@ class BlockDiagonal:
         """
         return _sum(block.frobenius_norm().square() for block in self.blocks.values()).sqrt()
 
+    @without_autocast
     def diagonal(self) -> dict[str, Tensor]:
         """Diagonal.
 
         Returns:
-            ``{parameter name: tensor}`` in the parameters' shapes.
+            ``{parameter name: tensor}`` in the parameters' shapes; a copy.
         """
-        return self._parameters.unpack({layer: block.diagonal() for layer, block in self.blocks.items()})
+        return self._parameters.unpack({layer: block.diagonal().clone() for layer, block in self.blocks.items()})
 
+    @without_autocast
     def to_dense(self) -> Tensor:
         """Dense matrix, in the order of `torch.nn.utils.parameters_to_vector` over `parameter_names`.
 
@@ -157,6 +165,7 @@ class BlockDiagonal:
         scaled = {layer: block.scale(factor) for layer, block in self.blocks.items()}
         return BlockDiagonal(scaled, self.layouts, self.parameter_names, self.options)
 
+    @without_autocast
     def factorise(self, damping: float, rule: str | Rule = "factored") -> CurvatureInverse:
         """Prepare to solve with the damped curvature.
 
@@ -203,6 +212,7 @@ class CurvatureInverse:
         self.parameter_names = parameters.names
         self._parameters = parameters
 
+    @without_autocast
     def apply(self, vector: NamedTensors) -> dict[str, Tensor]:
         """Solve with the damped curvature.
 
@@ -214,6 +224,7 @@ class CurvatureInverse:
         """
         return self._parameters.map(lambda layer, matrix: self.inverses[layer].apply(matrix), vector)
 
+    @without_autocast
     def sqrt_apply(self, vector: NamedTensors) -> dict[str, Tensor]:
         """Multiply by a root ``S`` of the inverse, ``S S^T = inverse``: white noise gets the inverse as its covariance.
 
@@ -225,6 +236,7 @@ class CurvatureInverse:
         """
         return self._parameters.map(lambda layer, matrix: self.inverses[layer].sqrt_apply(matrix), vector)
 
+    @without_autocast
     def logdet(self) -> Tensor:
         """Log-determinant of the damped curvature (not of its inverse).
 

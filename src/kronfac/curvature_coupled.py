@@ -10,6 +10,7 @@ from torch import Tensor
 from kronfac._typing import NamedTensors
 from kronfac.blocks import Block, CoupledBlocks, CoupledInverse, Tridiagonal
 from kronfac.damping import Rule, check_damping, get_rule
+from kronfac.linalg.precision import without_autocast
 from kronfac.vectors import Layout, ParameterSpace
 
 
@@ -50,6 +51,7 @@ class CoupledCurvature:
         self.parameter_names = self._parameters.names
         self.parameter_shapes = self._parameters.shapes
 
+    @without_autocast
     def matmul(self, vector: NamedTensors) -> dict[str, Tensor]:
         """Multiply by a vector.
 
@@ -61,6 +63,7 @@ class CoupledCurvature:
         """
         return self._parameters.unpack(self.coupled.matmul(dict(self._parameters.pack(vector))))
 
+    @without_autocast
     def quadratic_form(self, vector: NamedTensors) -> Tensor:
         """Quadratic form ``v^T C v``; differentiable in the vector.
 
@@ -74,6 +77,7 @@ class CoupledCurvature:
         product = self.coupled.matmul(packed)
         return torch.stack([(product[layer] * packed[layer]).sum() for layer in packed]).sum()
 
+    @without_autocast
     def trace(self) -> Tensor:
         """Trace, that of the diagonal blocks.
 
@@ -82,14 +86,16 @@ class CoupledCurvature:
         """
         return torch.stack([block.trace() for block in self.blocks.values()]).sum()
 
+    @without_autocast
     def diagonal(self) -> dict[str, Tensor]:
         """Diagonal, that of the diagonal blocks.
 
         Returns:
-            ``{parameter name: tensor}`` in the parameters' shapes.
+            ``{parameter name: tensor}`` in the parameters' shapes; a copy.
         """
-        return self._parameters.unpack({layer: block.diagonal() for layer, block in self.blocks.items()})
+        return self._parameters.unpack({layer: block.diagonal().clone() for layer, block in self.blocks.items()})
 
+    @without_autocast
     def frobenius_norm(self) -> Tensor:
         """Frobenius norm, blocks between layers included.
 
@@ -98,6 +104,7 @@ class CoupledCurvature:
         """
         return self.coupled.frobenius_norm()
 
+    @without_autocast
     def to_dense(self) -> Tensor:
         """Dense matrix, in the order of `torch.nn.utils.parameters_to_vector` over `parameter_names`.
 
@@ -117,6 +124,7 @@ class CoupledCurvature:
         """
         return type(self)(self.coupled.scale(factor), self.layouts, self.parameter_names, self.options)
 
+    @without_autocast
     def factorise(self, damping: float, rule: str | Rule = "factored") -> CoupledCurvatureInverse:
         """Prepare to solve with the damped curvature.
 
@@ -186,6 +194,7 @@ class CoupledCurvatureInverse:
         self._parameters = parameters
         self._dtype, self._device = coupled.dtype, coupled.device
 
+    @without_autocast
     def apply(self, vector: NamedTensors) -> dict[str, Tensor]:
         """Solve with the damped curvature.
 
@@ -197,6 +206,7 @@ class CoupledCurvatureInverse:
         """
         return self._parameters.unpack(self.inverse.apply(dict(self._parameters.pack(vector))))
 
+    @without_autocast
     def sqrt_apply(self, vector: NamedTensors) -> dict[str, Tensor]:
         """Multiply by a root ``S`` of the inverse, ``S S^T = inverse``: white noise gets the inverse as its covariance.
 
@@ -208,6 +218,7 @@ class CoupledCurvatureInverse:
         """
         return self._parameters.unpack(self.inverse.sqrt_apply(dict(self._parameters.pack(vector))))
 
+    @without_autocast
     def logdet(self) -> Tensor:
         """Log-determinant of the damped curvature (not of its inverse).
 
@@ -216,6 +227,7 @@ class CoupledCurvatureInverse:
         """
         return self.inverse.logdet()
 
+    @without_autocast
     def to_dense(self) -> Tensor:
         """Dense inverse, in the order of `torch.nn.utils.parameters_to_vector` over `parameter_names`.
 

@@ -134,28 +134,33 @@ class Estimator:
         def take(sample: Sample) -> None:
             nonlocal denominator
             sample = sample if cut is None else cut(sample)
-            # The denominator of a sum is one, and was counted with the first of its parts.
-            sample = replace(sample, denominator=0.0) if adds else sample
-            denominator = sample.denominator
+            denominator = 0.0 if adds else sample.denominator
+            if adds and (self.joint is not None or sample.layer.name in self._called):
+                # The denominator of a sum is one, and was counted with the first of its parts that called the layer.
+                sample = replace(sample, denominator=0.0)
             add(sample)
 
         self.source.stream(tape, self.likelihood, outputs, targets, self.generator, take)
-        self._count_absent(set(tape.calls), denominator)
         with torch.no_grad():  # of targets that the source has looked at
             count = self.likelihood.term_shape(values, targets).numel()
-            terms = count / max(float(self.likelihood.denominator(values, targets)), 1e-12)
+            whole = float(self.likelihood.denominator(values, targets))
+            terms = count / max(whole, 1e-12)
             terms *= 1.0 if part is None or part.cut else part.weight(self.likelihood)
             self.terms = self.terms + terms if adds else terms
+        if not (tape.calls or adds):  # no sample has told it
+            denominator = whole
+        self._count_absent(set(tape.calls), denominator, adds)
 
-    def _count_absent(self, called: set[str], denominator: float) -> None:
+    def _count_absent(self, called: set[str], denominator: float, adds: bool) -> None:
         """Count the terms of the loss in which a layer has no part, since the forward did not call it.
 
         Until the next decay all forwards are of one loss; one that calls a layer in none of them says nothing of it.
+        Of a loss that is one sum over all of them, the first forward that calls a layer has counted the whole.
         """
         for name, statistic in self.statistics.items():
             if name not in called and name in self._called:
                 statistic.count_absence(denominator)
-            elif name in called and name not in self._called and self._passed:
+            elif name in called and name not in self._called and self._passed and not adds:
                 statistic.count_absence(self._passed)
         self._passed += denominator
         self._called |= called

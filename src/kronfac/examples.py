@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kronfac.estimator import Estimator
 from kronfac.graph import saved_plainly
+from kronfac.layers import LayerAdapter
 from kronfac.measuring import couples_examples, kept_modes
-from kronfac.operators.passes import run, same_random_state
+from kronfac.operators.passes import plain_kernels, run, same_random_state
 from kronfac.sources import require_examples
 from kronfac.sources.part import rest_of, tensors_of
-from kronfac.tape import Tape, record
+from kronfac.tape import Tape
+
+#: Examples that a batch has at least: what is left of two is one, whose dimension some models squeeze.
+LEAST = 3
 
 
 def check_examples(
@@ -24,7 +29,8 @@ def check_examples(
 
     Position indices ``[T, d]``, and sequences with time first, look like ``T`` examples where ``T`` is the batch.
     Without the first example, in eval mode, all layers must see one row less, and the outputs of the others must stay
-    what they are. A model that does not take a part of its batch tells nothing.
+    what they are. A model that does not take a part of its batch tells nothing, nor do the outputs of one that draws
+    random numbers in eval mode, too.
 
     Args:
         estimator: What needs the examples, or does not.
@@ -37,24 +43,26 @@ def check_examples(
         ValueError: They are not.
     """
     what, model = estimator.needs_examples, estimator.model
-    if what is None or batch < 2 or not any(t.ndim and len(t) == batch for t in tensors_of(inputs)):
+    if what is None or batch < LEAST or not any(t.ndim and len(t) == batch for t in tensors_of(inputs)):
         return
     if any(call.adapter.positions(call.input)[0] != batch for call in tape.calls.values()):
         return
-    adapters = estimator.adaptation.adapters
-    with kept_modes(model), same_random_state(model), saved_plainly(), torch.enable_grad():
+    with kept_modes(model), same_random_state(model), plain_kernels(model), saved_plainly(), torch.no_grad():
         for module in model.modules():
             module.training = False  # not eval(), which may do more
         try:
-            whole = run(model, {}, inputs, pick).detach()
-            with record(adapters) as fewer:
-                others = run(model, {}, rest_of(inputs, batch), pick).detach()
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+            whole, again = (run(model, {}, inputs, pick) for _ in range(2))
+            with _inputs_of(estimator.adaptation.adapters) as fewer:
+                others = run(model, {}, rest_of(inputs, batch), pick)
+        except Exception:  # whatever a model says of a part that is none, or of eval mode
             return
         coupled = couples_examples(model) or estimator.approximation.couples_examples
-    for call in fewer.calls.values():
-        require_examples(call.adapter, call.input, batch - 1, what)
-    if len(whole) == batch and not (others.shape == whole[1:].shape and (coupled or _close(others, whole[1:]))):
+    for adapter, seen in fewer:
+        require_examples(adapter, seen, batch - 1, what)
+    precision = _precision(model, whole)
+    if len(whole) != batch or not _close(again, whole, precision):
+        return
+    if others.shape != whole[1:].shape or not (coupled or _close(others, whole[1:], precision)):
         raise ValueError(
             f"{what} needs the examples one by one, along the first dimension of inputs and outputs; but without the "
             "first of them, the outputs of the others are not what they were. Put the batch first, before time, or use "
@@ -62,8 +70,48 @@ def check_examples(
         )
 
 
-def _close(found: Tensor, wanted: Tensor) -> bool:
+@contextmanager
+def _inputs_of(adapters: Mapping[str, LayerAdapter]) -> Iterator[list[tuple[LayerAdapter, Tensor]]]:
+    """Note the shapes of what layers are called with, as tensors that take no memory: a graph would lie beside another.
+
+    Args:
+        adapters: The layers.
+
+    Yields:
+        Layers and inputs, as they come.
+    """
+    seen: list[tuple[LayerAdapter, Tensor]] = []
+
+    def hook(adapter: LayerAdapter) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.numel())
+            seen.extend((adapter, torch.empty_like(value, device="meta")) for value in given)
+
+        return note
+
+    handles = [a.module.register_forward_hook(hook(a), with_kwargs=True) for a in adapters.values()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _precision(model: nn.Module, outputs: Tensor) -> float:
+    """The coarsest precision that outputs may have gone through on their way."""
+    kinds = {p.dtype for p in model.parameters()} | {outputs.dtype}
+    device = outputs.device.type
+    if torch.is_autocast_enabled(device):
+        kinds.add(torch.get_autocast_dtype(device))
+    if device != "cpu" and torch.float32 in kinds:
+        kinds.add(torch.float16)  # whose fraction is as long as that of TF32
+    return max(torch.finfo(kind).eps for kind in kinds if kind.is_floating_point) ** 0.5
+
+
+def _close(found: Tensor, wanted: Tensor, precision: float) -> bool:
     if not found.is_floating_point():
         return True
+    if found.shape != wanted.shape:
+        return False
     error, size = ((t.double().norm()) for t in (found - wanted, wanted))
-    return bool(error <= torch.finfo(found.dtype).eps ** 0.5 * size) or not bool(error.isfinite())
+    return bool(error <= precision * size) or not bool(error.isfinite())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -105,17 +105,20 @@ def unreached(outputs: Tensor, nodes: Mapping[str, Node]) -> set[str]:
     return {name for name, node in nodes.items() if node not in met}
 
 
-def used_elsewhere(outputs: Tensor, layers: Mapping[str, tuple[Node, Iterable[Tensor]]]) -> list[str]:
+def used_elsewhere(
+    outputs: Tensor, layers: Mapping[str, tuple[Node, Iterable[Tensor]]], empty: Collection[Node] = ()
+) -> list[str]:
     """Find layers whose parameters the outputs depend on in another way than through the layer's one call.
 
     Args:
         outputs: A model's outputs, attached to the graph.
         layers: The node of a layer's output, and its trained parameters, by name.
+        empty: Nodes of tensors without entries, through which nothing depends on anything.
 
     Returns:
         Names of the layers that have such a parameter.
     """
-    users, met = _users(outputs)
+    users, met = _users(outputs, empty)
 
     def alone(node: Node, last: Node) -> bool:
         # From a parameter on, past its casts and transposes, to the layer's product with its input.
@@ -134,14 +137,14 @@ def used_elsewhere(outputs: Tensor, layers: Mapping[str, tuple[Node, Iterable[Te
     ]
 
 
-def _users(outputs: Tensor) -> tuple[dict[Node, list[Node]], set[Node]]:
-    """For each node behind the outputs those that use it, once for each use; and all nodes."""
+def _users(outputs: Tensor, empty: Collection[Node] = ()) -> tuple[dict[Node, list[Node]], set[Node]]:
+    """For each node behind the outputs those that use it, once for each use; and all nodes. Empty ones use nothing."""
     users: dict[Node, list[Node]] = {}
     stack = [] if outputs.grad_fn is None else [outputs.grad_fn]
     met = set(stack)
     while stack:
         node = stack.pop()
-        for used, _ in node.next_functions:
+        for used, _ in () if node in empty else node.next_functions:
             if used is not None:
                 users.setdefault(used, []).append(node)
                 if used not in met:

@@ -90,6 +90,7 @@ class _Kept:
 
     def __init__(self, buffer: torch.Tensor) -> None:
         self._strided = buffer.layout == torch.strided
+        self._size, self._stride = buffer.shape, buffer.stride() if self._strided else ()
         self._version = 0 if self._strided else buffer._version
         self._values = (_memory(buffer) if self._strided else buffer.detach()).clone()
 
@@ -100,6 +101,9 @@ class _Kept:
             buffer: The buffer.
         """
         if self._strided:
+            if buffer.shape != self._size:  # observers of a quantiser give theirs a size at the first forward
+                with torch.no_grad():
+                    buffer.resize_(self._size).as_strided_(self._size, self._stride)
             _memory(buffer).copy_(self._values)
         elif buffer._version != self._version:  # the data of a sparse tensor is a tensor of its own
             with torch.no_grad():

@@ -293,5 +293,5 @@ def _check_layer(
             f"{path} was saved with a block of shape {saved_shape} for layer {layer!r}, the model's layer has "
             f"{list(shape)}: are its groups others?"
         )
-    if entry.get("kind") not in KINDS:
+    if str(entry.get("kind")) not in KINDS:
         raise StorageError(f"{path}: the block of layer {layer!r} is of the unknown kind {entry.get('kind')!r}")

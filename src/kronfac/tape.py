@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
 from kronfac.graph import feeders_of, in_backward, last_of, output_edge, unreached, used_elsewhere
@@ -80,6 +80,7 @@ class Tape:
     def __init__(self, adapters: Mapping[str, LayerAdapter]) -> None:
         self.adapters = adapters
         self.calls: dict[str, Call] = {}
+        self._empty: set[Node] = set()  # of calls without rows
         self._handles: list[RemovableHandle] = []
         self._last: tuple[Tensor, list[str]] | None = None
         self._apart = False  # whether it was opened for a measurement
@@ -93,7 +94,8 @@ class Tape:
     def open(self) -> None:
         """Forget earlier calls and register the hooks."""
         self.close()
-        self.calls, self._last, self._apart = {}, None, is_marked_apart()
+        self.forget()
+        self._apart = is_marked_apart()
         for name, adapter in self.adapters.items():
             # First of the module's hooks: later ones may change the output, or belong to a root that is itself a layer.
             hook = self._hook(name, adapter)
@@ -101,7 +103,7 @@ class Tape:
 
     def forget(self) -> None:
         """Let go of the calls, and of the graph that they are part of."""
-        self.calls, self._last = {}, None
+        self.calls, self._empty, self._last = {}, set(), None
 
     def close(self) -> None:
         """Remove the hooks; calls stay."""
@@ -117,25 +119,29 @@ class Tape:
                 # this is a checkpoint's second one.
                 return
             kwargs, output = rest
+            values = (*args, *kwargs.values())
+            if values and isinstance(values[0], Tensor) and not values[0].numel():
+                # An expert without tokens: as if it had not been called.
+                if isinstance(output, Tensor) and output.requires_grad:
+                    self._empty.add(output_edge(output)[0].node)
+                return
             if name in self.calls:
                 raise TapeError(
                     f"Layer {name!r} is used more than once in a forward pass; the Kronecker factors of weights shared "
                     "between calls are not supported. Use one module per call, or leave the layer out by freezing it "
                     "(requires_grad=False) while its curvature is gathered."
                 )
-            values = (*args, *kwargs.values())
             if len(values) != 1 or not isinstance(values[0], Tensor):
                 raise TapeError(f"Layer {name!r} must be called with one tensor, the input, to gather its curvature.")
-            if not values[0].numel():
-                return  # an expert without tokens: as if it had not been called
             if not isinstance(output, Tensor):
                 raise TapeError(f"Layer {name!r} returned a {type(output).__name__}; its curvature needs one tensor.")
             if not output.requires_grad:
                 if not any(parameter.requires_grad for parameter in adapter.parameters.values()):
                     return  # frozen since the adapters were made
                 raise TapeError(
-                    f"The output of layer {name!r} carries no gradient: its forward ran under torch.no_grad() or "
-                    "re-entrant checkpointing. Use torch.utils.checkpoint with use_reentrant=False."
+                    f"The output of layer {name!r} carries no gradient: its forward ran under torch.no_grad(), "
+                    "re-entrant checkpointing, or a transform of torch.func inside the model (vmap, jvp). Use "
+                    "torch.utils.checkpoint with use_reentrant=False, and batched operations in place of a vmap."
                 )
             x = values[0].detach()
             if adapter.autocast and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
@@ -197,6 +203,8 @@ class Tape:
             raise TapeError(
                 "The model's outputs carry no gradient; do not detach them and run outside torch.no_grad()."
             )
+        if not self.calls:
+            return
         for call in self.calls.values():
             call.check()
         last = self._last_edges(outputs)
@@ -240,14 +248,14 @@ class Tape:
             name: (call.edge.node, [p for p in call.adapter.parameters.values() if p.requires_grad])
             for name, call in self.calls.items()
         }
-        used = used_elsewhere(outputs, layers)
+        used = used_elsewhere(outputs, layers, self._empty)
         if used:
             raise TapeError(
                 f"The model's outputs depend on the parameters of layers {used} in another way than through their "
-                "calls (such as F.linear(h, layer.weight), or derivatives of the network among its outputs), which one "
-                "block for each layer cannot hold. Where a second layer uses the same weight, make it a module whose "
-                "weight is that parameter: tied weights are left out of the curvature, by name. Or freeze the layers "
-                "(requires_grad=False)."
+                "calls (such as F.linear(h, layer.weight), a state that an earlier forward left without detach(), or "
+                "derivatives of the network among its outputs), which one block for each layer cannot hold. Where a "
+                "second layer uses the same weight, make it a module whose weight is that parameter: tied weights are "
+                "left out of the curvature, by name. Or freeze the layers (requires_grad=False)."
             )
 
     def unreached(self, outputs: Tensor) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -135,6 +136,8 @@ def test_dead_maps_are_named_and_left_out() -> None:
 
 
 def test_refusals() -> None:
+    with pytest.raises(ValueError, match="radius=-1 must be at least 0"):
+        spatial_autocorrelation(draw(2, 1, 4, 4), radius=-1)
     with pytest.raises(ValueError, match="no convolution with trained parameters"):
         convolution_correlations(nn.Linear(2, 3), kf.Categorical(), (draw(2, 2), None))
     with pytest.raises(ValueError, match="loader is empty"):
@@ -143,3 +146,26 @@ def test_refusals() -> None:
     sizes = [(draw(2, 2, size, size), None) for size in (5, 7)]
     with pytest.raises(ValueError, match=r"derivatives of layer '0' are maps of size \(5, 5\) after .*\(3, 3"):
         convolution_correlations(pooled, kf.Categorical(), sizes)
+
+
+def test_the_table_condenses_the_correlations() -> None:
+    net, data = model(), (draw(6, 1, 6, 6), None)
+    with torch.no_grad():
+        net[0].bias[1] = -100.0
+    rows = kf.analysis.autocorrelation(net, kf.Categorical(), data, radius=2, seed=3)
+    frame = kf.analysis.to_frame(rows)
+    assert list(frame.columns) == ["layer", "kind", "maps", "alive", "distance", "autocorrelation"]
+    assert len(frame) == 4 * 3
+    for entry in convolution_correlations(net, kf.Categorical(), data, radius=2, seed=3):
+        own = frame[(frame["layer"] == entry.layer) & (frame["kind"] == entry.kind)]
+        assert own["distance"].tolist() == [0, 1, 2]
+        assert own["autocorrelation"].tolist() == pytest.approx(entry.by_distance().tolist())
+        assert set(own["maps"]) == {len(entry.spatial)}
+    assert set(frame[(frame["layer"] == "0") & (frame["kind"] == "derivatives")]["alive"]) == {2}
+
+
+def test_the_module_of_the_tables_name_can_be_imported_from() -> None:
+    """The package has the function under the name of the module, as for `alignment` and `spectrum`."""
+    module = importlib.import_module("kronfac.analysis.autocorrelation")
+    assert module.autocorrelation is kf.analysis.autocorrelation
+    assert module.convolution_correlations is convolution_correlations

@@ -69,6 +69,18 @@ def test_errors_stay_within_their_bounds() -> None:
             assert row["distance"] <= row["bound"]
 
 
-def test_bad_intervals_are_named() -> None:
-    with pytest.raises(ValueError, match="every=0"):
-        error_during_training(classifier(), kf.Categorical(), data_for((5,)), lambda: None, steps=1, every=0)
+@pytest.mark.parametrize(
+    ("steps", "every", "named"),
+    [(1, 0, "every"), (3, 1.5, "every"), (-1, 1, "steps"), (2.5, 1, "steps"), (True, 1, "steps")],
+)
+def test_bad_intervals_are_named(steps: object, every: object, named: str) -> None:
+    """A fraction among them, of which only some multiples are steps."""
+    with pytest.raises(ValueError, match=f"{named} must be a whole number of at least"):
+        error_during_training(
+            classifier(),
+            kf.Categorical(),
+            data_for((5,)),
+            lambda: None,
+            steps=steps,
+            every=every,  # type: ignore[arg-type]
+        )

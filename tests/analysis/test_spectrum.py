@@ -95,3 +95,15 @@ def test_bad_arguments() -> None:
         spectrum(net(), kf.Categorical(), data, approximations="kfac")
     with pytest.raises(ValueError, match="a list_iterator, which can be read only once"):
         spectrum(net(), kf.Categorical(), iter([data]))
+    for layers in ("2", []):
+        with pytest.raises(ValueError, match=r"layers=.* must be a list of names, of one layer at least"):
+            spectrum(net(), kf.Categorical(), data, layers=layers)
+
+
+def test_rows_of_dataclasses_make_a_frame() -> None:
+    """`to_frame` takes the rows of every analysis."""
+    data = (draw(5, 3), torch.zeros(5, dtype=torch.long))
+    rows = spectrum(net(), kf.Categorical(), data)
+    pd.testing.assert_frame_equal(kf.analysis.to_frame(rows), pd.DataFrame(rows))
+    aligned = kf.analysis.alignment(net(), kf.Categorical(), data, ["kfac:exact"])
+    pd.testing.assert_frame_equal(kf.analysis.to_frame(aligned), pd.DataFrame(aligned))

@@ -60,3 +60,14 @@ def test_what_cannot_be_compared_is_refused() -> None:
             kf.analysis.sub_batch_error(
                 network(), kf.Categorical(), batch, examples=2, approximation=approximation, source="sampled"
             )
+
+
+def test_factors_that_are_zero_have_no_error() -> None:
+    """A layer of units that are never on: 0/0 would make its own error, and the mean over layers, NaN."""
+    model = double(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
+    with torch.no_grad():
+        model[0].bias.fill_(-1e3)  # type: ignore[union-attr]
+    found = table(kf.analysis.sub_batch_error(model, kf.Categorical(), (draw(8, 3), None), examples=4))
+    assert found[4, "0", "output"] == 0.0
+    assert found[4, "*", "output"] == pytest.approx(found[4, "2", "output"] / 2)  # type: ignore[operator]
+    assert found[4, "0", "input"] > 0.0  # type: ignore[operator]

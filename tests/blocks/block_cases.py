@@ -116,6 +116,16 @@ class BlockCase:
         close(basis.from_basis(basis.values * basis.to_basis(vector)), self.block().matmul(vector))
         close(basis.from_basis(basis.to_basis(vector)), vector)
 
+    def test_autocast_leaves_solutions_alone(self) -> None:
+        """In float32, of which it would make 16 bits; a step may be taken within it."""
+        block, vector = self.block().to(dtype=torch.float32), self.vector().float()
+        for shift, _ in self.shifted():
+            inverse = block.factorise(shift)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = inverse.apply(vector), inverse.sqrt_apply(vector)
+            assert torch.equal(found[0], inverse.apply(vector))
+            assert torch.equal(found[1], inverse.sqrt_apply(vector))
+
     def test_factorise_apply(self) -> None:
         for shift, dense in self.shifted():
             vectors = self.vector(2)

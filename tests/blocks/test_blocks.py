@@ -348,3 +348,12 @@ def test_shifts_are_validated(bad: float) -> None:
         PerFactor(bad, 1.0)
     with pytest.raises(ValueError, match="output"):
         PerFactor(1.0, torch.tensor([1.0, bad]))
+
+
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_scaling_by_a_float64_number_keeps_float32(stack: tuple[int, ...]) -> None:
+    """Of two tensors without dimensions the wider dtype wins, which the scale of one product is."""
+    block = ScaledKronecker.from_moments(random_psd(*stack, 3, 3, seed=1), random_psd(*stack, 2, 2, seed=2))
+    scaled = block.to(dtype=torch.float32).scale(torch.tensor(0.3, dtype=torch.float64))
+    assert scaled.dtype == scaled.delta.dtype == torch.float32
+    torch.testing.assert_close(scaled.to_dense().double(), 0.3 * block.to_dense(), rtol=1e-5, atol=1e-6)

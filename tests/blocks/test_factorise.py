@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.blocks.block_cases import cholesky_inverses, close, random_psd
 
+from kronfac.blocks import Diagonal, DiagonalKronecker, EigenKronecker, Kronecker, PerFactor, Uniform
 from kronfac.linalg.factorise import cholesky, eigh, eighs
 from kronfac.linalg.inverse import invert
 
@@ -150,3 +151,16 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"\(2, 3\)"):
         eighs([torch.ones(2, 3)])
     assert cholesky_inverses([], []) == []
+
+
+@pytest.mark.parametrize("shift", [1e-46, 1e-40])
+def test_damping_that_is_lost_in_float32_is_refused(shift: float) -> None:
+    """The reciprocal of what is left of it is infinite, and so would be every step."""
+    values = torch.tensor([0.0, 1.0])
+    eigen = EigenKronecker(values.view(1, 2), torch.eye(1), torch.eye(2))
+    for block in (Diagonal(values.view(1, 2)), eigen, Kronecker(torch.diag(values), torch.eye(1))):
+        with pytest.raises(torch.linalg.LinAlgError, match="larger damping"):
+            block.factorise(Uniform(shift))
+    with pytest.raises(torch.linalg.LinAlgError, match="larger damping"):
+        DiagonalKronecker(values, torch.eye(1)).factorise(PerFactor(shift, 0.0))
+    assert Diagonal(values.view(1, 2)).factorise(Uniform(1e-38)).logdet().isfinite()

@@ -84,6 +84,32 @@ def test_damping_as_json(tmp_path: Path) -> None:
     assert found["files"] == [str(tmp_path / "damping.csv"), str(tmp_path / "damping-exact.png")]
 
 
+def test_a_rule_named_twice_is_measured_once(tmp_path: Path) -> None:
+    code, stdout, stderr = call(*DAMPING, "--rules", "exact,exact", "--steps", "0", "--json", "--out", str(tmp_path))
+    assert code == 0, stderr
+    assert [row["layer"] for row in json.loads(stdout)["rows"]] == ["0", "3", "7"]
+
+
+def test_the_restricted_rule_is_the_optimisers_own(tmp_path: Path) -> None:
+    rule = ["--rules", "trace_restricted,normal", "--approximation", "tkfac"]
+    code, plain, stderr = call(*DAMPING, *rule, "--json", "--out", str(tmp_path / "plain"))
+    assert code == 0, stderr
+    own = [*rule, "--optimizer", "tkfac", "--set", "scheme=trace_restricted", "--set", "nu=100"]
+    code, text, stderr = call(*DAMPING, *own, "--json", "--out", str(tmp_path / "own"))
+    assert code == 0, stderr
+    assert "ν 0.01, β 1" in json.loads(plain)["rules"]["trace_restricted"]
+    title = json.loads(text)["rules"]["trace_restricted"]
+    assert "ν 100, β " in title
+    assert "but for convolutions" in title
+    rows = json.loads(text)["rows"]
+    assert [row["layer"] for row in rows] == ["0", "3", "7"] * 6
+    assert {row["rule"] for row in rows} == {"trace_restricted", "normal"}
+    last = {row["layer"]: row for row in rows if row["step"] == 3 and row["rule"] == "trace_restricted"}
+    for layer in ("0", "3"):  # a trace below ν is raised to it, and both factors are then doubled
+        assert last[layer]["inflation"] == pytest.approx(4 * max(1, 100 / last[layer]["trace"]) - 1, rel=1e-4)
+    assert last["7"]["inflation"] > 4 * max(1, 100 / last["7"]["trace"])  # expanded
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -100,6 +126,7 @@ def test_damping_as_json(tmp_path: Path) -> None:
         (["damping", "digits-mlp", "--rules", "nope"], "unknown damping rule 'nope'"),
         (["damping", "digits-mlp", "--damping", "-1"], "damping must be finite and not negative"),
         (["damping", "digits-mlp", "--layers", "9"], "the network has no 9"),
+        (["damping", "digits-mlp", "--layers", "0,1"], "the network has no 1 with parameters; it has 0, 2, 4"),
         (["damping", "digits-mlp", "--approximation", "nope"], "approximation='nope' is unknown"),
     ],
 )

@@ -43,6 +43,14 @@ def call(*arguments: str) -> tuple[int, str, str]:
         (["compare"], "Missing argument"),
         (["train", "digits-mlp", "--optimizer", "sgd", "--set", "damping=1"], "sgd has no hyper-parameter 'damping'"),
         (["train", "digits-mlp", "--seed", "-1"], "seed must be"),
+        (
+            ["train", "digits-mlp", "--checkpoint-every", "nan"],
+            "--checkpoint-every must be a number of at least 0, got nan",
+        ),
+        (
+            ["compare", "digits-mlp", "--checkpoint-every=-1"],
+            "--checkpoint-every must be a number of at least 0, got -1",
+        ),
         (["report", "/nowhere"], "holds no runs of kronfac"),
         (["bogus"], "No such command 'bogus'"),
     ],

@@ -157,6 +157,7 @@ main()
         ("continual nope --fresh", "stopped; the same command without --fresh goes on from the last checkpoint"),
         ("analyse table", "stopped; the same command goes on from the last checkpoint"),
         ("reproduce kld-wrm", "stopped; the same command goes on from the last checkpoint"),
+        ("sweep digits-mlp --trials 3", "stopped; the same command goes on from the last checkpoint"),
         ("analyse verify digits-mlp", "stopped"),
         ("bench", "stopped"),
         ("bench --scaling width", "stopped"),

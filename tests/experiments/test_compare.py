@@ -112,7 +112,7 @@ def test_a_winner_at_the_edge_is_pointed_out(tmp_path: Path) -> None:
     listener = Listener()
     grid = {"sgd": {"lr": [0.0001, 0.001, 0.01]}}
     experiments.compare("digits-mlp", ["sgd"], steps=20, out=tmp_path, grid=grid, threads=1, progress=listener)
-    assert any("lr=0.01 is at the edge of its grid" in message for message in listener.messages)
+    assert any("lr=0.01 is at the edge of what was tried" in message for message in listener.messages)
 
 
 def test_a_diverged_run_does_not_stop_the_others(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from kronfac.experiments import runner
+from kronfac.experiments.batches import Batches
 from kronfac.experiments.checkpoint import load_checkpoint, save_checkpoint
 from kronfac.experiments.errors import CheckpointError, ExperimentError
 from kronfac.experiments.optimizers import get_optimizer
@@ -67,6 +69,29 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert result["status"] == "done"
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
     assert not (tmp_path / "cut" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("optimizer", ["kfac", "ekfac", "tkfac", "adaptive_kfac", "kldwrm_so", "kldwrm_q", "kldwrm_qe"])
+def test_the_empirical_source_is_given_the_targets(tmp_path: Path, optimizer: str) -> None:
+    wanted, data = settings(optimizer, steps=4, source="empirical"), PROBLEM.data()
+    assert runner.run(PROBLEM, wanted, data, tmp_path / "empirical")["status"] == "done"
+    runner.run(PROBLEM, settings(optimizer, steps=4), data, tmp_path / "sampled")
+    assert lines(tmp_path / "empirical")[-1] != lines(tmp_path / "sampled")[-1]
+
+
+def test_a_warm_up_holds_one_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive, most, plain = weakref.WeakSet[torch.Tensor](), 0, Batches.at
+
+    def at(self: Batches, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal most
+        inputs, targets = plain(self, step)
+        alive.add(inputs)
+        most = max(most, len(alive))
+        return inputs, targets
+
+    monkeypatch.setattr(Batches, "at", at)
+    runner.run(PROBLEM, settings("kfac", steps=1, warm_up=12), PROBLEM.data(), tmp_path)
+    assert most < 6
 
 
 def test_metrics_past_the_checkpoint_are_cut_off(tmp_path: Path) -> None:

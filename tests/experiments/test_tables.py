@@ -15,7 +15,11 @@ from kronfac.experiments.tables import curves, headlines, reaches, summary
 METRICS = ("train_loss", "train_error", "test_loss", "test_error")
 
 
-def results(runs: dict[tuple[str, int], list[tuple[int, float, float]]], diverged: tuple[str, ...] = ()) -> Results:
+def results(
+    runs: dict[tuple[str, int], list[tuple[int, float, float]]],
+    diverged: tuple[str, ...] = (),
+    unfinished: tuple[str, ...] = (),
+) -> Results:
     names = list(dict.fromkeys(name for name, _ in runs))
     seeds = sorted({seed for _, seed in runs})
     plan = make_plan(get_problem("digits-mlp"), names, steps=100, seeds=seeds, examples=1500)
@@ -26,7 +30,8 @@ def results(runs: dict[tuple[str, int], list[tuple[int, float, float]]], diverge
             for step, seconds, value in points
         ]
         settings = plan.settings(name, plan.hyperparameters[name], seed)
-        built.append(RunResult(settings, "diverged" if name in diverged else "done", "", evaluations))
+        status = "diverged" if name in diverged else "unfinished" if name in unfinished else "done"
+        built.append(RunResult(settings, status, "", evaluations))
     chosen = {name: dict(plan.hyperparameters[name]) for name in names}
     return Results(Path("nowhere"), plan, {}, "", {}, chosen, built)
 
@@ -71,6 +76,21 @@ def test_the_headline_speaks_of_the_best() -> None:
         "KFAC reaches SGD-momentum's final training loss (3) in 0.50 of its steps and 1.25 of its seconds"
     ]
     assert headlines(results({("sgd", 0): KFAC, ("kfac", 0): SGD}))[0].startswith("SGD-momentum reaches KFAC's")
+
+
+def test_the_headline_names_an_end_no_better_than_the_start() -> None:
+    worse = [(0, 0.0, 9.0), (100, 2.0, 9.5)]
+    assert headlines(results({("sgd", 0): worse, ("kfac", 0): KFAC})) == [
+        "KFAC reaches SGD-momentum's final training loss (9.5), which SGD-momentum had before its first step"
+    ]
+
+
+def test_an_unfinished_run_has_no_end_to_be_reached() -> None:
+    runs = {("sgd", 0): SGD, ("adam", 0): SGD, ("kfac", 0): KFAC}
+    data = results(runs, unfinished=("sgd",))
+    assert set(reaches(data)["target_of"]) == {"Adam", "KFAC"}
+    assert [line.split(" final")[0] for line in headlines(data)] == ["KFAC reaches Adam's"]
+    assert headlines(results(runs, unfinished=("sgd", "kfac"))) == []
 
 
 def test_diverged_runs_enter_no_mean_and_set_no_target() -> None:

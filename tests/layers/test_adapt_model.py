@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kronfac as kf
 from kronfac.layers import adapt, adapt_model
 from kronfac.layers.linear import LinearAdapter
 from kronfac.layers.norm import FullNormAdapter
@@ -95,6 +96,26 @@ def test_layers_with_a_forward_of_their_own_have_no_block_until_they_are_registe
     assert list(adapt_model(model).adapters) == ["0", "1"]
 
 
+def test_a_convolution_whose_inner_forward_is_its_own_has_no_block() -> None:
+    """As weight-standardised and equalised convolutions are often written."""
+
+    class Scaled(nn.Conv2d):
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(input, 2 * weight, bias)
+
+    class Normalised(nn.InstanceNorm1d):
+        def _apply_instance_norm(self, input: Tensor) -> Tensor:
+            return super()._apply_instance_norm(input).relu()
+
+    class Plain(nn.Conv2d):
+        pass
+
+    found = adapt_model(nn.Sequential(Scaled(1, 2, 2), Normalised(2, affine=True), Plain(1, 2, 2)))
+    assert list(found.adapters) == ["2"]
+    assert "Scaled has a forward of its own, so that Conv2d's formulas" in found.uncovered["0.weight"]
+    assert "Normalised has a forward of its own" in found.uncovered["1.weight"]
+
+
 def test_parameters_of_a_container_are_named() -> None:
     class Positioned(nn.Module):
         def __init__(self) -> None:
@@ -156,3 +177,31 @@ def test_a_new_layer_type_is_one_registration() -> None:
 def test_bad_arguments_are_named(model: nn.Module, options: dict[str, str], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         adapt_model(model, **options)
+
+
+class Spectral(nn.Module):
+    """Complex numbers inside, real ones outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5, dtype=torch.complex64), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x.to(torch.complex64)).abs())
+
+
+def test_layers_of_complex_numbers_are_named() -> None:
+    model, x, y = Spectral(), torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+    found = adapt_model(model)
+    assert list(found.adapters) == ["last"]
+    assert set(found.uncovered) == {"first.weight", "first.bias"}
+    assert all("complex" in reason for reason in found.uncovered.values())
+    with pytest.warns(kf.CoverageWarning, match="complex"):
+        assert list(kf.estimate(model, kf.Categorical(), (x, y)).blocks) == ["last"]
+    with pytest.warns(kf.CoverageWarning, match="complex"):
+        optimizer = kf.optim.KFAC(model, kf.Categorical(), lr=0.1, stats_every=1, kl_clip=None)
+    before = [p.detach().clone() for p in model.parameters()]
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert all(bool(p.isfinite().all()) for p in model.parameters())

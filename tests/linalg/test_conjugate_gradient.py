@@ -221,3 +221,13 @@ def test_vectors_that_do_not_fit_are_named() -> None:
         conjugate_gradient(lambda v: v, [torch.ones(2), torch.ones(2, dtype=torch.float64)])
     with pytest.raises(ValueError, match="must be a tensor, a sequence"):
         conjugate_gradient(lambda v: v, [])
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_a_right_hand_side_whose_norm_is_lost_is_refused(size: float) -> None:
+    """Its squares vanish in float32, and zero would pass for the solution; or they are infinite, though it is not."""
+    b = torch.full((5,), size)
+    with pytest.raises(FloatingPointError, match=r"squares of b.*are beyond torch.float32: scale b"):
+        conjugate_gradient(lambda v: 2 * v, b)
+    found = conjugate_gradient(lambda v: 2 * v, b.double()).solution
+    torch.testing.assert_close(found, b.double() / 2, rtol=1e-6, atol=0)

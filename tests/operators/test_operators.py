@@ -324,3 +324,13 @@ def test_refusals() -> None:
         GaussNewtonOperator(model, likelihood, (X, Y + 1)).matmul(vector)
     with pytest.raises(ValueError, match=r"depends on the targets"):
         ggn_quadratic_form(model, Categorical(WEIGHT), X, vector)
+
+
+@pytest.mark.parametrize("kind", [GaussNewtonOperator, HessianOperator])
+def test_vectors_of_integers_are_refused(kind: type[ParameterOperator]) -> None:
+    """The product has the vector's dtype, and of whole numbers little or nothing would be left."""
+    model = seeded(nn.Linear(3, 3))
+    operator = kind(model, Categorical(), (X, torch.arange(6) % 3))
+    for act in (operator.matmul, operator.quadratic_form):
+        with pytest.raises(TypeError, match=r"entry 'weight' is torch.int64: it must be of real floating point"):
+            act({name: torch.ones(p.shape, dtype=torch.long) for name, p in model.named_parameters()})

@@ -86,6 +86,55 @@ def resume(rank: int) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+class Experts(nn.Module):
+    """Each process calls one expert at each step, the other one at the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 3)
+        self.experts = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])
+        self.double()
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        return self.last(self.experts[expert](self.first(x).tanh()).tanh())
+
+
+def train_experts(model: nn.Module, called: nn.Module, rank: int | None, optimizer: Any, **options: Any) -> Tensor:
+    """Train experts, alone by one forward after the other, or as one of several processes."""
+    optimizer = optimizer(called, kf.Categorical(), lr=0.1, source="exact", kl_clip=None, **options)
+    for step in range(3):
+        optimizer.zero_grad()
+        for part in range(WORLD) if rank is None else [rank]:
+            x, y = share(step, part)
+            loss = F.cross_entropy(called(x, (step + part) % 2), y)
+            (loss / WORLD if rank is None else loss).backward()
+        optimizer.step()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+#: How experts are trained.
+EXPERTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "experts": (kf.optim.KFAC, {"stats_every": 2, "burn_in": 1}),
+    "experts, traces": (kf.optim.TKFAC, {"scheme": "trace_restricted"}),
+    "experts, asynchronously": (kf.optim.KFAC, {"asynchronous": 1, "invert_every": 2}),
+}
+
+
+def experts(rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, (optimizer, options) in EXPERTS.items():
+        model = Experts()
+        called = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        found[name] = train_experts(model, called, rank, optimizer, **options)
+    called = nn.parallel.DistributedDataParallel(Experts(), find_unused_parameters=True)
+    try:
+        train_experts(called.module, called, rank, kf.optim.EKFAC)
+    except RuntimeError as error:
+        found["refused"] = str(error)
+    return found
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
@@ -97,6 +146,7 @@ def work(rank: int, folder: str) -> None:
             model = network()
             found[name] = train(model, nn.parallel.DistributedDataParallel(model), rank, **options)
         found |= resume(rank)
+        found["experts"] = experts(rank)
         torch.save(found, Path(folder) / f"{rank}.pt")
         distributed.barrier()  # who leaves first closes connections that the other one may still be at
     finally:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -150,6 +152,24 @@ def test_after_a_long_warm_up_the_average_forgets_as_fast_as_ever() -> None:
     same(factors(optimizer), old)
     F.cross_entropy(model(later), LABELS[:4]).backward()
     same(factors(optimizer), {name: 0.9 * old[name] + 0.1 * new[name] for name in old})
+
+
+def test_a_loader_that_fails_leaves_a_warm_up_of_the_batches_before() -> None:
+    x = draw(12, 3)
+    batches = [(part, None) for part in x.split(4)] * 4
+
+    def failing() -> Iterator[tuple[Tensor, None]]:
+        yield from batches[8:]
+        raise OSError("the disk is gone")
+
+    weights = []
+    for loader in (batches[8:], failing()):
+        optimizer = make(network(), ema=0.5)
+        optimizer.warm_up(batches[:8])
+        with contextlib.suppress(OSError):
+            optimizer.warm_up(loader)
+        weights.append([m.weight for s in optimizer._estimator.statistics.values() for m in s.means().values()])
+    assert weights[0] == pytest.approx(weights[1], rel=1e-12)
 
 
 def test_warm_up_takes_targets_counts_batches_and_leaves_the_model() -> None:

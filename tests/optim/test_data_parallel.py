@@ -35,6 +35,13 @@ def test_two_processes_are_as_good_as_one(tmp_path: Path) -> None:
     alone = data_parallel.train(model := network(), model, None, **data_parallel.RUNS["ekfac"])
     for name in (name for name in alone if name.startswith("parameter")):
         torch.testing.assert_close(found[0]["ekfac"][name], alone[name], rtol=1e-8, atol=1e-10)
+    # Layers that one process calls and the other does not.
+    for run, (optimizer, options) in data_parallel.EXPERTS.items():
+        alone = data_parallel.train_experts(model := data_parallel.Experts(), model, None, optimizer, **options)
+        for part in found:
+            torch.testing.assert_close(part["experts"][run], alone, rtol=1e-9, atol=1e-12)
+    for part in found:
+        assert "Layers ['experts.0', 'experts.1'] were called in some processes" in part["experts"]["refused"]
     assert not torch.equal(found[0]["clipped"]["parameter 0.weight"], found[0]["exact"]["parameter 0.weight"])
 
 

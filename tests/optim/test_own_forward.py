@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -75,18 +76,69 @@ def test_the_run_is_that_of_the_shared_forward(make: Any, accumulated: int) -> N
     assert not torch.equal(mine["0.weight"], network().state_dict()["0.weight"])
 
 
-def test_adaptive_kfac_takes_it() -> None:
+def adaptive(precision: torch.dtype, **options: Any) -> tuple[nn.Module, kf.optim.AdaptiveKFAC, Callable[[], Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3))
+    x = torch.randn(20, 8)
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            outputs = model(x)
+        return F.cross_entropy(outputs.float(), x[:, :3].argmax(1))
+
+    return model, kf.optim.AdaptiveKFAC(model, kf.Categorical(), **options), loss
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_adaptive_kfac_takes_it(precision: torch.dtype) -> None:
     found = []
-    for stats_forward in ("shared", "own"):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
-        optimizer = kf.optim.AdaptiveKFAC(model, kf.Categorical(), stats_forward=stats_forward)
-        for step in range(4):
-            x = torch.randn(20, 8, generator=torch.Generator().manual_seed(step))
-            y = x[:, :3].argmax(1)
-            optimizer.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y))
+    for stats_forward in ("shared", "own"):  # with the same dropout masks, and in the same precision
+        model, optimizer, loss = adaptive(precision, stats_forward=stats_forward)
+        for _ in range(4):
+            optimizer.step(loss)
         found.append(nn.utils.parameters_to_vector(model.parameters()))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("options", [{}, {"stats_forward": "own"}, {"stats_examples": 5}], ids=str)
+def test_statistics_that_wait_are_taken_in_the_precision_of_the_forward(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    _, optimizer, loss = adaptive(torch.bfloat16, **options)
+    kinds: list[tuple[torch.dtype, bool]] = []
+    update = optimizer._estimator.update
+
+    def watched(tape: Any, outputs: Tensor, *args: Any, **kwargs: Any) -> None:
+        kinds.append((outputs.dtype, torch.is_autocast_enabled("cpu")))
+        update(tape, outputs, *args, **kwargs)
+
+    monkeypatch.setattr(optimizer._estimator, "update", watched)
+    for _ in range(3):
+        optimizer.step(loss)
+    assert kinds == [(torch.bfloat16, True)] * 3
+
+
+def test_statistics_that_wait_share_no_memory_with_the_training_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, loss = adaptive(torch.float32, stats_forward="own")
+    training: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+
+    def remember(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        if not is_apart_from_training():
+            training.append(weakref.ref(output.untyped_storage()))  # type: ignore[arg-type]
+
+    model[1].register_forward_hook(remember)  # type: ignore[operator]
+    update = optimizer._estimator.update
+
+    def watched(*args: Any, **kwargs: Any) -> None:
+        alive.extend(storage() is not None for storage in training)
+        update(*args, **kwargs)
+
+    monkeypatch.setattr(optimizer._estimator, "update", watched)
+    for _ in range(3):
+        optimizer.step(loss)
+    assert len(alive) >= 2
+    assert not any(alive)
 
 
 @pytest.mark.parametrize("stats_forward", ["shared", "own"])

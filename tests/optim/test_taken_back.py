@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -73,6 +74,24 @@ def test_nothing_is_left_of_a_step_that_was_taken_back(options: dict[str, Any]) 
         torch.testing.assert_close(block.to_dense(), wanted[name].to_dense(), rtol=1e-8, atol=1e-10)
     assert torch.equal(model.norm.num_batches_tracked, tracked)
     torch.testing.assert_close(model.norm.running_var, other.norm.running_var, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("found", [math.inf, math.nan])
+@pytest.mark.parametrize("checked", [False, True])
+def test_statistics_of_a_loss_that_is_not_finite_are_dropped(found: float, checked: bool) -> None:
+    """Outputs and inputs of layers are finite yet, but so large that their squares would stay in the averages."""
+    model, optimizer = trained()
+    if checked:
+        optimizer._unchecked = None
+    before = optimizer.curvature().trace()
+    move_last_step(model, optimizer, 1e30)
+
+    def loss() -> Tensor:
+        value = F.cross_entropy(model(INPUTS), LABELS)
+        return value + found if value > 1e6 else value
+
+    optimizer.step(loss)
+    assert optimizer.curvature().trace() < 10 * before
 
 
 def test_all_evaluations_of_a_step_that_takes_one_back_have_the_same_masks() -> None:

@@ -73,3 +73,18 @@ def test_ragged_rows_are_refused() -> None:
         plots.matrix_images([[np.eye(2)], [np.eye(2), np.eye(2)]])
     with pytest.raises(ValueError, match="equally many"):
         plots.matrix_images([])
+
+
+def test_the_scale_of_a_row_is_that_of_its_first_image() -> None:
+    """Places that come before it, or make up the whole row, are empty and leave no scale without numbers."""
+    axes = plots.matrix_images([[None, 4 * np.eye(2)], [None, None]], quantile=1.0, row_labels=["one", "none"])
+    assert axes[0][1].get_images()[0].get_clim() == (0.0, 4.0)
+    assert not any(place.get_images() for place in (axes[0][0], *axes[1]))
+    assert axes[1][0].get_ylabel() == "none"
+
+
+def test_scatters_gives_its_panels_alone_and_draws_no_point_for_none() -> None:
+    axes = plots.scatters({**{str(place): [(1.0, 2.0)] for place in range(4)}, "none": []}, "x", "y")
+    assert len(axes) == 5
+    assert axes[0].lines[0].get_xydata().tolist() == [[1.0, 2.0]]
+    assert len(axes[4].lines[0].get_xydata()) == 0

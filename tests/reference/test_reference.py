@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from kronfac import reference
+from kronfac import reference, verify
 from kronfac.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 
 
@@ -249,3 +249,19 @@ def test_refusals() -> None:
     mixed = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).double())
     with pytest.raises(ValueError, match="one dtype"):
         reference.ggn(mixed, Gaussian(), X)
+
+
+def test_a_list_of_arguments_is_one_as_for_estimates() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2).double()
+
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:
+            return self.layer(first + second)
+
+    model, pair = Sum(), [draw(4, 3), draw(4, 3, seed=1)]
+    found = reference.ggn(model, Categorical(), pair)
+    assert torch.equal(found, reference.ggn(model, Categorical(), tuple(pair)))
+    report = verify(model, Categorical(), (pair, None), approximation="dense", source="exact")
+    assert report.rows[0].error < 1e-12

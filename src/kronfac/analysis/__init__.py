@@ -5,6 +5,7 @@ from __future__ import annotations
 from kronfac.analysis.alignment import Alignment, ConvergenceWarning, alignment, alignment_during_training
 from kronfac.analysis.autocorrelation import (
     LayerCorrelations,
+    autocorrelation,
     convolution_correlations,
     cross_map_correlation,
     spatial_autocorrelation,
@@ -34,6 +35,7 @@ __all__ = [
     "alignment",
     "alignment_during_training",
     "approximation_error",
+    "autocorrelation",
     "convolution_correlations",
     "cross_map_correlation",
     "damping_during_training",

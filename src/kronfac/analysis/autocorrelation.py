@@ -6,7 +6,6 @@ uncorrelated (SUD), which KFC makes, and activations as uncorrelated (SUA), whic
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,114 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kronfac.analysis.map_moments import MapMoments
 from kronfac.forwards import batches_of, call_model
 from kronfac.layers import LayerAdapter, adapt_model
-from kronfac.layers.base import require_float
 from kronfac.layers.conv import ConvAdapter
 from kronfac.likelihoods import Likelihood
 from kronfac.measuring import frozen_buffers
 from kronfac.sources import Sampled
 from kronfac.tape import record
-
-#: Examples transformed at once.
-CHUNK = 64
-#: A variance below this share of the second moment is rounding, and correlations with it are undefined.
-_NOTHING = 1e-12
-
-
-class MapMoments:
-    """Sums over examples from which correlations of maps follow; kept in float64.
-
-    Args:
-        maps: Number of maps.
-        size: Their spatial size.
-    """
-
-    def __init__(self, maps: int, size: tuple[int, ...]) -> None:
-        self.size, self.count = size, 0
-        self._dims = tuple(range(-len(size), 0))
-        self._padded = tuple(2 * n - 1 for n in size)  # far enough apart that lags do not wrap around
-        frequencies = (*self._padded[:-1], self._padded[-1] // 2 + 1)
-        self._power = torch.zeros(maps, *frequencies, dtype=torch.float64)
-        self._total = torch.zeros(maps, *size, dtype=torch.float64)
-        self._squares = torch.zeros(maps, *size, dtype=torch.float64)
-        self._gram = torch.zeros(maps, maps, dtype=torch.float64)
-
-    def add(self, x: Tensor) -> None:
-        """Take in maps.
-
-        Args:
-            x: ``[N, maps, *size]``.
-        """
-        for part in require_float(x.detach()).cpu().double().split(CHUNK):
-            spectrum = torch.fft.rfftn(part, s=self._padded, dim=self._dims)
-            self._power += (spectrum.real.square() + spectrum.imag.square()).sum(0)
-            self._total += part.sum(0)
-            self._squares += part.square().sum(0)
-            columns = part.transpose(0, 1).flatten(1)
-            self._gram += columns @ columns.T
-        self.count += len(x)
-
-    def spatial(self, centred: bool = False) -> Tensor:
-        """Correlate each map with itself, offset in space.
-
-        Args:
-            centred: Whether to subtract the maps' means first.
-
-        Returns:
-            Correlation at every offset ``d``, over all examples and pairs of locations ``d`` apart, ``[maps, *(2 size -
-            1)]`` with the zero offset in the middle; NaN for a map that does not vary.
-        """
-        product = self._unwrap(self._power)
-        # Moments of the first and of the second location of the pairs at each offset.
-        square = self._overlap(self._squares)
-        left, right = square, square.flip(self._dims)
-        if centred:
-            pairs = self.count * self._overlap(torch.ones(1, *self.size, dtype=torch.float64)).round()
-            mean = self._overlap(self._total) / pairs
-            other = mean.flip(self._dims)
-            product = product - pairs * mean * other
-            left, right = left - pairs * mean.square(), right - pairs * other.square()
-        reference = square.amax(self._dims, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-        return _ratio(product, left, right, _NOTHING * reference)
-
-    def cross_map(self, centred: bool = False) -> Tensor:
-        """Correlate maps with each other at the same location.
-
-        Args:
-            centred: Whether to subtract the maps' means first.
-
-        Returns:
-            Correlations over all examples and locations, ``[maps, maps]``; NaN for a map that does not vary.
-        """
-        gram = self._gram
-        second = gram.diagonal()
-        if centred:
-            total = self._total.flatten(1).sum(1)
-            gram = gram - total[:, None] * total[None, :] / (self.count * math.prod(self.size))
-        variance = gram.diagonal()
-        threshold = _NOTHING * second.clamp(min=torch.finfo(torch.float64).tiny)
-        fine = variance > threshold
-        scale = torch.where(fine, variance, torch.nan).rsqrt()
-        return gram * scale[:, None] * scale[None, :]
-
-    def _unwrap(self, spectrum: Tensor) -> Tensor:
-        """Lags in order, the zero lag in the middle."""
-        lags = torch.fft.irfftn(spectrum, s=self._padded, dim=self._dims)
-        return torch.fft.fftshift(lags, dim=self._dims)
-
-    def _overlap(self, x: Tensor) -> Tensor:
-        """``Σ_t x_t`` over locations for which ``t + d`` lies inside, for every offset ``d``."""
-        one = torch.ones(self.size, dtype=torch.float64)
-        spectra = (torch.fft.rfftn(part, s=self._padded, dim=self._dims) for part in (x, one))
-        left, right = spectra
-        return self._unwrap(left.conj() * right)
-
-
-def _ratio(product: Tensor, left: Tensor, right: Tensor, threshold: Tensor) -> Tensor:
-    fine = (left > threshold) & (right > threshold)
-    norm = torch.where(fine, left * right, torch.nan).sqrt()
-    return (product / norm).clamp(-1.0, 1.0)
 
 
 def spatial_autocorrelation(maps: Tensor, *, centred: bool = False, radius: int | None = None) -> Tensor:
@@ -167,9 +66,14 @@ def cropped(correlations: Tensor, radius: int | None) -> Tensor:
 
     Returns:
         A view.
+
+    Raises:
+        ValueError: The radius is negative.
     """
     if radius is None:
         return correlations
+    if radius < 0:
+        raise ValueError(f"radius={radius!r} must be at least 0, or None for all offsets.")
     for dim in range(1, correlations.ndim):
         middle = correlations.shape[dim] // 2
         kept = min(radius, middle)
@@ -279,3 +183,37 @@ def convolution_correlations(
         LayerCorrelations(layer, kind, cropped(sums.spatial(centred), radius), sums.cross_map(centred))
         for (layer, kind), sums in moments.items()
     ]
+
+
+def autocorrelation(
+    model: nn.Module,
+    likelihood: Likelihood,
+    data: Iterable[Any] | tuple[Any, Any],
+    *,
+    centred: bool = False,
+    radius: int | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Tabulate how the maps of convolutions correlate over space; `convolution_correlations` has them whole.
+
+    Args:
+        model: The model, in the mode in which it is to be looked at.
+        likelihood: The loss; labels are drawn from the model's prediction.
+        data: Pairs of inputs and targets, or one pair.
+        centred: Subtract each map's mean first.
+        radius: Largest distance; all by default.
+        seed: Of the labels.
+
+    Returns:
+        For every convolution, derivatives and activations apart, a row for each distance from 0 on. Columns:
+        ``layer``; ``kind``, ``"derivatives"`` or ``"activations"``; ``maps``, their number, and ``alive``, that of
+        those that are not zero throughout; ``distance``, the larger component of an offset; ``autocorrelation``, the
+        mean absolute correlation of the living maps with themselves at that distance, NaN where there are none.
+    """
+    found = convolution_correlations(model, likelihood, data, centred=centred, radius=radius, seed=seed)
+    rows: list[dict[str, Any]] = []
+    for entry in found:
+        same = {"layer": entry.layer, "kind": entry.kind, "maps": len(entry.spatial), "alive": len(entry.alive())}
+        means = entry.by_distance().tolist()
+        rows += [same | {"distance": distance, "autocorrelation": mean} for distance, mean in enumerate(means)]
+    return rows

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kronfac.analysis.error import NETWORK, Row, approximation_error
 from kronfac.analysis.exact import gather
+from kronfac.analysis.measurement import along_training
 from kronfac.analysis.scene import Scene, methods_of, sources_of
 from kronfac.approximations import Approximation
 from kronfac.approximations.bounds import kfac_error_bound, tkfac_error_bound
@@ -67,14 +68,11 @@ def error_during_training(
 
     Raises:
         ValueError: ``steps`` or ``every`` is out of range, or `approximation_error` refuses.
-    """
-    if steps < 0 or every < 1:
-        raise ValueError(f"steps={steps!r} must be at least 0 and every={every!r} at least 1.")
+    """  # noqa: DOC502 - helpers raise it
     methods, (origin,) = methods_of(approximations), sources_of([source], samples)
     batches = data if isinstance(data, tuple) else list(data)
-    rows: list[Row] = []
 
-    def measure(step: int) -> None:
+    def measure(step: int) -> list[Row]:
         with _evaluating(model):
             found = approximation_error(
                 model,
@@ -91,16 +89,11 @@ def error_during_training(
             known = _bounds(model, likelihood, batches, layers, outputs, memory_limit) if bounds else {}
         found = [{"step": step, **row} | {"bound": None, "distance_sum": None} for row in found]
         _add_bounds(found, known)
-        rows.extend(found)
         if record is not None:
             record(step, found)
+        return found
 
-    for step in range(steps + 1):
-        if step % every == 0 or step == steps:
-            measure(step)
-        if step < steps:
-            advance()
-    return rows
+    return along_training(advance, steps, every, measure)
 
 
 def _add_bounds(rows: list[Row], known: dict[str, dict[str, float]]) -> None:

@@ -89,6 +89,8 @@ def spectrum(
     methods = _methods(approximations)
     if isinstance(data, Iterator):
         raise ValueError(f"data is a {type(data).__name__}, which can be read only once; pass a list of pairs.")
+    if layers is not None and (isinstance(layers, str) or not layers):
+        raise ValueError(f"layers={layers!r} must be a list of names, of one layer at least.")
     adapters = adapt_model(model, sharing=sharing, norm=norm).adapters
     chosen = list(adapters) if layers is None else [name for name in adapters if name in set(layers)]
     if unknown := sorted(set(layers or ()) - set(adapters)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,8 +57,9 @@ def sub_batch_error(
 
     Returns:
         A row for each size, layer and tensor of the layer's block: ``examples``, ``layer``, ``factor`` (its name) and
-        ``error``, ``‖X_m − X_N‖ / ‖X_N‖`` in the Frobenius norm; and one for each size and factor with the mean over
-        layers, of which ``layer`` is ``"*"``. Batch norm in train mode keeps all examples: its own errors are 0.
+        ``error``, ``‖X_m − X_N‖ / ‖X_N‖`` in the Frobenius norm (0 where both are zero); and one for each size and
+        factor with the mean over layers, of which ``layer`` is ``"*"``. Batch norm in train mode keeps all examples:
+        its own errors are 0.
 
     Raises:
         ValueError: A size is out of range, or the approximation is one that parts of a batch, or the entries of its
@@ -108,8 +110,14 @@ def _compare(found: dict[tuple[str, str], Tensor], wanted: dict[tuple[str, str],
     rows: list[Row] = []
     errors: dict[str, list[float]] = {}
     for (layer, factor), tensor in wanted.items():
-        error = float((found[layer, factor] - tensor).norm() / tensor.norm())
+        error = _relative(found[layer, factor], tensor)
         errors.setdefault(factor, []).append(error)
         rows.append({"examples": size, "layer": layer, "factor": factor, "error": error})
     means = {factor: sum(each) / len(each) for factor, each in errors.items()}
     return rows + [{"examples": size, "layer": NETWORK, "factor": factor, "error": e} for factor, e in means.items()]
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    """``‖X_m − X_N‖ / ‖X_N‖``; 0 if both are zero, as for a unit that is never on."""
+    distance, norm = float((found - wanted).norm()), float(wanted.norm())
+    return distance / norm if norm else (math.inf if distance else 0.0)

@@ -168,14 +168,15 @@ class DiagonalKronecker(Block):
     def _factorise_factors(self, shift: PerFactor) -> DiagonalKroneckerInverse:
         extra = shift.input.to(self.input).unsqueeze(-1) if isinstance(shift.input, Tensor) else shift.input
         damped = self.input + extra
-        if not bool(((damped > 0) & damped.isfinite()).all()):
+        reciprocals = damped.reciprocal()  # infinite where what is added is lost beside the smallest numbers there are
+        if not bool(((damped > 0) & damped.isfinite() & reciprocals.isfinite()).all()):
             raise torch.linalg.LinAlgError(
                 f"the input factor, a diagonal of size {self.shape[-1]}, has the entry {damped.min().item():.3g} "
                 "with the damping added; it must be positive and finite. Use a larger damping"
             )
         (output,) = invert([self.output], [shift.output], ["the output factor"])
         logdet = (self.shape[-2] * damped.log().sum(-1) + self.shape[-1] * output.logdet).sum()
-        return DiagonalKroneckerInverse(damped.reciprocal(), output.inverse, logdet)
+        return DiagonalKroneckerInverse(reciprocals, output.inverse, logdet)
 
     def scale(self, factor: Tensor | float) -> Self:
         """Multiply by a number, which goes into the output factor.

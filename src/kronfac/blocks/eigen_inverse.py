@@ -11,6 +11,7 @@ from torch import Tensor
 from kronfac.blocks.base import Inverse
 from kronfac.blocks.checks import check_vector
 from kronfac.blocks.eigenbasis import Eigenbasis
+from kronfac.linalg.precision import without_autocast
 
 
 class EigenInverse(Inverse):
@@ -31,7 +32,8 @@ class EigenInverse(Inverse):
             shift: What is added to every eigenvalue.
 
         Raises:
-            torch.linalg.LinAlgError: If an eigenvalue is not finite, or is zero to rounding and nothing is added to it.
+            torch.linalg.LinAlgError: If an eigenvalue is not finite, or is zero to rounding and nothing is added to it,
+                or too little for a finite reciprocal.
         """
         values = basis.values
         if not bool(values.isfinite().all()):
@@ -40,7 +42,8 @@ class EigenInverse(Inverse):
             )
         smallest, largest = (bound.item() for bound in values.aminmax())
         noise = torch.finfo(values.dtype).eps * max(values.shape[-2:]) * largest
-        if smallest + shift <= 0 or (shift == 0 and smallest <= noise):
+        least = 1 / torch.finfo(values.dtype).max
+        if smallest + shift <= least or (shift == 0 and smallest <= noise):
             raise torch.linalg.LinAlgError(
                 f"the block of shape {tuple(values.shape)} is singular: its smallest eigenvalue is {smallest:.3g}, "
                 f"its largest {largest:.3g}, and the damping {shift:.3g}. Use a larger damping"
@@ -49,6 +52,7 @@ class EigenInverse(Inverse):
         self.shape = values.shape
         self.reciprocals = (values + shift).reciprocal()
 
+    @without_autocast
     def apply(self, vector: Tensor) -> Tensor:
         """Solve: into the eigenbasis, divide, and back.
 
@@ -61,6 +65,7 @@ class EigenInverse(Inverse):
         check_vector(vector, self.shape, self.reciprocals.dtype)
         return self.basis.from_basis(self.basis.to_basis(vector) * self.reciprocals)
 
+    @without_autocast
     def sqrt_apply(self, vector: Tensor) -> Tensor:
         """Multiply by the symmetric root of the inverse.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from kronfac.blocks.base import Inverse
 from kronfac.blocks.checks import check_pair, check_square, check_vector
 from kronfac.linalg.factorise import cholesky
+from kronfac.linalg.precision import without_autocast
 from kronfac.linalg.products import matmul
 from kronfac.linalg.symmetric import with_even_rows
 
@@ -48,6 +49,7 @@ class KroneckerInverse(Inverse):
         self.shape = torch.Size([*output.shape[:-1], input.shape[-1]])
         self._logdet = logdet
 
+    @without_autocast
     def apply(self, vector: Tensor) -> Tensor:
         """Solve: ``G^-1 V A^-1``.
 
@@ -60,6 +62,7 @@ class KroneckerInverse(Inverse):
         check_vector(vector, self.shape, self.input.dtype)
         return matmul(matmul(self.output, vector), self.input)
 
+    @without_autocast
     def sqrt_apply(self, vector: Tensor) -> Tensor:
         """Multiply by the lower-triangular root ``L_G x L_A`` made of the Cholesky factors of the two inverses.
 
@@ -134,6 +137,7 @@ class DiagonalKroneckerInverse(Inverse):
         self.shape = torch.Size([*output.shape[:-1], input.shape[-1]])
         self._logdet = logdet
 
+    @without_autocast
     def apply(self, vector: Tensor) -> Tensor:
         """Solve: ``G^-1 V diag(1/a)``.
 
@@ -146,6 +150,7 @@ class DiagonalKroneckerInverse(Inverse):
         check_vector(vector, self.shape, self.input.dtype)
         return self.output @ vector * self.input.unsqueeze(-2)
 
+    @without_autocast
     def sqrt_apply(self, vector: Tensor) -> Tensor:
         """Multiply by the lower-triangular root ``L_G x diag(a^-1/2)``, ``L_G`` the Cholesky factor of ``G^-1``.
 
@@ -213,6 +218,7 @@ class DenseInverse(Inverse):
         self.shape = shape
         self._logdet = logdet
 
+    @without_autocast
     def apply(self, vector: Tensor) -> Tensor:
         """Solve.
 
@@ -225,6 +231,7 @@ class DenseInverse(Inverse):
         check_vector(vector, self.shape, self.matrix.dtype)
         return (self.matrix @ vector.flatten(-2).unsqueeze(-1)).reshape(vector.shape)
 
+    @without_autocast
     def sqrt_apply(self, vector: Tensor) -> Tensor:
         """Multiply by the lower-triangular Cholesky factor of the inverse.
 

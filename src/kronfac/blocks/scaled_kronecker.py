@@ -211,7 +211,8 @@ class ScaledKronecker(Block):
             A new block.
         """
         check_factor(factor)
-        return type(self)(self.input, self.output, self.delta * factor)
+        # Without a stack both are 0-dim, and a float64 factor would make a float64 scale.
+        return type(self)(self.input, self.output, (self.delta * factor).to(self.delta))
 
 
 def _trace(matrix: Tensor) -> Tensor:

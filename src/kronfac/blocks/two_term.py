@@ -11,6 +11,7 @@ from torch import Tensor
 from kronfac.blocks.base import Inverse
 from kronfac.blocks.checks import check_pair, check_precision, check_square, check_vector
 from kronfac.linalg.kronecker_sum import diagonalise_sum
+from kronfac.linalg.precision import without_autocast
 
 
 class TwoTermInverse(Inverse):
@@ -68,6 +69,7 @@ class TwoTermInverse(Inverse):
         found = diagonalise_sum(first, second, sign, name)
         return cls(found.input, found.output, found.values, found.logdet.sum())
 
+    @without_autocast
     def apply(self, vector: Tensor) -> Tensor:
         """Solve: ``K_G ((K_G^T V K_A) / values) K_A^T``.
 
@@ -80,6 +82,7 @@ class TwoTermInverse(Inverse):
         check_vector(vector, self.shape, self.input.dtype)
         return self.output @ ((self.output.mT @ vector @ self.input) / self.values) @ self.input.mT
 
+    @without_autocast
     def sqrt_apply(self, vector: Tensor) -> Tensor:
         """Multiply by the root ``(K_G x K_A) diag(values^-1/2)``.
 

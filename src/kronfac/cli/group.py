@@ -1,4 +1,4 @@
-"""How every command ends: errors of the user are one line on standard error and exit code 2."""
+"""How every command ends: errors of the user and of the disk are one line on standard error and exit code 2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kronfac.experiments.errors import ExperimentError
 
 BAD_INPUT, INTERRUPTED = 2, 130
 #: The commands that keep what they have done; so does ``bench --scaling``, if it has a folder.
-_RESUMABLE = ("train", "compare", "demo", "continual", "analyse table", "reproduce kld-wrm")
+_RESUMABLE = ("train", "compare", "sweep", "demo", "continual", "analyse table", "reproduce kld-wrm")
 
 
 class OneLineErrors(TyperGroup):
@@ -41,6 +41,8 @@ class OneLineErrors(TyperGroup):
         try:
             code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except ExperimentError as error:
+            _fail(str(error))
+        except OSError as error:  # a full disk, or a folder that somebody has removed
             _fail(str(error))
         except (typer.Abort, KeyboardInterrupt):
             code = INTERRUPTED

@@ -60,10 +60,20 @@ Fresh = Annotated[
         "--fresh", help="Throw away what these runs did before, instead of going on.", rich_help_panel=_OUTPUT
     ),
 ]
+
+
+def _period(seconds: float) -> float:
+    if not seconds >= 0.0:  # as NaN is not: no checkpoint would ever be due
+        raise ExperimentError(f"--checkpoint-every must be a number of at least 0, got {seconds:g}")
+    return seconds
+
+
 CheckpointEvery = Annotated[
     float,
     typer.Option(
-        help="Seconds between checkpoints: what a kill costs at most. They change no result.", rich_help_panel=_MACHINE
+        help="Seconds between checkpoints: what a kill costs at most. They change no result.",
+        rich_help_panel=_MACHINE,
+        callback=_period,
     ),
 ]
 Device = Annotated[str, typer.Option(help="Torch device.", rich_help_panel=_MACHINE)]

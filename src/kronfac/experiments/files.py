@@ -25,6 +25,9 @@ def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
 
     Yields:
         A binary stream to write the contents to. If the block raises, ``path`` is left as it was.
+
+    Raises:
+        ExperimentError: If the file cannot be written, on a full disk for instance.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -33,9 +36,11 @@ def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):
+            raise ExperimentError(f"cannot write {path}: {error.strerror or error}") from error
         raise
 
 

@@ -20,7 +20,7 @@ def locked(folder: Path | None) -> Iterator[None]:
         Nothing.
 
     Raises:
-        ExperimentError: If another process holds it.
+        ExperimentError: If another process holds it, or it cannot be written.
     """
     if folder is None:
         yield
@@ -30,7 +30,11 @@ def locked(folder: Path | None) -> Iterator[None]:
     except ImportError:
         yield
         return
-    with open(folder / ".lock", "w") as stream:
+    try:
+        opened = open(folder / ".lock", "w")  # noqa: SIM115 - closed by the block below
+    except OSError as error:
+        raise ExperimentError(f"cannot write {folder / '.lock'}: {error.strerror or error}") from error
+    with opened as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from kronfac.experiments.errors import CheckpointError
+from kronfac.experiments.errors import CheckpointError, ExperimentError
 
 #: One line: ``step``, ``epoch``, ``seconds``, ``batch_loss`` and, at evaluations, every metric of the problem.
 Record = Mapping[str, float]
@@ -42,7 +43,8 @@ class MetricsLog:
         Args:
             record: Finite numbers by name.
         """
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        with self._named():
+            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
 
     def offset(self) -> int:
         """Bring the lines to disk.
@@ -50,13 +52,22 @@ class MetricsLog:
         Returns:
             The file's length in bytes.
         """
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._named():
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return self._file.tell()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # a full disk, for instance
+            raise ExperimentError(f"cannot write {self._file.name}: {error.strerror or error}") from error
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with self._named():
+            self._file.close()
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from kronfac.experiments.errors import ExperimentError
+from kronfac.experiments.errors import ExperimentError, UnknownNameError
 from kronfac.experiments.files import read_json
+from kronfac.experiments.optimizers import get_optimizer
 from kronfac.experiments.plan import Plan
+from kronfac.experiments.problems import get_problem
 from kronfac.experiments.records import read_records
-from kronfac.experiments.runner import METRICS, RESULT
+from kronfac.experiments.runner import METRICS, RESULT, read_result
 from kronfac.experiments.search import near_an_end
 from kronfac.experiments.settings import RunSettings
 
@@ -123,8 +125,8 @@ def read_run(folder: Path, settings: RunSettings) -> RunResult:
     evaluations = [record for record in read_records(path / METRICS) if "train_loss" in record]
     if not (path / RESULT).exists():
         return RunResult(settings, "unfinished", "", evaluations)
-    result = read_json(path / RESULT)
-    return RunResult(settings, str(result.get("status")), str(result.get("note") or ""), evaluations)
+    result = read_result(path / RESULT)
+    return RunResult(settings, str(result["status"]), str(result["note"] or ""), evaluations)
 
 
 def best_point(points: list[GridPoint], metric: str) -> GridPoint | None:
@@ -211,6 +213,7 @@ def read_results(folder: Path) -> Results:
     content = read_json(path)
     try:
         plan = Plan.from_json(content.get("plan"))
+        _check_names(plan)
     except ExperimentError as error:
         raise ExperimentError(f"{path}: {error}; delete it to start anew") from error
     grids, chosen, runs = {}, {}, []
@@ -234,3 +237,14 @@ def read_results(folder: Path) -> Results:
         chosen=chosen,
         runs=runs,
     )
+
+
+def _check_names(plan: Plan) -> None:
+    """Refuse a plan of a version that has other problems, optimisers or metrics."""
+    metrics = get_problem(plan.problem).metrics
+    if plan.metric not in metrics:
+        raise UnknownNameError(f"metric of {plan.problem}", plan.metric, metrics)
+    for name in plan.optimizers:
+        get_optimizer(name)
+        if name not in plan.hyperparameters:
+            raise ExperimentError(f"the plan has no hyper-parameters of {name}")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from kronfac.experiments.checkpoint import load_checkpoint, save_checkpoint
-from kronfac.experiments.errors import CheckpointError
+from kronfac.experiments.errors import CheckpointError, ExperimentError
 from kronfac.experiments.files import make_folder, read_json, remove_leftovers, write_json
 from kronfac.experiments.problems.base import Data, Problem
 from kronfac.experiments.progress import Progress
@@ -62,7 +62,7 @@ def run(
     make_folder(folder)
     remove_leftovers(folder)
     if (folder / RESULT).exists():
-        result = read_json(folder / RESULT)
+        result = read_result(folder / RESULT)
         progress.started(settings, int(result["step"]))  # type: ignore[call-overload]
         progress.finished(settings, str(result["status"]), str(result["note"] or "already there"))
         return result
@@ -85,6 +85,25 @@ def run(
     write_json(folder / RESULT, result)
     (folder / CHECKPOINT).unlink(missing_ok=True)
     progress.finished(settings, status, note)
+    return result
+
+
+def read_result(path: Path) -> dict[str, object]:
+    """Read how a run ended.
+
+    Args:
+        path: Its ``result.json``.
+
+    Returns:
+        The contents: ``status``, ``note``, ``step``, ``seconds``.
+
+    Raises:
+        ExperimentError: If the file is damaged or holds something else.
+    """
+    result = read_json(path)
+    known = result.get("status") in ("done", "diverged") and isinstance(result.get("note", 0), str | None)
+    if not (known and isinstance(result.get("step"), int) and isinstance(result.get("seconds"), int | float)):
+        raise ExperimentError(f"{path} does not say how a run ended; delete it to start anew")
     return result
 
 

@@ -77,9 +77,10 @@ def summary(results: Results) -> pd.DataFrame:
 def reaches(results: Results) -> pd.DataFrame:
     """Say when each optimiser reaches what each other one has in the end.
 
-    The target is the other's final value of the compared metric, seed by seed. Ratios are to the steps and seconds at
-    which the other *first* had that value itself, which may be before its end; so noise in the last evaluation does
-    not flatter anybody. Times are those of the first evaluation at or below the target, without interpolation.
+    The target is the other's final value of the compared metric, seed by seed, once it is done. Ratios are to the
+    steps and seconds at which the other *first* had that value itself, which may be before its end; so noise in the
+    last evaluation does not flatter anybody. Times are those of the first evaluation at or below the target, without
+    interpolation.
 
     Args:
         results: The comparison.
@@ -141,28 +142,31 @@ def headlines(results: Results) -> list[str]:
         One sentence per other optimiser; none before two optimisers have finished.
     """
     table = summary(results).dropna(subset=[results.plan.metric])
+    table = table[~table["status"].str.contains("unfinished")]
     if len(table) < 2:
         return []
     best = table.sort_values(results.plan.metric).iloc[0]["optimizer"]
     what = results.plan.metric.replace("_", " ").replace("train", "training")
     sentences = []
     for row in reaches(results).to_dict("records"):
-        if row["optimizer"] != best:
+        if row["optimizer"] != best or row["target_of"] not in set(table["optimizer"]):
             continue
+        reached = f"{best} reaches {row['target_of']}'s final {what}"
         if row["reached"] < row["seeds"]:
+            sentences.append(f"{reached} for {row['reached']} of {row['seeds']} seeds")
+        elif math.isnan(row["steps_ratio"]):
+            sentences.append(f"{reached} ({row['target']:.4g}), which {row['target_of']} had before its first step")
+        else:
             sentences.append(
-                f"{best} reaches {row['target_of']}'s final {what} for {row['reached']} of {row['seeds']} seeds"
+                f"{reached} ({row['target']:.4g}) in {row['steps_ratio']:.2f} of its steps and "
+                f"{row['seconds_ratio']:.2f} of its seconds"
             )
-            continue
-        sentences.append(
-            f"{best} reaches {row['target_of']}'s final {what} ({row['target']:.4g}) in {row['steps_ratio']:.2f} of "
-            f"its steps and {row['seconds_ratio']:.2f} of its seconds"
-        )
     return sentences
 
 
 def _pairs(results: Results, name: str, other: str) -> list[tuple[RunResult, RunResult]]:
-    targets = {run.settings.seed: run for run in results.of(other) if math.isfinite(run.final(results.plan.metric))}
+    ended = [run for run in results.of(other) if run.status == "done"]
+    targets = {run.settings.seed: run for run in ended if math.isfinite(run.final(results.plan.metric))}
     return [
         (run, targets[run.settings.seed])
         for run in results.of(name)

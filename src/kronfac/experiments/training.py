@@ -69,11 +69,11 @@ class Training:
         self.optimizer.zero_grad()
         try:
             if self.step == 0 and (count := self.settings.hyperparameters.get("warm_up")):
-                self.optimizer.warm_up([self.batches.at(index) for index in range(count)])  # type: ignore[attr-defined, call-overload]
+                self.optimizer.warm_up(self.batches.at(index) for index in range(count))  # type: ignore[attr-defined, call-overload]
             if self.closure:
-                self.batch_loss = float(self.optimizer.step(lambda: self.problem.loss(self.model(inputs), targets)))  # type: ignore[arg-type, return-value]
+                self.batch_loss = float(self.optimizer.step(lambda: self._loss(inputs, targets)))  # type: ignore[arg-type, return-value]
             else:
-                loss = self.problem.loss(self.model(inputs), targets)
+                loss = self._loss(inputs, targets)
                 self.batch_loss = loss.item()
                 if not math.isfinite(self.batch_loss):
                     raise Diverged(f"the loss is {self.batch_loss}")
@@ -100,6 +100,14 @@ class Training:
         report = getattr(self.optimizer, "report", None)
         values = {} if report is None else report.to_dict()
         return {f"step_{k}": v for k, v in values.items() if k != "step" and v is not None and math.isfinite(v)}
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        if self.settings.hyperparameters.get("source") != "empirical":
+            return self.problem.loss(self.model(inputs), targets)
+        with self.optimizer.capture() as capture:  # type: ignore[attr-defined]  # which needs the targets
+            outputs = self.model(inputs)
+            capture(outputs, targets)
+        return self.problem.loss(outputs, targets)
 
     def _finite(self, inputs: Tensor, targets: Tensor) -> bool:
         self.model.eval()  # in which no statistics are gathered

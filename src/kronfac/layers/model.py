@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -80,6 +81,7 @@ def adapt_model(model: nn.Module, *, sharing: str = "expand", norm: str = "unitw
             result.uncovered |= {key: reason for key in own if key in order}
             continue
         try:
+            _require_real(own.values())
             adapter = adapt(module, name, sharing)
             require_known_forward(module)
             if isinstance(adapter, NormAdapter) and norm == "full":
@@ -93,6 +95,11 @@ def adapt_model(model: nn.Module, *, sharing: str = "expand", norm: str = "unitw
         except UnsupportedLayer as error:
             result.uncovered |= {key: str(error) for key in own if key in order}
     return result
+
+
+def _require_real(parameters: Iterable[nn.Parameter]) -> None:
+    if any(p.is_complex() for p in parameters):
+        raise UnsupportedLayer("its parameters are complex numbers")
 
 
 def _strange(module: nn.Module) -> str:

@@ -24,6 +24,10 @@ def adapt(module: nn.Module, name: str, sharing: str = "expand") -> LayerAdapter
     raise UnsupportedLayer(f"no adapter for layers of type {type(module).__name__}")
 
 
+#: Methods that say what PyTorch's layers compute: forwards of some leave it to another one.
+_COMPUTES = ("forward", "_conv_forward", "_apply_instance_norm")
+
+
 def runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module computes what a class computes: a subclass with a ``forward`` of its own may not.
 
@@ -34,7 +38,8 @@ def runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     Returns:
         True if so.
     """
-    return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
+    same = (getattr(type(module), name, None) is getattr(kind, name, None) for name in _COMPUTES)
+    return isinstance(module, kind) and all(same) and vars(module).keys().isdisjoint(_COMPUTES)
 
 
 def require_known_forward(module: nn.Module) -> None:

@@ -90,15 +90,15 @@ def conjugate_gradient(
 
     Raises:
         ValueError: If an argument is out of range, or what the operator returns does not fit.
-        FloatingPointError: If a product is NaN or infinite.
+        FloatingPointError: If a product is NaN or infinite, or the squares of ``b`` are, or vanish.
         torch.linalg.LinAlgError: If the matrix or the preconditioner turns out not to be positive definite.
     """  # noqa: DOC501, DOC502 - helpers raise them
     form = _Form(b)
     rhs = form.flatten(b, "b")
     _check(tolerance, max_iterations, progress, rhs)
     scale = _norm(rhs)
-    if not math.isfinite(scale):
-        raise FloatingPointError("b is not finite")
+    if not math.isfinite(scale) or (scale == 0.0 and bool(rhs.any())):
+        raise _without_norm(rhs)
     if scale == 0.0:
         return CGResult(form.restore(torch.zeros_like(rhs)), 0.0, True, "tolerance", 0, 0, (Iteration(0, 0.0, 0.0),))
     apply = _Counted(form, operator)
@@ -213,6 +213,14 @@ def _check(tolerance: float, max_iterations: int, progress: float | None, rhs: T
 def _line(number: int, x: Tensor, residual: Tensor, rhs: Tensor, scale: float) -> Iteration:
     # With r = b - A x, the objective 1/2 x^T A x - b^T x needs no product.
     return Iteration(number, _norm(residual) / scale, -0.5 * _dot(x, rhs + residual))
+
+
+def _without_norm(rhs: Tensor) -> Exception:
+    if not bool(rhs.isfinite().all()):
+        return FloatingPointError("b is not finite")
+    return FloatingPointError(
+        f"the squares of b, whose largest entry is {float(rhs.abs().max()):.3g}, are beyond {rhs.dtype}: scale b"
+    )
 
 
 def _stalled(objectives: list[float], epsilon: float) -> bool:

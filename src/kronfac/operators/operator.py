@@ -188,6 +188,9 @@ class ParameterOperator(ABC):
     def _ordered(self, vector: NamedTensors) -> dict[str, Tensor]:
         """Check a vector, and bring it into the order of the parameters."""
         check_vector(self.parameter_shapes, vector, complete=True)
+        for name, tensor in vector.items():
+            if not tensor.is_floating_point():  # the product has its dtype
+                raise TypeError(f"the vector's entry {name!r} is {tensor.dtype}: it must be of real floating point")
         return {name: vector[name].detach() for name in self.parameter_names}
 
     def _signs(self, samples: int, generator: torch.Generator | None) -> Iterator[dict[str, Tensor]]:

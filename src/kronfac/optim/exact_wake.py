@@ -14,6 +14,7 @@ from kronfac.likelihoods import Likelihood
 from kronfac.operators.passes import run, same_random_state
 from kronfac.optim.gathering import Gatherer
 from kronfac.optim.last_batch import last_batch
+from kronfac.optim.root import kept_statistics, swapped
 
 #: A network by its parameters, with the weight of its divergence.
 Weighted = tuple[float, Mapping[str, Tensor]]
@@ -124,8 +125,9 @@ class ExactWake:
         Returns:
             The objective, 0-dimensional, and its gradient by name.
         """
-        with torch.enable_grad():
-            moved = {name: (p.detach() + steps[name]).requires_grad_() for name, p in self._parameters.items()}
+        root = self._gatherer.root
+        moved = {name: (p.detach() + steps[name]).requires_grad_() for name, p in self._parameters.items()}
+        with torch.enable_grad(), swapped(root, moved), kept_statistics(root):
             outputs = self._outputs(moved)
             wake = outputs.new_zeros((), dtype=torch.promote_types(outputs.dtype, torch.float32))
             for weight, reference in self._references:

@@ -20,8 +20,8 @@ from kronfac.measuring import is_apart_from_training
 from kronfac.operators.passes import random_state, run, same_random_state
 from kronfac.optim.held import Held
 from kronfac.optim.hooks import WeakHook, do_nothing, remove
-from kronfac.optim.root import identities
-from kronfac.optim.sub_batch import Plan, check_fits, part_of, versions_of
+from kronfac.optim.root import identities, kept_statistics
+from kronfac.optim.sub_batch import Arguments, Plan, check_fits, part_of, versions_of
 from kronfac.sources.part import Part
 from kronfac.tape import Tape, TapeError, record
 
@@ -66,6 +66,7 @@ class Gatherer:
         beside: Further estimators of the same model that take each forward too.
         lengths: Which length was found to be the batch's, by the kind of arguments (:mod:`kronfac.optim.last_batch`).
         pick: Picks the output tensor.
+        reached: Layers that the outputs of the step's forwards depend on.
         unreached: Layers that the last statistics were of although the likelihood's outputs do not depend on them.
     """
 
@@ -89,14 +90,14 @@ class Gatherer:
         self.last_targets: Any = None
         self.last_random: tuple[Tensor, ...] | None = None
         self.beside: list[Estimator] = []
-        self._reached: set[str] = set()
+        self.reached: set[str] = set()
         self.unreached: set[str] = set()
         self.lengths: dict[Any, int | None] = {}
         self._due, self._begin, self.pick, self._keep = due, begin, outputs, keep
         self._examples = examples
         self._plan: Plan | None = None  # of the forward that is under way
         self._tried = False  # whether rows are examples
-        self._held = Held()
+        self._held = Held(next(self.root.parameters()).device.type)
         self._tape = Tape(estimator.adaptation.adapters)
         self._identities = identities(self.root)
         # Hooks that are added to a compiled module are ignored.
@@ -160,6 +161,11 @@ class Gatherer:
         self.reset()
         return self._held.back(self._drop)
 
+    @property
+    def reads_graph(self) -> bool:
+        """Whether statistics that wait are read from the graph of the training forward."""
+        return self._held.reads
+
     def _drop(self) -> None:
         self._tape.forget()
         self.reset()
@@ -198,8 +204,9 @@ class Gatherer:
                 )
         plan = Plan.of(self._examples, self.estimator, args, kwargs)
         if self._own_forward and not plan.apart:
-            # Before the training forward, with whose graph it then shares no memory.
-            self._held(lambda: self._run_again(plan))
+            # Before the training forward, or, if it waits, after its backward: it shares no memory with its graph.
+            state = random_state(self.root)
+            self._held(lambda: self._run_again(plan, state=state), reads=False)
             return
         self._plan = plan
         if not plan.apart:
@@ -219,14 +226,18 @@ class Gatherer:
         picked = pick_outputs(output, self.pick)
         self._watch(picked)
         if plan.apart:
-            self._held(lambda: self._run_again(plan, picked))
+            self._held(lambda: self._run_again(plan, picked), reads=False)
             return
         _require_calls(self._tape)
-        if not self._tried:
-            self._tried = True
-            with self._measuring():
-                check_examples(self.estimator, self._tape, (args, kwargs), len(picked), self.pick)
+        self._try_examples(self._tape, (args, kwargs), picked)
         self._held(lambda: self._take(picked, plan.part_of(picked)))
+
+    def _try_examples(self, tape: Tape, arguments: Arguments, outputs: Tensor) -> None:
+        """Refuse rows that are as many as the examples by chance, once they have passed no more."""
+        if not self._tried:
+            with self._measuring():
+                check_examples(self.estimator, tape, arguments, len(outputs), self.pick)
+            self._tried = True
 
     def _take(self, outputs: Tensor, part: Part | None) -> None:
         self._update(self._tape, outputs, None, part)
@@ -256,16 +267,19 @@ class Gatherer:
         if next(reversed(hooks)) != self._last_hook:
             hooks[self._last_hook] = hooks.pop(self._last_hook)
 
-    def _run_again(self, plan: Plan, whole: Tensor | None = None) -> None:
+    def _run_again(self, plan: Plan, whole: Tensor | None = None, *, state: tuple[Tensor, ...] | None = None) -> None:
         """Run the eager module for the statistics alone, on a part of the batch, whose whole outputs are given, or all.
 
-        Its buffers are copies. To put their values back would be a change in place, which the backward of the training
-        forward, by which they were saved, does not forgive.
+        The random state is the given one, that of the training forward, or the present one.  Its buffers are copies. To
+        put their values back would be a change in place, which the backward of the training forward, by which they were
+        saved, does not forgive.
         """
-        with same_random_state(self.root):
+        with same_random_state(self.root, state):
             with record(self.estimator.adaptation.adapters) as tape, saved_plainly():
-                outputs = run(self.root, {}, plan.inputs(), self.pick)
+                inputs = plan.inputs()
+                outputs = run(self.root, {}, inputs, self.pick)
             _require_calls(tape)
+            self._try_examples(tape, inputs, outputs)
             if whole is None:
                 plan.check_inputs()
             else:
@@ -276,11 +290,11 @@ class Gatherer:
     def _update(self, tape: Tape, outputs: Tensor, targets: Any, part: Part | None) -> None:
         if self.gathered == 0:
             self._begin()
-            self._reached, self.unreached = set(), set()
+            self.reached, self.unreached = set(), set()
         missed = tape.unreached(outputs)
-        self._reached |= set(tape.calls) - missed
-        self.unreached = (self.unreached | missed) - self._reached
-        with self._measuring(), saved_plainly():
+        self.reached |= set(tape.calls) - missed
+        self.unreached = (self.unreached | missed) - self.reached
+        with self._measuring(), saved_plainly(), kept_statistics(self.root):
             for estimator in (self.estimator, *self.beside):
                 estimator.update(tape, outputs, targets, continues=self.gathered > 0, part=part)
         self.gathered += 1

@@ -9,21 +9,44 @@ import torch
 
 
 class Held:
-    """Does what it is given at once, or, within :meth:`back`, when it is asked for."""
+    """Does what it is given at once, or, within :meth:`back`, when it is asked for.
 
-    def __init__(self) -> None:
+    Args:
+        device: Type of the model's device, of whose precision (autocast) what waits is done with that of its time.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
         self._waiting: list[Callable[[], None]] | None = None
+        self._reads = False
 
-    def __call__(self, take: Callable[[], None]) -> None:
+    @property
+    def reads(self) -> bool:
+        """Whether something waits that reads the graph of the training forward, which is to be kept as long."""
+        return bool(self._waiting) and self._reads
+
+    def __call__(self, take: Callable[[], None], *, reads: bool = True) -> None:
         """Do it now, or keep it.
 
         Args:
             take: What is to be done.
+            reads: Whether it reads the graph of the training forward.
         """
         if self._waiting is None:
             take()
         else:
-            self._waiting.append(take)
+            self._reads |= reads
+            self._waiting.append(self._as_now(take))
+
+    def _as_now(self, take: Callable[[], None]) -> Callable[[], None]:
+        device = self._device
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+        def later() -> None:
+            with torch.enable_grad(), torch.autocast(device, dtype, enabled):
+                take()
+
+        return later
 
     @contextmanager
     def back(self, forget: Callable[[], None]) -> Iterator[Callable[[], None]]:
@@ -36,13 +59,12 @@ class Held:
             Does it, and from then on whatever comes at once.
         """
         waiting: list[Callable[[], None]] = []
-        self._waiting = waiting
+        self._waiting, self._reads = waiting, False
 
         def take() -> None:
             self._waiting = None
-            with torch.enable_grad():  # as in the forward
-                for one in waiting:
-                    one()
+            for one in waiting:
+                one()
 
         try:
             yield take

@@ -16,6 +16,7 @@ from kronfac.optim.adaptive import AdaptiveKFAC
 from kronfac.optim.last_batch import last_batch
 from kronfac.optim.options import at_least
 from kronfac.optim.proposal import Proposal
+from kronfac.optim.root import kept_statistics
 
 #: Part of the last step from which conjugate gradients start (Martens 2010, section 4.6).
 WARM = 0.95
@@ -123,13 +124,14 @@ class HessianFree(AdaptiveKFAC):
         solution: dict[str, Tensor] = {}
         self.iterations = 0
         for group in groups:
-            found = conjugate_gradient(
-                lambda v: self._product(matrix, v, gradient, whole),
-                {name: gradient[name] for name in group},
-                preconditioner=self._preconditioned if self._inverses else None,
-                start={name: before[name] for name in group} if before else None,
-                **self._limits,
-            )
+            with kept_statistics(self._gatherer.root):
+                found = conjugate_gradient(
+                    lambda v: self._product(matrix, v, gradient, whole),
+                    {name: gradient[name] for name in group},
+                    preconditioner=self._preconditioned if self._inverses else None,
+                    start={name: before[name] for name in group} if before else None,
+                    **self._limits,
+                )
             solution |= found.solution
             self.iterations += found.iterations
         return [solution[name] for name in names]

@@ -109,10 +109,14 @@ class Objective(KFAC):
             # What the step before may have blown up is in no statistics, and in no buffer, before it was looked at.
             with self._gatherer.held_back() as take:
                 loss = call.evaluate()
-                if self._unchecked is None or not float(loss) > SUSPICIOUS * abs(self._unchecked):
+                found = float(loss)
+                if math.isfinite(found) and not self._blew_up(found):
+                    if self._gatherer.reads_graph:  # which the gradient frees
+                        take()
+                        return self._finite(call, loss, params)
+                    result = self._finite(call, loss, params)
                     take()
-                    return self._finite(call, loss, params)
-            found = float(loss)
+                    return result
             del loss  # with its graph
         except FloatingPointError:
             found = math.inf
@@ -130,6 +134,10 @@ class Objective(KFAC):
         self._probation, self._lam.streak = PROBATION, 0
         self._lam.scale(4.0**4)
         return result
+
+    def _blew_up(self, loss: float) -> bool:
+        """Whether a loss looks as if the step before, which was not checked, had been a bad one."""
+        return self._unchecked is not None and loss > SUSPICIOUS * abs(self._unchecked)
 
     def _finite_gradient(self, call: Closure, params: list[Tensor]) -> tuple[float, list[Tensor]]:
         self._gatherer.reset()

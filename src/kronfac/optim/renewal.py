@@ -15,6 +15,7 @@ from kronfac.curvature import BlockDiagonal
 from kronfac.damping import Rule
 from kronfac.forwards import batches_of, call_model, pick_outputs
 from kronfac.measuring import frozen_buffers
+from kronfac.optim.agreement import agree
 from kronfac.optim.background import Pending, submit
 from kronfac.optim.drift import largest_drift
 from kronfac.optim.gathering import Gatherer
@@ -38,6 +39,7 @@ class Renewal(Membership):
     _periods: tuple[int, int]
     _ema: float
     _warmed: int = 0  # batches of the warm-up
+    _partly: frozenset[str] | set[str] = frozenset()  # layers of which only some processes have statistics
     _steps: int
     _inverses: dict[str, Inverse]
     _record: Record
@@ -115,15 +117,20 @@ class Renewal(Membership):
             raise RuntimeError("warm_up must come before the first step.")
         self._gatherer.check_layers()
         self._estimator.decay(self._excess)  # of an earlier call: all batches weigh alike
+        try:
+            self._take_in(loader, batches)
+        finally:  # a loader that fails too leaves a mean of the batches before
+            self._estimator.decay(1.0 / self._excess)
+
+    def _take_in(self, loader: Iterable[Any] | tuple[Any, Any], batches: int | None) -> None:
+        root, estimator = self._gatherer.root, self._estimator
         for index, (inputs, targets) in enumerate(batches_of(loader)):
             if batches is not None and index >= batches:
                 break
-            root, estimator = self._gatherer.root, self._estimator
             with torch.enable_grad(), frozen_buffers(root), record(estimator.adaptation.adapters) as tape:
                 outputs = pick_outputs(call_model(root, inputs), self._options["outputs"])
                 estimator.update(tape, outputs, targets)  # nothing is forgotten in between: a plain mean
             self._warmed += 1
-        self._estimator.decay(1.0 / self._excess)
 
     @property
     def _excess(self) -> float:
@@ -158,9 +165,10 @@ class Renewal(Membership):
                 )
 
     def _ready(self) -> dict[str, Statistic]:
-        """Statistics that hold anything, by layer, and that the likelihood has a say in."""
-        missed = self._gatherer.unreached
-        return {name: s for name, s in self._estimator.statistics.items() if not s.empty and name not in missed}
+        """Statistics that hold anything, in some process at least, by layer, and that the likelihood has a say in."""
+        missed, partly = self._gatherer.unreached, self._partly
+        ready = {name: s for name, s in self._estimator.statistics.items() if not s.empty or name in partly}
+        return {name: s for name, s in ready.items() if name not in missed}
 
     def _drifted(self) -> bool:
         """Whether statistics that were just gathered are too far from those that were inverted."""
@@ -180,6 +188,8 @@ class Renewal(Membership):
 
     def _renew_inverses(self) -> None:
         """Bring the inverses up to date with the statistics, where that is due."""
+        if self._gatherer.gathered:
+            self._partly = agree(self._estimator, self._gatherer)
         due = self._drifted() or self._inverses_due
         pending, delay = self._pending, self._options["asynchronous"]
         if pending is not None and (due or pending.due <= self._steps):

@@ -64,7 +64,7 @@ class TKFAC(KFAC):
         if not isinstance(rule, TraceRestricted):
             return rule
         statistics = self._estimator.statistics
-        deltas = [s.delta() for s in statistics.values() if isinstance(s, TKFACStatistic) and not s.empty]
+        deltas = [s.delta() for s in self._ready().values() if isinstance(s, TKFACStatistic)]
         expanded = replace(rule, beta=expansion(deltas, rule.nu))
         adapters = self._estimator.adaptation.adapters
         return {name: rule if _convolves(adapters[name]) else expanded for name in statistics}

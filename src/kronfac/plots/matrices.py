@@ -47,8 +47,8 @@ def matrix_images(
     figure = Figure(figsize=(size * len(grid[0]) + 0.9, size * len(grid) + 0.5), dpi=150, layout="constrained")
     axes = figure.subplots(len(grid), len(grid[0]), squeeze=False)
     for i, row in enumerate(grid):
-        first = np.abs(np.asarray(row[0], dtype=float))
-        white = float(np.quantile(first, quantile)) or float(first.max()) or 1.0
+        white = _white([matrix for matrix in row if matrix is not None], quantile)
+        drawn = None
         for j, matrix in enumerate(row):
             place = axes[i, j]
             place.set_xticks([])
@@ -63,9 +63,21 @@ def matrix_images(
                 place.set_ylabel(row_labels[i], fontsize="medium")
             if titles and titles[i][j]:
                 place.set_xlabel(titles[i][j], fontsize="small")
+        if drawn is None:
+            continue
         numbers = ScalarFormatter()
         numbers.set_powerlimits((-3, 3))
         bar = figure.colorbar(drawn, ax=list(axes[i]), shrink=0.85, pad=0.01, extend="max", format=numbers)
         bar.ax.tick_params(labelsize="x-small")
         bar.ax.yaxis.get_offset_text().set_fontsize("x-small")
     return [list(row) for row in axes]
+
+
+def _white(shown: Sequence[Any], quantile: float) -> float:
+    """What is white in a row of these matrices."""
+    import numpy as np
+
+    if not shown:
+        return 1.0
+    first = np.abs(np.asarray(shown[0], dtype=float))
+    return float(np.quantile(first, quantile)) or float(first.max()) or 1.0

@@ -38,11 +38,18 @@ def scatters(
     figure = Figure(figsize=(size * width + 0.6, size * height + 0.6), dpi=150, layout="constrained")
     places = figure.subplots(height, width, squeeze=False, sharex=True, sharey=True).flatten()
     for axes, (title, points) in zip(places, panels.items(), strict=False):
-        axes.plot(*zip(*points, strict=True), "o", color="#0072b2", markersize=4, alpha=0.8)
+        axes.plot(
+            [point[0] for point in points],
+            [point[1] for point in points],
+            "o",
+            color="#0072b2",
+            markersize=4,
+            alpha=0.8,
+        )
         axes.set_title(title, fontsize="small")
         axes.grid(alpha=0.25)
     for axes in places[len(panels) :]:
         axes.set_axis_off()
     figure.supxlabel(x, fontsize="medium")
     figure.supylabel(y, fontsize="medium")
-    return list(places)
+    return list(places[: len(panels)])

@@ -37,7 +37,7 @@ class ModelFunction:
 
         Args:
             model: The model.
-            inputs: A tensor, a tuple of positional or a mapping of keyword arguments.
+            inputs: A tensor, a tuple or list of positional or a mapping of keyword arguments.
             names: Parameters to restrict to; None for all.
             outputs: Takes the tensor out of what the model returns; None if it is the tensor.
 
@@ -74,7 +74,8 @@ class ModelFunction:
         pieces = theta.split([p.numel() for p in self.parts.values()])
         tensors = {n: t.reshape(p.shape) for (n, p), t in zip(self.parts.items(), pieces, strict=True)}
         tensors |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        arguments, keywords = (self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)), {}
+        several = isinstance(self.inputs, tuple | list)
+        arguments, keywords = (tuple(self.inputs) if several else (self.inputs,)), {}
         if isinstance(self.inputs, Mapping):
             arguments, keywords = (), dict(self.inputs)
         with _untracked(self.model):

@@ -30,6 +30,7 @@ from kronfac.experiments.problems import get_problem
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
 
     from kronfac.analysis import LayerDamping
 
@@ -73,7 +74,8 @@ def damping(
 
     Above 1, the ratios say that damping outweighs curvature: the step is then closer to a gradient step than to a
     second-order one (Gao et al. 2020, Figure 3). The last column of the table is the trace that damping adds to a
-    block, over the block's own.
+    block, over the block's own. The rule trace_restricted has the ν and the expansion β of the optimiser, if that is
+    tkfac with this scheme (its β is 1 before the first step).
 
     [dim]kronfac analyse damping cifar10-resnet20 --steps 300 --every 20 --layers conv1,fc[/dim]
     """  # noqa: DOC501 - a person reads this as help
@@ -83,12 +85,13 @@ def damping(
 
     from kronfac import plots
     from kronfac.analysis import damping_during_training
+    from kronfac.cli.analyse.own_rule import OwnRule
     from kronfac.damping import get_rule
 
     task = get_problem(problem)
     run = run_settings(task, optimizer, settings or [], seed, steps)
     amount = float(run.hyperparameters.get("damping", 1e-3)) if damping is None else damping  # type: ignore[arg-type]
-    chosen = words(rules, "--rules")
+    chosen = list(dict.fromkeys(words(rules, "--rules")))
     try:
         for rule in chosen:
             get_rule(rule)
@@ -96,11 +99,12 @@ def damping(
     except (ValueError, TypeError) as error:
         raise ExperimentError(str(error)) from error
     wanted = None if layers is None else words(layers, "--layers")
-    _check_layers(wanted, [name for name, _ in task.model(seed).named_modules()])
+    _check_layers(wanted, task.model(seed))
     data = task.data()
     batches = first_examples(data, examples, examples)
     folder = make_folder(out or Path("runs") / f"{problem}-damping")
     with watching(steps) as watch, followed(task, run, data, threads, watch) as (training, advance):
+        own = OwnRule(training.optimizer)
         try:
             rows = damping_during_training(
                 training.model,
@@ -110,7 +114,7 @@ def damping(
                 steps=steps,
                 every=every,
                 damping=amount,
-                rules=chosen,
+                rules=own.rules(chosen),
                 approximation=approximation,
                 source=source,
                 samples=samples,
@@ -119,6 +123,7 @@ def damping(
             )
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ExperimentError(str(error)) from error
+    rows = own.rows(rows)
     table = records(rows)
     frame = pd.DataFrame(table)
     files = [write_csv(folder / "damping.csv", table)]
@@ -129,16 +134,18 @@ def damping(
             rule=rule,
             layers=wanted or _pictured(frame),
             columns=("input_ratio", "output_ratio", "trace") if split else ("inflation", "trace"),
-            title=f"{problem}: {rule} damping {amount:g}",
+            title=f"{problem}: {own.title(rule, amount)}",
         )
         files.append(write_picture(folder / f"damping-{rule}.png", panels[0]))
     if as_json:
-        content = {"problem": problem, "damping": amount, "rows": for_json(table), "files": list(map(str, files))}
+        titles = {rule: own.title(rule, amount) for rule in chosen}
+        content = {"problem": problem, "damping": amount, "rules": titles, "rows": for_json(table)}
+        content["files"] = list(map(str, files))
         print(json.dumps(content, indent=2))
         return
     for rule in chosen:
         last = [row for row in rows if row.rule == rule and row.step == rows[-1].step]
-        print_table(_summary(last), f"{problem}: {rule} damping {amount:g} after {rows[-1].step} steps")
+        print_table(_summary(last), f"{problem}: {own.title(rule, amount)} after {rows[-1].step} steps")
         print()
     print("\n".join(f"wrote {path}" for path in files))
 
@@ -149,10 +156,11 @@ def _check_damping(amount: float) -> None:
     check_damping(amount)
 
 
-def _check_layers(wanted: list[str] | None, known: list[str]) -> None:
+def _check_layers(wanted: list[str] | None, model: nn.Module) -> None:
+    known = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
     if unknown := [name for name in wanted or [] if name not in known]:
         raise ExperimentError(
-            f"--layers: the network has no {', '.join(unknown)}; it has {', '.join(filter(None, known))}"
+            f"--layers: the network has no {', '.join(unknown)} with parameters; it has {', '.join(known)}"
         )
 
 
