@@ -92,3 +92,14 @@ def test_even_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     assert with_even_rows(even) is even
     assert with_even_rows(matrix[:50, :50]).stride() == matrix[:50, :50].stride()
     assert row_step(1024, torch.float32) == 1040
+
+
+@pytest.mark.parametrize(("m", "n"), [(2, 2), (4, 4), (8, 8), (9, 9), (2, 65), (64, 3)])
+@pytest.mark.parametrize("rows", [1, 5000, 100_000])
+def test_few_columns_of_many_rows_are_added_up_to_rounding(m: int, n: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(rows, width, generator=generator) + 1 for width in (m, n))
+    total = torch.ones(m, n)
+    add_product_(total, left, right, alpha=0.5)
+    wanted = 1 + 0.5 * left.double().T @ right.double()
+    assert float((total - wanted).abs().max() / wanted.abs().max()) < 1e-6

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.exactness_helpers import draw
 from tests.optim.hand_kfac import network
 from tests.optim.loops import MAKERS, Mixed, batch, close, train
 from tests.optim.unclipped import unclipped
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kronfac as kf
@@ -98,3 +99,45 @@ def test_a_model_in_bfloat16_is_trained() -> None:
         assert p.dtype == torch.bfloat16
         assert not torch.equal(p, q)
         assert p.isfinite().all()
+
+
+STEPS = {
+    "kfac": lambda m: kf.optim.KFAC(m, kf.Categorical(), lr=0.1),
+    "rows": lambda m: kf.optim.KFAC(m, kf.Categorical(), lr=0.1, gradients="rows", kl_clip=None),
+    "ekfac": lambda m: kf.optim.EKFAC(m, kf.Categorical(), lr=0.1),
+    "tkfac": lambda m: kf.optim.TKFAC(m, kf.Categorical(), lr=0.1),
+    "so": lambda m: kf.optim.KLDWRM(m, kf.Categorical(), 10.0, variant="so"),
+    "q": lambda m: kf.optim.KLDWRM(m, kf.Categorical(), 10.0, variant="q"),
+    "qe": lambda m: kf.optim.KLDWRM(m, kf.Categorical(), 10.0, variant="qe"),
+    "adaptive": lambda m: kf.optim.AdaptiveKFAC(m, kf.Categorical()),
+    "hessian free": lambda m: kf.optim.HessianFree(m, kf.Categorical()),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_autocast_around_the_step_changes_nothing(name: str) -> None:
+    """A loop that leaves it on around backward and step; the forward has its own."""
+    x, y = draw(24, 1, 8, 8).float(), torch.arange(24) % 3
+    found = []
+    for around in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 64), nn.Tanh(), nn.Linear(64, 3)
+        )
+        optimizer = STEPS[name](model)
+
+        def closure() -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=False):
+                return F.cross_entropy(model(x), y)  # noqa: B023
+
+        for _ in range(3):
+            optimizer.zero_grad()
+            if name in ("qe", "adaptive", "hessian free"):
+                with torch.autocast("cpu", torch.bfloat16, enabled=around):
+                    optimizer.step(closure)
+            else:
+                closure().backward()
+                with torch.autocast("cpu", torch.bfloat16, enabled=around):
+                    optimizer.step()
+        found.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))

@@ -86,6 +86,14 @@ def test_a_grid_shows_best_points_and_divergence() -> None:
     assert high > 10.0
 
 
+def test_points_of_a_search_have_no_line_but_a_best_one() -> None:
+    table = pd.DataFrame({"lr": [0.1, 0.03, 0.2, 0.5], "final": [3.0, 1.0, 2.0, math.nan]})
+    axes = plots.grid_profile(table, "lr", searched=True)
+    (line,) = axes.lines
+    assert line.get_xydata().tolist() == [[0.03, 1.0]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["points", "best", "diverged"]
+
+
 def test_a_grid_over_words_is_drawn_in_words() -> None:
     axes = plots.grid_profile(pd.DataFrame({"source": ["sampled", "exact"], "final": [2.0, 1.0]}), "source")
     assert axes.get_xscale() == "linear"

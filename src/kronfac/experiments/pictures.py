@@ -39,9 +39,9 @@ def write_pictures(results: Results) -> list[Path]:
             continue
         points = grid_table(results, optimizer).rename(columns={"final": plan.metric})
         for name in axes_of_grid:
-            axes = plots.grid_profile(
-                points, name, plan.metric, title=f"{plan.problem}: {get_optimizer(optimizer).title}"
-            )
+            title = f"{plan.problem}: {get_optimizer(optimizer).title}"
+            searched = optimizer in plan.tried
+            axes = plots.grid_profile(points, name, plan.metric, searched=searched, title=title)
             written.append(save_figure(axes, results.folder / f"grid-{optimizer}-{name}.png"))
     return written
 

@@ -86,6 +86,9 @@ def push_forward(model: nn.Module, inputs: Any, vector: NamedTensors, pick: Pick
 
     Returns:
         Outputs and ``J v`` of the same shape, detached.
+
+    Raises:
+        NotImplementedError: Torch knows neither derivative of an operation of the model.
     """
     refuse_inference_mode(_WHAT)
     known = dict(model.named_parameters())
@@ -96,8 +99,15 @@ def push_forward(model: nn.Module, inputs: Any, vector: NamedTensors, pick: Pick
             duals = {name: forward_ad.make_dual(known[name].detach(), tangent) for name, tangent in vector.items()}
             value, tangent = forward_ad.unpack_dual(run(model, duals, inputs, pick))
             return value, torch.zeros_like(value) if tangent is None else tangent
-    except NotImplementedError:
+    except (NotImplementedError, RuntimeError):
+        pass  # an operation without a forward rule, or not for these strides; what is wrong otherwise shows below
+    try:
         return _push_twice_backward(model, inputs, vector, pick)
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"{_WHAT} needs a forward or a second derivative, of which torch has none here: {error} An optimiser does "
+            "without it if made with kl_clip=None."
+        ) from error
 
 
 def push_forward_each(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kronfac.linalg.precision import without_autocast
 from kronfac.measuring import apart_from_training, frozen_buffers
 from kronfac.operators.passes import random_state, same_random_state, set_random_state
 
@@ -59,6 +60,7 @@ class Closure:
             raise RuntimeError("The closure's loss carries no gradient: do not detach it, nor use torch.no_grad().")
         return loss
 
+    @without_autocast  # derivatives have the formats that the forward chose
     def differentiate(self, loss: Tensor) -> list[Tensor | None]:
         """Compute the gradient of the loss.
 
@@ -125,7 +127,7 @@ def evaluated(closure: Callable[[], Any], params: Sequence[Tensor]) -> tuple[Any
             return loss, False
         if not (isinstance(loss, Tensor) and loss.requires_grad):
             raise RuntimeError("The closure left no gradients, and returned no loss that can be differentiated.")
-        _scalar(loss).backward()
+        without_autocast(_scalar(loss).backward)()
     return loss, True
 
 

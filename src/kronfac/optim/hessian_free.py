@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kronfac.likelihoods import Likelihood
 from kronfac.linalg.conjugate_gradient import conjugate_gradient
+from kronfac.linalg.precision import without_autocast
 from kronfac.operators import GaussNewtonOperator
 from kronfac.operators.passes import same_random_state
 from kronfac.optim.adaptive import AdaptiveKFAC
@@ -101,6 +102,7 @@ class HessianFree(AdaptiveKFAC):
         inverses = self._inverses_at(self._gamma, known) if self._precondition else {}
         return self._propose(self._gamma, inverses, params, gradients)
 
+    @without_autocast
     def _search_direction(self, params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         """``Δ`` with ``(G + (λ + r)I) Δ = ∇h``, to the tolerance; Kronecker factors alone while ``λ`` is calibrated."""
         if self._calibrates:

@@ -19,6 +19,7 @@ from kronfac.damping import Rule, get_rule
 from kronfac.eager import eager_root
 from kronfac.estimator import Estimator
 from kronfac.likelihoods import Likelihood
+from kronfac.linalg.precision import without_autocast
 from kronfac.optim.averaging import swapped_in, update_average
 from kronfac.optim.clipping import KLClip, clip_scale
 from kronfac.optim.directions import directions, multiply_plainly
@@ -179,6 +180,11 @@ class KFAC(Renewal):
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None if closure is None else self._evaluate(closure)
+        self._advance()
+        return loss
+
+    @without_autocast  # which a loop may have left on around step()
+    def _advance(self) -> None:
         self._check_members()
         everything = [p for group in self.param_groups for p in group["params"]]
         if self._fallback is not None:
@@ -193,7 +199,6 @@ class KFAC(Renewal):
         self._steps += 1
         self._generators = None
         self._gatherer.reset()
-        return loss
 
     def _move(self, gradients: dict[str, Tensor]) -> None:
         members = [(self._names[id(p)], p, group) for p, group in self._members() if self._has_gradient(p)]
@@ -219,6 +224,7 @@ class KFAC(Renewal):
             else:
                 torch._foreach_add_(params, moves, alpha=rate)
 
+    @without_autocast
     def _directions(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         adapters = self._with_curvature()
         rounded = self._rounded

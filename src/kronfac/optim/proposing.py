@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kronfac.blocks import EigenInverse, Inverse
 from kronfac.damping import exact
+from kronfac.linalg.precision import without_autocast
 from kronfac.optim.closure import Closure
 from kronfac.optim.last_batch import last_batch
 from kronfac.optim.objective import Objective
@@ -72,6 +73,7 @@ class Proposing(Objective):
         assert best is not None
         return best
 
+    @without_autocast
     def _inverses_at(self, gamma: float, known: dict[str, Inverse]) -> dict[str, Inverse]:
         """Inverses for ``γ``: the present ones, known eigenvectors with another shift, or new factorisations."""
         if known and known is self._inverses and gamma == self._gamma:

@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
 
 def grid_profile(
-    table: pd.DataFrame, name: str, y: str = "final", *, axes: Axes | None = None, title: str | None = None
+    table: pd.DataFrame,
+    name: str,
+    y: str = "final",
+    *,
+    searched: bool = False,
+    axes: Axes | None = None,
+    title: str | None = None,
 ) -> Axes:
     """Draw the final metric against one hyper-parameter: all points, and a line through the best for each value.
 
@@ -20,6 +26,8 @@ def grid_profile(
         table: A row per point with columns ``name`` and ``y``; a NaN in ``y`` (diverged) is marked at the top edge.
         name: Column of the hyper-parameter.
         y: Column of the final metric.
+        searched: Whether the points are those of a search, in which hardly a value comes twice: the best one of all is
+            marked in place of the line.
         axes: Where to draw; new axes by default.
         title: Title, if any.
 
@@ -34,10 +42,9 @@ def grid_profile(
     place = (lambda column: pd.to_numeric(column)) if numeric else _words
     axes.scatter(place(table[name]), table[y].fillna(fine[y].mean()), alpha=0.0)  # diverged values widen the axis too
     axes.scatter(place(fine[name]), fine[y], s=18, color=COLOURS[5], zorder=2, label="points")
-    best = fine.groupby(name, dropna=False)[y].min().reset_index()
-    axes.plot(
-        place(best[name]), best[y], color=COLOURS[0], marker="o", markersize=4, zorder=3, label="best at this value"
-    )
+    best = fine.nsmallest(1, y) if searched else fine.groupby(name, dropna=False)[y].min().reset_index()
+    what = "best" if searched else "best at this value"
+    axes.plot(place(best[name]), best[y], color=COLOURS[0], marker="o", markersize=4, zorder=3, label=what)
     if numeric and (pd.to_numeric(table[name]) > 0).all():
         axes.set_xscale("log")
     if len(fine) and (fine[y] > 0).all():
