@@ -53,8 +53,8 @@ FAMILY = (
         evaluate_every=10,
         tuned={"sgd": {"lr": 0.00136}, "adam": {"lr": 0.00504}, "kfac": {"lr": 0.0568, "damping": 0.00447}},
         tuned_over=(
-            "by the training loss after 500 steps with seed 0, twelve trials each of kronfac sweep: lr of SGD and Adam, "
-            "lr and damping of KFAC"
+            "by the training loss after 500 steps with seed 0, twelve trials each of kronfac sweep: lr of SGD, Adam; "
+            "lr, damping of KFAC"
         ),
     ),
 )
