@@ -60,18 +60,19 @@ class Mixing(nn.Module):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (Positions, "layer 'positions''s input is 4, not the batch of 3"),
-        (lambda: TimeFirst(last=True), "layer 'out''s input is 4, not the batch of 3"),
+        (Positions, "layer 'positions''s input is [49], not the batch of 3"),
+        (lambda: TimeFirst(last=True), "layer 'out''s input is [49], not the batch of 3"),
         (lambda: TimeFirst(last=False), "the outputs of the others are not what they were"),
         (Mixing, "the outputs of the others are not what they were"),
     ],
 )
+@pytest.mark.parametrize("size", [4, 9])
 def test_rows_that_are_as_many_as_the_examples_by_chance(
-    make: Callable[[], nn.Module], text: str, options: dict[str, Any]
+    make: Callable[[], nn.Module], text: str, options: dict[str, Any], size: int
 ) -> None:
-    model, x = make(), torch.arange(16).reshape(4, 4) % 7
+    model, x = make(), torch.arange(size**2).reshape(size, size) % 7
     state, mode = copy.deepcopy(model.state_dict()), model.training
-    labels = torch.arange(16).reshape(4, 4) % 3 if model(x).ndim == 3 else torch.arange(4) % 3
+    labels = torch.arange(size**2).reshape(size, size) % 3 if model(x).ndim == 3 else torch.arange(size) % 3
     likelihood = kf.Categorical(class_dim=-1)
     with pytest.raises(ValueError, match=text):
         kf.estimate(model, likelihood, (x, labels), **options)

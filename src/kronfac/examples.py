@@ -15,11 +15,13 @@ from kronfac.layers import LayerAdapter
 from kronfac.measuring import couples_examples, kept_modes
 from kronfac.operators.passes import plain_kernels, run, same_random_state
 from kronfac.sources import require_examples
-from kronfac.sources.part import rest_of, tensors_of
+from kronfac.sources.part import first_of, rest_of, tensors_of
 from kronfac.tape import Tape
 
 #: Examples that a batch has at least: what is left of two is one, whose dimension some models squeeze.
 LEAST = 3
+#: Examples that are looked at.
+FEW = 4
 
 
 def check_examples(
@@ -28,8 +30,8 @@ def check_examples(
     """Refuse rows that are as many as the examples by chance, where examples must be kept apart.
 
     Position indices ``[T, d]``, and sequences with time first, look like ``T`` examples where ``T`` is the batch.
-    Without the first example, in eval mode, all layers must see one row less, and the outputs of the others must stay
-    what they are. A model that does not take a part of its batch tells nothing, nor do the outputs of one that draws
+    Of a few examples without the first, in eval mode, all layers must see as many rows, and the outputs must be what
+    they are with it. A model that does not take a part of its batch tells nothing, nor do the outputs of one that draws
     random numbers in eval mode, too.
 
     Args:
@@ -47,25 +49,27 @@ def check_examples(
         return
     if any(call.adapter.positions(call.input)[0] != batch for call in tape.calls.values()):
         return
+    size = min(FEW, batch)
+    few = first_of(inputs, size, batch)
     with kept_modes(model), same_random_state(model), plain_kernels(model), saved_plainly(), torch.no_grad():
         for module in model.modules():
             module.training = False  # not eval(), which may do more
         try:
-            whole, again = (run(model, {}, inputs, pick) for _ in range(2))
-            with _inputs_of(estimator.adaptation.adapters) as fewer:
-                others = run(model, {}, rest_of(inputs, batch), pick)
+            found, again = (run(model, {}, few, pick) for _ in range(2))
+            with _inputs_of(estimator.adaptation.adapters) as seen:
+                others = run(model, {}, rest_of(few, size), pick)
         except Exception:  # whatever a model says of a part that is none, or of eval mode
             return
         coupled = couples_examples(model) or estimator.approximation.couples_examples
-    for adapter, seen in fewer:
-        require_examples(adapter, seen, batch - 1, what)
-    precision = _precision(model, whole)
-    if len(whole) != batch or not _close(again, whole, precision):
+    for adapter, rows in seen:
+        require_examples(adapter, rows, size - 1, what)
+    precision = _precision(model, found)
+    if len(found) != size or not _close(again, found, precision):
         return
-    if others.shape != whole[1:].shape or not (coupled or _close(others, whole[1:], precision)):
+    if others.shape != found[1:].shape or not (coupled or _close(others, found[1:], precision)):
         raise ValueError(
             f"{what} needs the examples one by one, along the first dimension of inputs and outputs; but without the "
-            "first of them, the outputs of the others are not what they were. Put the batch first, before time, or use "
+            "first of a few, the outputs of the others are not what they were. Put the batch first, before time, or use "
             "approximation='kfac' with source='sampled'."
         )
 
