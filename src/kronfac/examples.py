@@ -69,8 +69,8 @@ def check_examples(
     if others.shape != found[1:].shape or not (coupled or _close(others, found[1:], precision)):
         raise ValueError(
             f"{what} needs the examples one by one, along the first dimension of inputs and outputs; but without the "
-            "first of a few, the outputs of the others are not what they were. Put the batch first, before time, or use "
-            "approximation='kfac' with source='sampled'."
+            "first of a few, the outputs of the others are not what they were. Put the batch first, before time, or "
+            "use approximation='kfac' with source='sampled'."
         )
 
 
