@@ -15,6 +15,7 @@ from kronfac.cli.stream_outcome import print_choices, print_summary
 from kronfac.experiments import continual as learning
 from kronfac.experiments.continual.balances import BALANCES
 from kronfac.experiments.errors import ExperimentError
+from kronfac.experiments.settings import MOST_THREADS
 
 EPILOG = (
     "[bold]Streams[/bold]\n\n"
@@ -26,8 +27,9 @@ EPILOG = (
     )
     + "\n\nevery approximation of kronfac.approximations but kfac_tridiagonal, such as ekfac: a penalty for each task"
 )
+
 # One by default: networks and batches are so small that more threads cost more than they save.
-Threads = Annotated[int, typer.Option(help="Torch threads.", rich_help_panel="Machine")]
+Threads = Annotated[int, typer.Option(help="Torch threads.", max=MOST_THREADS, rich_help_panel="Machine")]
 
 
 def continual(

@@ -12,9 +12,10 @@ from kronfac.cli.compare import this_command
 from kronfac.cli.display import progress_display
 from kronfac.cli.options import Fresh, Json, Out
 from kronfac.cli.outcome import print_outcome
+from kronfac.experiments.settings import MOST_THREADS
 
 # One by default: the network is so small that more threads cost more than they save, above all on a busy machine.
-Threads = Annotated[int, typer.Option(help="Torch threads.", rich_help_panel="Machine")]
+Threads = Annotated[int, typer.Option(help="Torch threads.", max=MOST_THREADS, rich_help_panel="Machine")]
 
 
 def demo(out: Out = None, as_json: Json = False, fresh: Fresh = False, threads: Threads = 1) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kronfac.experiments.errors import ExperimentError
-from kronfac.experiments.settings import MAX_SEED
+from kronfac.experiments.settings import MAX_SEED, MOST_THREADS
 
 _BUDGET, _OUTPUT, _MACHINE = "Budget", "Output", "Machine"
 
@@ -83,6 +83,7 @@ Threads = Annotated[
         help="Torch threads; by default as many as torch takes. Results are reproducible for a given number.",
         rich_help_panel=_MACHINE,
         show_default=False,
+        max=MOST_THREADS,
     ),
 ]
 

@@ -13,6 +13,8 @@ from kronfac.experiments.optimizers.options import Parser, integer, number, opti
 
 #: The largest seed. Seeds are multiplied by up to a million, which torch's generators must still take.
 MAX_SEED = 10**12
+#: More than any machine has; torch takes more than it can start, and dies of it later.
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)

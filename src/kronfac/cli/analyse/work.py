@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.files import replace_atomically
-from kronfac.experiments.settings import MAX_SEED
+from kronfac.experiments.settings import MAX_SEED, MOST_THREADS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,8 @@ MemoryLimit = Annotated[
     typer.Option(help="GiB that the exact curvature may take.", min=0.001, rich_help_panel=_MACHINE),
 ]
 Threads = Annotated[
-    int | None, typer.Option(help="Torch threads.", min=1, rich_help_panel=_MACHINE, show_default=False)
+    int | None,
+    typer.Option(help="Torch threads.", min=1, max=MOST_THREADS, rich_help_panel=_MACHINE, show_default=False),
 ]
 
 
