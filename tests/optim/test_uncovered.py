@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kronfac as kf
+from kronfac.optim.options import inner_product
 
 
 def test_uncovered_parameters_take_the_plain_gradient_with_one_warning() -> None:
@@ -191,3 +192,10 @@ def test_kldwrm_differentiates_the_loss_that_a_closure_returns(variant: str) -> 
     optimizers[0].zero_grad()
     with pytest.raises(RuntimeError, match="left no gradients, and returned no loss"):
         optimizers[0].step(lambda: 1.0)
+
+
+def test_inner_products_of_complex_gradients_are_those_of_their_parts() -> None:
+    one, other = (torch.complex(draw(5, seed=s), draw(5, seed=s + 2)) for s in (1, 2))
+    assert float(inner_product(one, other)) == pytest.approx(float((one.conj() * other).sum().real))
+    assert float(inner_product(one.conj(), other)) == pytest.approx(float((one * other).sum().real))
+    assert not inner_product(one, other).is_complex()

@@ -215,6 +215,8 @@ def values_of(gradient: Tensor) -> Tensor:
 def inner_product(gradient: Tensor, direction: Tensor) -> Tensor:
     """Inner product of a gradient and its direction; sparse ones are directions of their own, or made dense.
 
+    That of complex numbers is the one of their real and imaginary parts.
+
     Args:
         gradient: Dense or sparse.
         direction: Of the same shape.
@@ -223,9 +225,10 @@ def inner_product(gradient: Tensor, direction: Tensor) -> Tensor:
         0-dimensional.
     """
     if gradient.is_sparse and direction is gradient:
-        return values_of(gradient).square().sum()
+        return values_of(gradient).abs().square().sum()
     pair = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in (gradient, direction)]
-    return torch.dot(pair[0].flatten(), pair[1].flatten())
+    flat = [(torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).flatten() for t in pair]
+    return torch.dot(*flat)
 
 
 def with_decay(gradient: Tensor, parameter: Tensor, decay: float) -> Tensor:
