@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from kronfac.estimator import Estimator
 from kronfac.graph import saved_plainly
 from kronfac.layers import LayerAdapter
-from kronfac.measuring import couples_examples, kept_modes
-from kronfac.operators.passes import plain_kernels, run, same_random_state
+from kronfac.measuring import couples_examples
+from kronfac.operators.passes import in_eval_mode, run
 from kronfac.sources import require_examples
 from kronfac.sources.part import first_of, rest_of, tensors_of
 from kronfac.tape import Tape
@@ -51,9 +51,7 @@ def check_examples(
         return
     size = min(FEW, batch)
     few = first_of(inputs, size, batch)
-    with kept_modes(model), same_random_state(model), plain_kernels(model), saved_plainly(), torch.no_grad():
-        for module in model.modules():
-            module.training = False  # not eval(), which may do more
+    with in_eval_mode(model), saved_plainly():
         try:
             found, again = (run(model, {}, few, pick) for _ in range(2))
             with _inputs_of(estimator.adaptation.adapters) as seen:

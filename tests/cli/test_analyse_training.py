@@ -7,18 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
-from kronfac.cli.main import app
+from tests.cli.calls import call
 
 ALIGNMENT = ["analyse", "alignment", "digits-mlp", "--steps", "3", "--every", "2", "--examples", "40", "--threads", "1"]
 DAMPING = ["analyse", "damping", "digits-cnn", "--steps", "3", "--every", "2", "--examples", "20", "--threads", "1"]
-
-
-def call(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -6,19 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from tests.cli.calls import call
 
 from kronfac import experiments
-from kronfac.cli.main import app
 from kronfac.sources import Recursive
 
 SMALL = ["--steps", "20", "--threads", "1"]
-
-
-def call(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from tests.cli.calls import call
 
 from kronfac import experiments
 from kronfac.cli.group import how_to_go_on
-from kronfac.cli.main import app, main
+from kronfac.cli.main import main
 from kronfac.experiments import approximation_table, continual
 from kronfac.experiments.approximation_table import PARTS, TableSettings, measure_table, write_table
 from kronfac.experiments.continual import plans, runner
@@ -25,12 +25,6 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("plotly")
 TABLE = ["analyse", "table", "--problems", "digits-mlp", "--approximations", "diagonal", "--sources", "exact"]
 STREAM = ["continual", "permuted-digits", "--tasks", "2", "--steps", "2"]
-
-
-def call(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def refused(message: str, *arguments: str) -> None:

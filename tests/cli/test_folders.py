@@ -8,20 +8,13 @@ import os
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from tests.cli.calls import call
 
 from kronfac import experiments
-from kronfac.cli.main import app
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("plotly")
-
-
-def call(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def refused(message: str, *arguments: str) -> None:

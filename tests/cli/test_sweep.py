@@ -4,19 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
-from kronfac.cli.main import app
+from tests.cli.calls import call
 
 pytest.importorskip("optuna")
 
 SMALL = ["--steps", "6", "--evaluate-every", "3", "--trials", "3", "--threads", "1"]
-
-
-def call(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def test_a_sweep_ends_in_tables_and_a_report(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,9 @@ from kronfac.likelihoods import Likelihood
 from kronfac.measuring import apart_from_training
 from kronfac.operators.passes import same_random_state
 from kronfac.sources import Source
+
+#: A rule by name, as a function, or one function for each layer by its name.
+AnyRule = str | Rule | Mapping[str, Rule]
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,14 @@ class LayerDamping:
 
 
 def damping_of(
-    curvature: BlockDiagonal, damping: float, rules: Sequence[str | Rule] = ("factored",), *, step: int = 0
+    curvature: BlockDiagonal, damping: float, rules: Sequence[AnyRule] = ("factored",), *, step: int = 0
 ) -> list[LayerDamping]:
     """Look at what damping rules add to the blocks of a curvature.
 
     Args:
         curvature: The curvature, such as `kronfac.estimate` or an optimiser's ``curvature()`` gives.
         damping: ``lambda``, on the scale of the curvature.
-        rules: Rules by name (see `kronfac.damping.RULES`) or as functions.
+        rules: Rules by name (see `kronfac.damping.RULES`), as functions, or one function for each layer by its name.
         step: Steps of training done, for the record.
 
     Returns:
@@ -92,10 +95,11 @@ def damping_of(
     damping = check_damping(damping)
     rows = []
     for rule in rules:
-        decide = get_rule(rule)
+        own = rule if isinstance(rule, Mapping) else dict.fromkeys(curvature.blocks, get_rule(rule))
         name = rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
         rows += [
-            _row(layer, name, block, decide(block, damping), damping, step) for layer, block in curvature.blocks.items()
+            _row(layer, name, block, own[layer](block, damping), damping, step)
+            for layer, block in curvature.blocks.items()
         ]
     return rows
 
@@ -109,7 +113,7 @@ def damping_during_training(
     steps: int,
     every: int = 100,
     damping: float = 1e-3,
-    rules: Sequence[str | Rule] = ("factored",),
+    rules: Sequence[AnyRule] = ("factored",),
     approximation: str | Approximation = "kfac",
     source: str | Source = "sampled",
     samples: int = 1,
@@ -146,7 +150,8 @@ def damping_during_training(
     batches = list(batches_of(data))
     check_damping(damping)
     for rule in rules:
-        get_rule(rule)
+        if not isinstance(rule, Mapping):
+            get_rule(rule)
 
     def measure(step: int) -> list[LayerDamping]:
         # No optimiser that watches the model shall gather from this, nor dropout's masks in training change by it.

@@ -20,9 +20,9 @@ app = typer.Typer(
 )
 
 app.command("demo")(demo.demo)
-app.command("train", epilog=train.EPILOG)(train.train)
+app.command("train", epilog=compare.EPILOG)(train.train)
 app.command("compare", epilog=compare.EPILOG)(compare.compare)
-app.command("sweep", epilog=sweep.EPILOG)(sweep.sweep)
+app.command("sweep", epilog=compare.EPILOG)(sweep.sweep)
 app.command("continual", epilog=continual.EPILOG)(continual.continual)
 app.command("bench")(bench.bench)
 app.command("report")(report.report)

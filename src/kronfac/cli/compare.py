@@ -31,11 +31,13 @@ from kronfac.cli.options import (
 )
 from kronfac.cli.outcome import print_outcome
 
+#: Below the help of every command that takes a problem and optimisers.
 EPILOG = f"{lists.problems()}\n\n{lists.optimizers()}"
+ProblemName = Annotated[str, typer.Argument(help="Name of a problem, see the list below.", show_default=False)]
 
 
 def compare(
-    problem: Annotated[str, typer.Argument(help="Name of a problem, see the list below.", show_default=False)],
+    problem: ProblemName,
     optimizers: Annotated[
         str, typer.Option("--optimizers", "--optimisers", help="Optimisers to compare, with commas between them.")
     ] = "sgd,adam,kfac",

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from kronfac import experiments
-from kronfac.cli import lists
-from kronfac.cli.compare import this_command
+from kronfac.cli.compare import ProblemName, this_command
 from kronfac.cli.display import progress_display
 from kronfac.cli.options import (
     CheckpointEvery,
@@ -29,11 +28,9 @@ from kronfac.cli.options import (
 )
 from kronfac.cli.outcome import print_outcome
 
-EPILOG = f"{lists.problems()}\n\n{lists.optimizers()}"
-
 
 def sweep(
-    problem: Annotated[str, typer.Argument(help="Name of a problem, see the list below.", show_default=False)],
+    problem: ProblemName,
     optimizers: Annotated[
         str, typer.Option("--optimizers", "--optimisers", help="Optimisers to tune, with commas between them.")
     ] = "sgd,adam,kfac",

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from kronfac import experiments
-from kronfac.cli import lists
-from kronfac.cli.compare import this_command
+from kronfac.cli.compare import ProblemName, this_command
 from kronfac.cli.display import progress_display
 from kronfac.cli.options import (
     CheckpointEvery,
@@ -30,11 +29,9 @@ from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers import OPTIMIZERS, get_optimizer
 from kronfac.experiments.settings import MAX_SEED
 
-EPILOG = f"{lists.problems()}\n\n{lists.optimizers()}"
-
 
 def train(
-    problem: Annotated[str, typer.Argument(help="Name of a problem, see the list below.", show_default=False)],
+    problem: ProblemName,
     optimizer: Annotated[str, typer.Option("--optimizer", "--optimiser", help="Name of an optimiser.")] = "kfac",
     settings: Annotated[
         list[str] | None,

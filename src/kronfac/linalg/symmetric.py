@@ -93,7 +93,7 @@ def _add_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
         return total.add_(matmul(left.T, right), alpha=alpha)
     size = len(right) // PARTS
     if min(total.shape) <= NARROW and size >= PARTS and right.dtype == torch.float32 and right.device.type == "cpu":
-        # MKL adds few columns up row by row, with an error that grows with the rows: 6e-5 for a quarter of a million.
+        # MKL adds few columns up row by row, with an error that grows with the rows.
         parts = [rows[: size * PARTS].reshape(PARTS, size, -1) for rows in (left, right)]
         total.add_((parts[0].mT @ parts[1]).sum(0), alpha=alpha)
         left, right = left[size * PARTS :], right[size * PARTS :]

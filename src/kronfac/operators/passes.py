@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kronfac._typing import NamedTensors
 from kronfac.forwards import pick_outputs
-from kronfac.measuring import apart_from_training, couples_examples, refuse_inference_mode
+from kronfac.measuring import apart_from_training, couples_examples, kept_modes, refuse_inference_mode
 
 Pick = Callable[[Any], Tensor] | None
 _WHAT = "A product with the curvature"
@@ -208,6 +208,22 @@ def set_random_state(model: nn.Module, state: tuple[Tensor, ...]) -> None:
 
 def _devices(model: nn.Module) -> list[torch.device]:
     return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run a model without gradients, and without what eval mode leaves out: coupled examples, dropout.
+
+    Args:
+        model: The model; its modes and the random state are put back at the end.
+
+    Yields:
+        Nothing.
+    """
+    with same_random_state(model), kept_modes(model), plain_kernels(model), torch.no_grad():
+        for module in model.modules():
+            module.training = False  # not eval(), which may do more
+        yield
 
 
 @contextmanager

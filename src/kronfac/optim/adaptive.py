@@ -38,7 +38,7 @@ class AdaptiveKFAC(Proposing):
     pass (36). ``λ`` follows the reduction ratio ``ρ`` (37, 38); ``γ`` is the best of three neighbouring values every
     ``greedy_every`` steps (and of their neighbours, while the outermost is best), not below ``λ + r``.  Both are on the
     scale of the curvature.  One departure from the paper: ``γ`` stays below a hundred mean eigenvalues of ``F̂``, also
-    where ``λ + r`` is above; a start at ``λ = 150`` then keeps some curvature in its directions, and trains faster.
+    where ``λ + r`` is above; a start at ``λ = 150`` then keeps some curvature in its directions.
 
     The step is taken with a closure that returns the loss **without** calling backward::
 

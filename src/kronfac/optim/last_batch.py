@@ -10,16 +10,14 @@ would be wrong for take the whole batch: dearer, but right.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kronfac.measuring import couples_examples, kept_modes
-from kronfac.operators.passes import plain_kernels, random_state, run, same_random_state
+from kronfac.measuring import couples_examples
+from kronfac.operators.passes import in_eval_mode, random_state, run
 from kronfac.optim.gathering import Gatherer
 from kronfac.optim.sub_batch import PLAIN, Arguments, versions_of
 from kronfac.sources.part import first_of, tensors_of
@@ -163,7 +161,8 @@ def _try(gatherer: Gatherer, arguments: Arguments, sizes: list[int], fraction: f
         The number of examples; 0 if they cannot be told apart; None if these outputs do not say.
     """
     root, pick = gatherer.root, gatherer.pick
-    with _trial(gatherer):
+    device = next(root.parameters()).device.type
+    with gatherer.paused(), in_eval_mode(root), torch.autocast(device, enabled=False):
         try:
             whole = run(root, {}, _widened(root, arguments), pick)
             batch = len(whole) if whole.ndim else 0
@@ -184,24 +183,6 @@ def _try(gatherer: Gatherer, arguments: Arguments, sizes: list[int], fraction: f
     if spread <= precision * size:
         return None  # outputs that are the same for all inputs, as of a head that starts at zero
     return batch if apart <= precision * size else 0
-
-
-@contextmanager
-def _trial(gatherer: Gatherer) -> Iterator[None]:
-    """Within the block the model can be run without a trace, and without what couples examples or is drawn."""
-    root = gatherer.root
-    device = next(root.parameters()).device.type
-    with (
-        gatherer.paused(),
-        same_random_state(root),
-        kept_modes(root),
-        plain_kernels(root),
-        torch.autocast(device, enabled=False),
-        torch.no_grad(),
-    ):
-        for module in root.modules():
-            module.training = False  # not eval(), which may do more
-        yield
 
 
 def _widened(model: nn.Module, value: Any) -> Any:

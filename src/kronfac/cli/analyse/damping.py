@@ -114,7 +114,7 @@ def damping(
                 steps=steps,
                 every=every,
                 damping=amount,
-                rules=own.rules(chosen),
+                rules=[own.of(rule) for rule in chosen],
                 approximation=approximation,
                 source=source,
                 samples=samples,
@@ -123,7 +123,6 @@ def damping(
             )
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ExperimentError(str(error)) from error
-    rows = own.rows(rows)
     table = records(rows)
     frame = pd.DataFrame(table)
     files = [write_csv(folder / "damping.csv", table)]

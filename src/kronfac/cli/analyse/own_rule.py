@@ -2,85 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, cast
 
-from kronfac.damping import Rule, Shift, TraceRestricted, get_rule
+from kronfac.damping import TraceRestricted, get_rule
 from kronfac.optim import TKFAC
 
 if TYPE_CHECKING:
     import torch
 
-    from kronfac.analysis import LayerDamping
-    from kronfac.blocks import Block
+    from kronfac.analysis.damping import AnyRule
 
-NAME, _EXPANDED = "trace_restricted", "trace_restricted, expanded"
+NAME = "trace_restricted"
 
 
-class _Half:
-    """The rule of convolutions, or that of all other layers, which (5.17) expands.
+class _Followed(Mapping[str, TraceRestricted]):
+    """An optimiser's rule of each layer, as it is whenever it is asked for.
 
     Args:
-        optimizer: What is asked for the rule whenever it is called.
-        expanded: Which of both.
+        optimizer: The optimiser, whose rule is `TraceRestricted`.
     """
 
-    def __init__(self, optimizer: TKFAC, expanded: bool) -> None:
-        self._optimizer, self._expanded = optimizer, expanded
-        self.__name__ = _EXPANDED if expanded else NAME
+    __name__ = NAME
 
-    def __call__(self, block: Block, damping: float, /) -> Shift:
-        rules = _by_layer(self._optimizer).values()
-        return (max if self._expanded else min)(rules, key=lambda rule: rule.beta)(block, damping)
+    def __init__(self, optimizer: TKFAC) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def _rules(self) -> Mapping[str, TraceRestricted]:
+        return cast(Mapping[str, TraceRestricted], self._optimizer._rules())
+
+    def __getitem__(self, layer: str) -> TraceRestricted:
+        return self._rules[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
 
 
 class OwnRule:
     """What a name of a rule means beside an optimiser.
-
-    A rule is given blocks without the names of their layers: both halves are tried on each, and `rows` keeps one.
 
     Args:
         optimizer: The optimiser.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        restricted = isinstance(optimizer, TKFAC) and isinstance(optimizer._rule, TraceRestricted)
-        self._optimizer = cast(TKFAC, optimizer) if restricted else None
+        rule = optimizer._rule if isinstance(optimizer, TKFAC) else None
+        self._rule = rule if isinstance(rule, TraceRestricted) else None
+        self._followed = _Followed(cast(TKFAC, optimizer))
 
-    def rules(self, names: Sequence[str]) -> list[str | Rule]:
+    def of(self, name: str) -> AnyRule:
         """Put the optimiser's rule in the place of its name.
 
         Args:
-            names: Names of rules.
+            name: Name of a rule.
 
         Returns:
             What to measure.
         """
-        if self._optimizer is None:
-            return list(names)
-        halves = [_Half(self._optimizer, expanded) for expanded in (False, True)]
-        return [rule for name in names for rule in (halves if name == NAME else [name])]
-
-    def rows(self, rows: Sequence[LayerDamping]) -> list[LayerDamping]:
-        """Keep of each layer what its own half adds.
-
-        Args:
-            rows: What `rules` gave.
-
-        Returns:
-            The rows, under the rule's name, the layers of each rule in the order of the network.
-        """
-        if self._optimizer is None:
-            return list(rows)
-        expanded = {name for name, rule in _by_layer(self._optimizer).items() if rule is not self._optimizer._rule}
-        found: list[LayerDamping] = []
-        other = {(row.step, row.layer): row for row in rows if row.rule == _EXPANDED}
-        for row in rows:
-            if row.rule != _EXPANDED:
-                mine = row.rule == NAME and row.layer in expanded
-                found.append(replace(other[row.step, row.layer], rule=NAME) if mine else row)
-        return found
+        return name if self._rule is None or name != NAME else self._followed
 
     def title(self, name: str, damping: float) -> str:
         """Say what was added.
@@ -94,15 +77,12 @@ class OwnRule:
         """
         if name != NAME:
             return f"{name} damping {damping:g}"
-        if self._optimizer is None:
+        if self._rule is None:
             rule = cast(TraceRestricted, get_rule(NAME))
             return f"{name} damping, ν {rule.nu:g}, β {rule.beta:g}"
-        rules = _by_layer(self._optimizer)
-        beta, own = max(rule.beta for rule in rules.values()), cast(TraceRestricted, self._optimizer._rule)
-        convolves = any(rule is own for rule in rules.values())
-        printed = ", as printed" if own.printed else ""
-        return f"{name} damping{printed}, ν {own.nu:g}, β {beta:.3g}{' but for convolutions' if convolves else ''}"
-
-
-def _by_layer(optimizer: TKFAC) -> Mapping[str, TraceRestricted]:
-    return cast(Mapping[str, TraceRestricted], optimizer._rules())
+        rules = self._followed.values()
+        beta, convolves = max(rule.beta for rule in rules), any(rule is self._rule for rule in rules)
+        printed = ", as printed" if self._rule.printed else ""
+        return (
+            f"{name} damping{printed}, ν {self._rule.nu:g}, β {beta:.3g}{' but for convolutions' if convolves else ''}"
+        )
