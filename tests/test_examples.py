@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,3 +184,88 @@ def test_no_graph_lies_beside_the_training_graph_while_one_is_left_out() -> None
     assert len(graphs) > 1
     assert not any(graphs[1:])
     del optimizer
+
+
+class Wrapped(Mixing):
+    """Gives its outputs with something beside them.
+
+    Args:
+        kind: Type of what it returns.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Any:
+        z = super().forward(x)
+        return {
+            "tensor": z,
+            "tuple": (x, z),
+            "dict": {"loss": z.sum(), "logits": z},
+            "object": SimpleNamespace(loss=z.sum(), logits=z),
+        }[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "dict", "object"])
+def test_outputs_that_are_captured_as_the_model_gave_them_are_tried(kind: str) -> None:
+    model, x = Wrapped(kind), torch.arange(12).reshape(4, 3) % 7
+    optimizer = kf.optim.EKFAC(model, kf.Categorical(), lr=0.1)
+    with optimizer.capture() as capture:
+        found = model(x)
+        z = {"tensor": lambda v: v, "tuple": lambda v: v[1], "dict": lambda v: v["logits"]}.get(
+            kind, lambda v: v.logits
+        )(found)
+        with pytest.raises(ValueError, match="the outputs of the others are not what they were"):
+            capture(z)
+    with optimizer.capture() as capture:
+        capture(model.out(model.words(x).mean(1)))  # of parts that are called apart nothing can be known
+
+
+def test_batches_of_a_warm_up_are_tried() -> None:
+    model, x = Mixing(), torch.arange(12).reshape(4, 3) % 7
+    optimizer = kf.optim.EKFAC(model, kf.Categorical(), lr=0.1)
+    with pytest.raises(ValueError, match="the outputs of the others are not what they were"):
+        optimizer.warm_up([(x, torch.arange(4) % 3)])
+    assert optimizer._warmed == 0
+
+
+class InPlace(nn.Module):
+    """Standardises its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = double(nn.Linear(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.sub_(1.0).mul_(0.5))
+
+
+def test_a_model_that_changes_its_input_changes_it_once() -> None:
+    model, x = InPlace(), torch.ones(5, 3, dtype=torch.float64) * 4.0
+    optimizer = kf.optim.KFAC(model, kf.Gaussian(), lr=0.1, source="exact")
+    model(x)
+    assert torch.equal(x, torch.full_like(x, 1.5))
+    del optimizer
+
+
+class Remembering(nn.Module):
+    """Compares with a memory of its own under no_grad, by the layer that it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.out = double(nn.Linear(6, 4)), double(nn.Linear(4, 3))
+        self.memory: Tensor
+        self.register_buffer("memory", torch.ones(7, 6, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            known = self.encoder(self.memory).mean(0)
+        return self.out(self.encoder(x).tanh() - known)
+
+
+def test_rows_of_calls_under_no_grad_are_no_examples() -> None:
+    model, x = Remembering(), torch.arange(30, dtype=torch.float64).reshape(5, 6) / 30
+    optimizer = kf.optim.EKFAC(model, kf.Categorical(), lr=0.1)
+    torch.nn.functional.cross_entropy(model(x), torch.arange(5) % 3).backward()
+    optimizer.step()

@@ -234,6 +234,14 @@ def _no_layers(tensors: dict[str, Tensor], metadata: dict[str, str], content: di
     content["layers"] = []
 
 
+def _foreign_tensor(tensors: dict[str, Tensor], metadata: dict[str, str], content: dict[str, Any]) -> None:
+    tensors["17.input"] = torch.ones(2, 2)
+
+
+def _layer_twice(tensors: dict[str, Tensor], metadata: dict[str, str], content: dict[str, Any]) -> None:
+    content["layers"].append(content["layers"][0])
+
+
 def _layers_of_numbers(tensors: dict[str, Tensor], metadata: dict[str, str], content: dict[str, Any]) -> None:
     content["layers"] = [1, 2]
 
@@ -264,7 +272,9 @@ def _broken_json(tensors: dict[str, Tensor], metadata: dict[str, str], content: 
         (_unknown_option, "unknown options.*colour"),
         (_unknown_option_value, "fair"),
         (_no_options, "damaged"),
-        (_no_layers, "at least one block"),
+        (_no_layers, "tensors that are no layer's: '0.input', "),
+        (_foreign_tensor, "tensors that are no layer's: '17.input'"),
+        (_layer_twice, "a layer is in it twice"),
         (_layers_of_numbers, "damaged"),
         (_no_parameters, "damaged"),
         (_no_shape, "damaged"),

@@ -163,10 +163,15 @@ def twice(model: Calls, x: Tensor) -> Tensor:
     return model.head(model.layer(model.layer(x)))
 
 
-def without_grad(model: Calls, x: Tensor) -> Tensor:
+def held_constant(model: Calls, x: Tensor) -> Tensor:
     with torch.no_grad():
-        hidden = model.layer(x)
-    return model.head(hidden)
+        hidden = model.layer(2 * x)
+    return model.head(hidden + model.layer(x).tanh())
+
+
+def detached_by_hand(model: Calls, x: Tensor) -> Tensor:
+    hidden = torch.nn.functional.linear(2 * x, model.layer.weight.detach(), model.layer.bias.detach())
+    return model.head(hidden + model.layer(x).tanh())
 
 
 def reentrant(model: Calls, x: Tensor) -> Tensor:
@@ -235,7 +240,6 @@ for _kind in (Turned, TwoInputs, Pair):  # their rows and cotangents are a linea
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "input changed in place": (lambda: Calls(changed_in_place), "'layer' was changed in place"),
     "used twice": (lambda: Calls(twice), "'layer' is used more than once"),
-    "no_grad": (lambda: Calls(without_grad), "'layer' carries no gradient"),
     "re-entrant checkpoint": (lambda: Calls(reentrant), "'layer' carries no gradient.*use_reentrant=False"),
     "detached outputs": (lambda: Calls(detached), "outputs carry no gradient"),
     "tied by hand": (lambda: Calls(tied_by_hand), r"parameters of layers \['layer'\] in another way"),
@@ -255,6 +259,48 @@ def test_what_would_be_silently_wrong_is_refused(make: Callable[[], nn.Module], 
     with pytest.raises(TapeError, match=text):
         kf.estimate(model, kf.Gaussian(), (draw(4, 3), draw(4, 2)))
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("approximation", ["kfac", "ekfac", "dense"])
+def test_what_a_layer_gives_under_no_grad_is_a_constant(approximation: str) -> None:
+    batch, likelihood = (draw(4, 3), draw(4, 2)), kf.Gaussian()
+    found, wanted = (
+        kf.estimate(Calls(way), likelihood, batch, approximation=approximation, source="exact")
+        for way in (held_constant, detached_by_hand)
+    )
+    torch.testing.assert_close(found.to_dense(), wanted.to_dense())
+    if approximation == "dense":
+        model = Calls(held_constant)
+        blocks = kf.reference.ggn(model, likelihood, batch[0])
+        torch.testing.assert_close(found.to_dense().diagonal(), blocks.diagonal())
+
+
+def test_a_layer_that_is_called_under_no_grad_alone_has_no_statistics() -> None:
+    def frozen_features(model: Calls, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = model.layer(x)
+        return model.head(hidden)
+
+    model, x = Calls(frozen_features), draw(4, 3)
+    with record(adapt_model(model).adapters) as tape:
+        model(x)
+    assert list(tape.calls) == ["head"]
+    assert tape.constants == {"layer"}
+    with pytest.raises(RuntimeError, match=r"No statistics for layers \['layer'\]"):
+        kf.estimate(model, kf.Gaussian(), (x, draw(4, 2)))
+
+
+def test_forward_derivatives_stop_at_no_grad() -> None:
+    """Dual numbers do not: their tangents go on through what a model holds constant."""
+    x, y = draw(4, 3), draw(4, 2)
+    products = []
+    for way in (held_constant, detached_by_hand):
+        model = Calls(way)
+        vector = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+        operator = kf.GaussNewtonOperator(model, kf.Gaussian(), (x, y))
+        products.append([*operator.matmul(vector).values(), operator.quadratic_form(vector)])
+    for found, wanted in zip(*products, strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_a_checkpoint_that_is_not_reentrant_is_read() -> None:

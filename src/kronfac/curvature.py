@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kronfac._typing import NamedTensors
 from kronfac.blocks import Block, Inverse
+from kronfac.blocks.checks import check_gradients
 from kronfac.damping import Rule, check_damping, get_rule
 from kronfac.linalg.precision import without_autocast
 from kronfac.vectors import Layout, ParameterSpace, listed
@@ -179,7 +180,9 @@ class BlockDiagonal:
 
         Raises:
             torch.linalg.LinAlgError: If a block cannot be inverted; the message names the layer.
-        """
+            TypeError: If the damping, or a number that the curvature was scaled by, requires a gradient, which would
+                be lost.
+        """  # noqa: DOC502
         damping = check_damping(damping)
         decide = get_rule(rule)
         inverses: dict[str, Inverse] = {}
@@ -188,6 +191,7 @@ class BlockDiagonal:
                 inverses[layer] = block.factorise(decide(block, damping))
             except torch.linalg.LinAlgError as error:
                 raise torch.linalg.LinAlgError(f"layer {layer!r} with damping {damping:.3g}: {error}") from error
+            check_gradients(f"the block of layer {layer!r}", block, inverses[layer])
         return CurvatureInverse(inverses, self._parameters)
 
     def __repr__(self) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kronfac._typing import NamedTensors
 from kronfac.blocks import Block, CoupledBlocks, CoupledInverse, Tridiagonal
+from kronfac.blocks.checks import check_gradients
 from kronfac.damping import Rule, check_damping, get_rule
 from kronfac.linalg.precision import without_autocast
 from kronfac.vectors import Layout, ParameterSpace
@@ -137,13 +138,17 @@ class CoupledCurvature:
 
         Raises:
             torch.linalg.LinAlgError: If the damped matrix cannot be inverted; the message names the layer.
-        """
+            TypeError: If the damping, or a number that the curvature was scaled by, requires a gradient, which would
+                be lost.
+        """  # noqa: DOC502
         damping, decide = check_damping(damping), get_rule(rule)
         shifts = {layer: decide(block, damping) for layer, block in self.blocks.items()}
         try:
             inverse = self.coupled.factorise(shifts)
         except torch.linalg.LinAlgError as error:
             raise torch.linalg.LinAlgError(f"with damping {damping:.3g}: {error}") from error
+        for layer, block in self.blocks.items():  # no inverse here has all of their gradients
+            check_gradients(f"the block of layer {layer!r}", block, None)
         return CoupledCurvatureInverse(inverse, self._parameters, self.coupled)
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ from kronfac.examples import check_examples
 from kronfac.forwards import batches_of, call_model, pick_outputs, with_progress
 from kronfac.likelihoods import Likelihood
 from kronfac.measuring import frozen_buffers, refuse_inference_mode
+from kronfac.operators.passes import RandomStream
 from kronfac.sources import Source
 from kronfac.tape import record
 
@@ -72,7 +73,8 @@ def estimate(
     """Estimate the curvature of the loss over a data set.
 
     The loss is what the likelihood's ``reduction`` says over all data given: sums over batches are divided by the sum
-    of denominators, never averages averaged.  The model's mode is left as it is and running statistics are put back.
+    of denominators, never averages averaged.  The model's mode is left as it is, running statistics are put back, and
+    torch's random state is not touched.
 
     Approximations of several passes (EKFAC: factors, then the values in their eigenbasis) read the loader that often,
     and draw new labels each time.
@@ -90,7 +92,7 @@ def estimate(
         samples: Samples per example of the sampled source.
         sharing: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023).
         norm: ``"unitwise"`` or ``"full"`` blocks of normalisation layers.
-        seed: Seed of the sampled labels.
+        seed: Seed of the sampled labels, and of dropout's masks where it is in train mode.
         outputs: Picks the output tensor where the model returns something else.
         progress: Show a progress bar.
 
@@ -105,7 +107,7 @@ def estimate(
     refuse_inference_mode("kronfac.estimate")
     first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     device = torch.device("cpu") if first is None else first.device
-    if not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed={seed!r} must be an integer.")
     model = eager_root(model)  # in which the hooks of layers are heard
     estimator = Estimator(
@@ -128,7 +130,8 @@ def estimate(
             estimator.next_pass()
         # Labels of their own in every pass: values are unbiased if they are independent of their eigenbasis.
         estimator.generator = torch.Generator(device).manual_seed(_seed_of_pass(seed, index))
-        count = _read(estimator, loader, outputs, progress, called)
+        draws = RandomStream(model, _seed_of_pass(seed, index))
+        count = _read(estimator, loader, outputs, progress, called, draws)
         if index and count != batches:
             raise ValueError(_readable(estimator.approximation, f"gave {batches} batches first and {count} afterwards"))
         if count == 0:
@@ -149,13 +152,18 @@ def estimate(
 
 
 def _read(
-    estimator: Estimator, loader: Any, outputs: Callable[[Any], Tensor] | None, progress: bool, called: set[str]
+    estimator: Estimator,
+    loader: Any,
+    outputs: Callable[[Any], Tensor] | None,
+    progress: bool,
+    called: set[str],
+    draws: RandomStream,
 ) -> int:
     """Take in all of a loader once, note the layers that are called, and return its number of batches."""
     count = 0
     with frozen_buffers(estimator.model):
         for inputs, targets in with_progress(batches_of(loader), loader, progress):
-            with torch.enable_grad(), record(estimator.adaptation.adapters) as tape:
+            with draws(), torch.enable_grad(), record(estimator.adaptation.adapters) as tape:
                 out = pick_outputs(call_model(estimator.model, inputs), outputs)
             if not called:
                 check_examples(estimator, tape, inputs, len(out), outputs)
@@ -168,9 +176,12 @@ def _read(
 
 def _require_terms(estimator: Estimator, called: set[str]) -> None:
     """Refuse a mean over no rows at all, which a layer that was called has where no term of the loss counts."""
-    empty = [name for name, statistic in estimator.statistics.items() if name in called and statistic.empty]
-    if estimator.joint is not None and estimator.joint.empty and called >= set(estimator.adaptation.adapters):
-        empty = list(estimator.adaptation.adapters)
+    layers = list(estimator.adaptation.adapters if estimator.joint is not None else estimator.statistics)
+    if estimator.joint is not None:
+        flags = [estimator.joint.empty and called >= set(layers)] * len(layers)
+    else:
+        flags = [name in called and statistic.empty for name, statistic in estimator.statistics.items()]
+    empty = [name for name, flag in zip(layers, estimator.in_any_process(flags), strict=True) if flag]
     if empty:
         raise ValueError(
             f"No statistics for layers {empty}: every target is ignored, or masked, or has weight 0, so that none of "

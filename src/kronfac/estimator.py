@@ -209,19 +209,45 @@ class Estimator:
             The operator.
 
         Raises:
-            RuntimeError: A layer gathered nothing.
+            RuntimeError: A layer gathered nothing; in a distributed run, in none of the processes, or in some of them
+                only with terms that nobody counted. All of them raise then, for those that do not would wait for ever.
             TypeError: The approximation couples layers.
         """
         if self.joint is not None:
             raise TypeError(f"approximation={self.approximation.name!r} couples layers; call coupled_curvature().")
-        missing = [name for name, statistic in self.statistics.items() if statistic.empty]
-        if missing:
+        layers = self.statistics.items()
+        gathered = self.in_any_process([not statistic.empty for _, statistic in layers])
+        uncounted = self.in_any_process(
+            [statistic.empty and name not in self._called and self._passed > 0.0 for name, statistic in layers]
+        )
+        if partly := [n for n, some, lost in zip(self.statistics, gathered, uncounted, strict=True) if some and lost]:
+            raise RuntimeError(
+                f"The forward passes of some processes called layers {partly}, those of others never did: call them in "
+                "each process, freeze them (requires_grad=False), or estimate in one process."
+            )
+        if missing := [name for name, some in zip(self.statistics, gathered, strict=True) if not some]:
             raise RuntimeError(
                 f"No statistics for layers {missing}: the forward pass never called them (freeze them, "
                 "requires_grad=False, or call them), or no term of the loss counted (every target ignored or masked)."
             )
         blocks = {name: statistic.block() for name, statistic in self.statistics.items()}
         return BlockDiagonal(blocks, self.adaptation.adapters, self.adaptation.order, options=self.options)
+
+    def in_any_process(self, flags: list[bool]) -> list[bool]:
+        """Tell what holds in any process of a distributed run, so that all of them decide alike; each must call this.
+
+        Args:
+            flags: What holds in this process.
+
+        Returns:
+            What holds in any of them.
+        """
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return flags
+        found = torch.tensor(flags, dtype=torch.int32, device=next(self.model.parameters()).device)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return [bool(flag) for flag in found.tolist()]
 
     def coupled_curvature(self) -> CoupledCurvature:
         """Return the curvature of what was gathered, where the approximation couples layers.
@@ -235,8 +261,8 @@ class Estimator:
         """
         if self.joint is None:
             raise TypeError(f"approximation={self.approximation.name!r} couples no layers; call curvature().")
-        if self.joint.empty:
-            raise RuntimeError("No statistics: no forward pass was seen.")
+        if any(self.in_any_process([self.joint.empty])):
+            raise RuntimeError("No statistics: no forward pass was seen, in this process or in another.")
         layouts = self.adaptation.adapters
         return coupled_curvature(self.joint.blocks(), layouts, self.adaptation.order, self.options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -53,16 +54,17 @@ def check_examples(
     few = first_of(inputs, size, batch)
     with in_eval_mode(model), saved_plainly():
         try:
-            found, again = (run(model, {}, few, pick) for _ in range(2))
-            with _inputs_of(estimator.adaptation.adapters) as seen:
-                others = run(model, {}, rest_of(few, size), pick)
+            found, again = (run(model, {}, _copied(few), pick) for _ in range(2))
+            # Calls under the model's own no_grad are of whatever it likes.
+            with torch.set_grad_enabled(bool(tape.constants)), _inputs_of(estimator.adaptation.adapters) as seen:
+                others = run(model, {}, rest_of(_copied(few), size), pick).detach()
         except Exception:  # whatever a model says of a part that is none, or of eval mode
             return
         coupled = couples_examples(model) or estimator.approximation.couples_examples
     for adapter, rows in seen:
         require_examples(adapter, rows, size - 1, what)
     precision = _precision(model, found)
-    if len(found) != size or not _close(again, found, precision):
+    if not found.ndim or len(found) != size or not _close(again, found, precision):
         return
     if others.shape != found[1:].shape or not (coupled or _close(others, found[1:], precision)):
         raise ValueError(
@@ -70,6 +72,34 @@ def check_examples(
             "first of a few, the outputs of the others are not what they were. Put the batch first, before time, or "
             "use approximation='kfac' with source='sampled'."
         )
+
+
+def pick_of(value: Any, outputs: Tensor) -> Callable[[Any], Tensor] | None:
+    """How the outputs are had from what the model returned.
+
+    Args:
+        value: What it returned: a tensor, a tuple, a mapping, or an object with attributes.
+        outputs: A tensor.
+
+    Returns:
+        A function; None if the tensor is not among what it returned.
+    """
+    if value is outputs:
+        return lambda found: found
+    if isinstance(value, Mapping):
+        return next((itemgetter(key) for key, part in value.items() if part is outputs), None)
+    if isinstance(value, (tuple, list)):
+        return next((itemgetter(index) for index, part in enumerate(value) if part is outputs), None)
+    return next((attrgetter(key) for key, part in getattr(value, "__dict__", {}).items() if part is outputs), None)
+
+
+def _copied(value: Any) -> Any:
+    """Arguments that a model may change in place, as it does to its own."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) is dict:
+        return {key: _copied(part) for key, part in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (tuple, list) else value
 
 
 @contextmanager
@@ -83,9 +113,12 @@ def _inputs_of(adapters: Mapping[str, LayerAdapter]) -> Iterator[list[tuple[Laye
         Layers and inputs, as they come.
     """
     seen: list[tuple[LayerAdapter, Tensor]] = []
+    differentiates = torch.is_grad_enabled()
 
     def hook(adapter: LayerAdapter) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if torch.is_grad_enabled() != differentiates:
+                return
             given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.numel())
             seen.extend((adapter, torch.empty_like(value, device="meta")) for value in given)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
+
+#: What runs the forward of every `torch.autograd.Function`.
+_APPLY = vars(torch.autograd.Function)["apply"].__func__.__code__
 
 
 def in_backward() -> bool:
@@ -17,6 +21,39 @@ def in_backward() -> bool:
         True within PyTorch's engine.
     """
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def in_function() -> bool:
+    """Whether the forward of a `torch.autograd.Function` is under way, whose derivative may call the layers again.
+
+    Returns:
+        True within re-entrant checkpoints, for instance.
+    """
+    frame = sys._getframe()
+    while frame.f_code is not _APPLY:
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return True
+
+
+def differentiates_in(parameters: Iterable[Tensor]) -> bool:
+    """Whether the derivative that is being computed in this thread is one in any of these parameters.
+
+    Args:
+        parameters: Leaves of the graph.
+
+    Returns:
+        True for `backward()`, and for `torch.autograd.grad` where one of them is among its inputs.
+    """
+    return any(_executes(get_gradient_edge(parameter).node) for parameter in parameters if parameter.requires_grad)
+
+
+def _executes(node: Node) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # a leaf that `torch.autograd.grad` was asked for, which is not executed but handed out
+        return True
 
 
 def saved_plainly() -> AbstractContextManager[None]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 #: Whether forwards belong to a measurement and not to a training loop.
 _APART: ContextVar[bool] = ContextVar("kronfac_apart_from_training", default=False)
@@ -17,14 +20,27 @@ _APART: ContextVar[bool] = ContextVar("kronfac_apart_from_training", default=Fal
 def apart_from_training() -> Iterator[None]:
     """Mark forwards within the block as measurements, of which optimisers that watch the model gather nothing.
 
+    A forward with dual numbers raises a `NotImplementedError` where the model turns gradients off.
+
     Yields:
         Nothing.
     """
     token = _APART.set(True)
     try:
-        yield
+        with _NoGradIsSeen() if forward_ad._current_level >= 0 else nullcontext():
+            yield
     finally:
         _APART.reset(token)
+
+
+class _NoGradIsSeen(TorchFunctionMode):
+    """Refuses `torch.no_grad` in a forward with dual numbers, whose tangents go on through what it holds constant."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # From off to off: from on to off is the end of an enable_grad.
+        if func is torch._C._set_grad_enabled and not args[0] and not torch.is_grad_enabled():
+            raise NotImplementedError("Forward derivatives do not stop at torch.no_grad().")
+        return func(*args, **(kwargs or {}))
 
 
 def is_marked_apart() -> bool:

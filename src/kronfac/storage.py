@@ -22,14 +22,13 @@ from kronfac.blocks import KINDS, Block
 from kronfac.blocks.khatri_rao import KhatriRao
 from kronfac.curvature import BlockDiagonal
 from kronfac.curvature_coupled import CoupledCurvature
+from kronfac.vectors import listed
 
 if TYPE_CHECKING:
     from kronfac.layers.base import LayerAdapter
 
 Curvature = BlockDiagonal | CoupledCurvature
-_FORMAT = "kronfac.curvature"
-_VERSION = 1
-_COUPLED = "coupled"
+_FORMAT, _VERSION, _COUPLED = "kronfac.curvature", 1, "coupled"
 
 
 class StorageError(ValueError):
@@ -49,8 +48,7 @@ def save(curvature: Curvature, path: str | os.PathLike[str]) -> None:
     Raises:
         TypeError: If it is neither.
     """  # noqa: DOC502
-    tensors, content = take_apart(curvature)
-    write_file(path, tensors, content, _FORMAT)
+    write_file(path, *take_apart(curvature), _FORMAT)
 
 
 def take_apart(curvature: Curvature) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -133,8 +131,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> Curvature:
     Raises:
         StorageError: If the file is no saved curvature, is damaged or of another version, or does not fit the model.
     """  # noqa: DOC502
-    tensors, content = read_file(Path(path), _FORMAT, "curvature")
-    return put_together(path, tensors, content, model)
+    return put_together(path, *read_file(Path(path), _FORMAT, "curvature"), model)
 
 
 def put_together(
@@ -163,6 +160,8 @@ def put_together(
         coupled = [str(name) for name in content.get(_COUPLED, ())]
     except (KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"{path}: the description of the curvature is damaged ({error!r})") from error
+    if len(dict(layers)) < len(layers):
+        raise StorageError(f"{path}: the description of the curvature is damaged (a layer is in it twice)")
     if unknown := sorted(options.keys() - {"sharing", "norm"}):
         raise StorageError(f"{path}: the curvature was saved with the unknown options {unknown}")
     try:
@@ -183,6 +182,9 @@ def put_together(
             blocks[layer] = KINDS[entry["kind"]].from_tensors(parts(f"{i}.", layer), torch.Size(entry["shape"]))
         except (KeyError, TypeError, ValueError) as error:
             raise StorageError(f"{path}: the block of layer {layer!r} is damaged ({error})") from error
+    owners = {_COUPLED if layer in coupled else str(i) for i, (layer, _) in enumerate(layers)}
+    if foreign := sorted(key for key in tensors if key.partition(".")[0] not in owners):
+        raise StorageError(f"{path} holds tensors that are no layer's: {listed(foreign)}. It is damaged")
     layouts = {layer: adapters[layer] for layer, _ in layers}
     try:
         if not coupled:
@@ -202,8 +204,7 @@ def _safetensors() -> Any:
 
 
 def _described(curvature: Curvature, layer: str) -> dict[str, Any]:
-    block = curvature.blocks[layer]
-    names = curvature.layouts[layer].parameter_names
+    block, names = curvature.blocks[layer], curvature.layouts[layer].parameter_names
     return {
         "name": layer,
         "kind": block.kind,

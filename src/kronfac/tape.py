@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
-from kronfac.graph import feeders_of, in_backward, last_of, output_edge, unreached, used_elsewhere
+from kronfac.graph import feeders_of, in_backward, in_function, last_of, output_edge, unreached, used_elsewhere
 from kronfac.layers import LayerAdapter
 from kronfac.measuring import apart_from_training, is_marked_apart
 
@@ -73,6 +73,7 @@ class Tape:
         adapters: The layers to watch, by name.
 
     Attributes:
+        constants: Layers that were called under `torch.no_grad`: what they gave then is a constant of the loss.
         disposable: Whether the forward serves nothing but the statistics, so that their last pull may give back what
             the graph and the calls hold, layer by layer.
     """
@@ -80,11 +81,17 @@ class Tape:
     def __init__(self, adapters: Mapping[str, LayerAdapter]) -> None:
         self.adapters = adapters
         self.calls: dict[str, Call] = {}
+        self.constants: set[str] = set()
         self._empty: set[Node] = set()  # of calls without rows
         self._handles: list[RemovableHandle] = []
         self._last: tuple[Tensor, list[str]] | None = None
         self._apart = False  # whether it was opened for a measurement
         self.disposable = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether layers were called without rows, and none with any."""
+        return bool(self._empty) and not self.calls
 
     @property
     def is_open(self) -> bool:
@@ -103,7 +110,7 @@ class Tape:
 
     def forget(self) -> None:
         """Let go of the calls, and of the graph that they are part of."""
-        self.calls, self._empty, self._last = {}, set(), None
+        self.calls, self.constants, self._empty, self._last = {}, set(), set(), None
 
     def close(self) -> None:
         """Remove the hooks; calls stay."""
@@ -117,6 +124,9 @@ class Tape:
                 # Closed while this module's hooks run, as the collector may do with a forgotten optimiser's (they are
                 # then called without keyword arguments); or someone measures in the middle of a training forward; or
                 # this is a checkpoint's second one.
+                return
+            if not (torch.is_grad_enabled() or in_function()):
+                self.constants.add(name)
                 return
             kwargs, output = rest
             values = (*args, *kwargs.values())
@@ -139,9 +149,9 @@ class Tape:
                 if not any(parameter.requires_grad for parameter in adapter.parameters.values()):
                     return  # frozen since the adapters were made
                 raise TapeError(
-                    f"The output of layer {name!r} carries no gradient: its forward ran under torch.no_grad(), "
-                    "re-entrant checkpointing, or a transform of torch.func inside the model (vmap, jvp). Use "
-                    "torch.utils.checkpoint with use_reentrant=False, and batched operations in place of a vmap."
+                    f"The output of layer {name!r} carries no gradient: its forward ran in a torch.autograd.Function, "
+                    "such as re-entrant checkpointing, or in a transform of torch.func inside the model (vmap, jvp). "
+                    "Use torch.utils.checkpoint with use_reentrant=False, and batched operations in place of a vmap."
                 )
             x = values[0].detach()
             if adapter.autocast and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.analysis.test_error import classifier, data_for
+from tests.exactness_helpers import double
+from torch import nn
 
 import kronfac as kf
 from kronfac.analysis import matrices
@@ -39,3 +41,13 @@ def test_refusals() -> None:
         matrices(model, kf.Categorical(), data, "x")
     with pytest.raises(ValueError, match="order='diagonals'"):
         matrices(model, kf.Categorical(), data, "0", order="diagonals")
+
+
+def test_blocks_that_are_zero_have_no_error() -> None:
+    """Units that are never on: 0/0 was NaN."""
+    model, data = double(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))), data_for((5,))
+    with torch.no_grad():
+        model[0].bias.fill_(-1e3)  # type: ignore[union-attr]
+    rows = matrices(model, kf.Categorical(), data, "0", approximations=["kfac", "diagonal"])
+    assert not rows[0]["matrix"].any()
+    assert [row["error"] for row in rows] == [None, 0.0, 0.0]

@@ -164,3 +164,30 @@ def test_damping_that_is_lost_in_float32_is_refused(shift: float) -> None:
     with pytest.raises(torch.linalg.LinAlgError, match="larger damping"):
         DiagonalKronecker(values, torch.eye(1)).factorise(PerFactor(shift, 0.0))
     assert Diagonal(values.view(1, 2)).factorise(Uniform(1e-38)).logdet().isfinite()
+
+
+@pytest.mark.parametrize("n", [2, 5, 40, 150])
+def test_singular_matrices_never_pass(n: int) -> None:
+    """Rounding makes the last pivot positive for about one in four, whose inverses were noise."""
+    for seed in range(24):
+        matrix = random_psd(n, n, seed=seed, rank=max(1, n - 1 - seed % 3))
+        with pytest.raises(torch.linalg.LinAlgError, match=r"matrix 0 .* singular to rounding.*larger damping"):
+            invert([matrix], [0.0])
+    scales = torch.logspace(-9, 9, n, dtype=torch.float64)  # which is no loss of digits
+    matrix = damped(random_psd(n, n, seed=0), 1.0)
+    (found,) = invert([matrix * scales * scales[:, None]], [0.0])
+    close(found.inverse * scales * scales[:, None], torch.linalg.inv(matrix))
+
+
+def test_float32_is_retried_where_no_digit_of_the_inverse_is_right() -> None:
+    """Errors were up to 37 times the inverse."""
+    for seed in range(40):
+        basis = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).Q
+        for smallest in (3e-7, 1e-7, 3e-8):
+            matrix = (basis * torch.logspace(0, math.log10(smallest), 8, dtype=torch.float64) @ basis.mT).float()
+            matrix = (matrix + matrix.mT) / 2
+            if torch.linalg.eigvalsh(matrix.double())[0] <= 1e-9:
+                continue
+            (found,) = invert([matrix], [0.0])
+            exact = torch.linalg.inv(matrix.double())
+            assert torch.linalg.norm(found.inverse.double() - exact) < 0.3 * torch.linalg.norm(exact)

@@ -136,3 +136,24 @@ def test_too_wide_for_a_dense_inverse_is_refused_before_it_is_made(monkeypatch: 
     with pytest.raises(ValueError, match="no eigenvectors in closed form"):
         block.eigh()
     assert block.factorise(PerFactor(1.0, 1.0)).shape == block.shape
+
+
+def test_float32_damps_in_float64() -> None:
+    """In which the sum is inverted anyway; float32 rounds small shifts away beside large factors."""
+    basis = [torch.linalg.qr(random_tensor(n, n, seed=n)).Q for n in (8, 6)]
+    factors = [(q * torch.logspace(0, -9, len(q), dtype=torch.float64) @ q.mT).float() for q in basis]
+    block = KroneckerSum(*((factor + factor.mT) / 2 for factor in factors * 2))
+    found, wanted = (each.factorise(PerFactor(1e-7, 1e-7)) for each in (block, block.to(dtype=torch.float64)))
+    assert found.logdet().dtype == torch.float32
+    torch.testing.assert_close(found.logdet().double(), wanted.logdet(), rtol=1e-5, atol=0)
+    vector = random_tensor(6, 8, seed=3)
+    expected = wanted.apply(vector)
+    assert torch.linalg.norm(found.apply(vector.float()) - expected) < 1e-4 * torch.linalg.norm(expected)
+
+
+def test_terms_that_are_singular_together_are_refused() -> None:
+    eye = torch.eye(2, dtype=torch.float64)
+    for seed in range(20):
+        a = random_psd(5, 5, seed=seed, rank=4)
+        with pytest.raises(torch.linalg.LinAlgError, match=r"input side of the sum of two .* singular to rounding"):
+            KroneckerSum(a, eye, 2 * a, 3 * eye).factorise(PerFactor(0.0, 0.0))

@@ -67,6 +67,10 @@ def test_a_penalty_beats_fine_tuning_on_permuted_digits(tmp_path: Path) -> None:
             "ewc has no setting 'rate'; known: strength, lr, damping, balance",
         ),
         (["permuted-digits", "--set", "ekfac.strength=1"], "not among the strategies"),
+        (["permuted-digits", "--strategies", "ewc,ewc", "--grid", "strength=1,2"], "must be different names"),
+        (["permuted-digits", "--slack", "0.1"], "--slack goes with --grid alone"),
+        (["permuted-digits", "--grid", "lr=0.1", "--lr", "0.1"], "lr is an axis of the grid"),
+        (["permuted-digits", "--grid", "damping=0,1", "--damping", "2"], "damping is an axis of the grid"),
         ([], "Missing argument"),
     ],
 )

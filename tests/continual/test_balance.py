@@ -32,6 +32,14 @@ def test_a_penalty_of_zero_is_limited() -> None:
     assert plain.loss.item() == 1.25
 
 
+def test_a_loss_below_zero_has_the_magnitude_of_its_size() -> None:
+    """Such as that of a density; the factor of a loss below zero was always the limit."""
+    below, above = (balance(torch.tensor(loss), torch.tensor(0.5), 1) for loss in (-2.0, 2.0))
+    assert below.alpha_task.item() == above.alpha_task.item() == 1.0
+    assert below.alpha_penalty.item() == above.alpha_penalty.item() == 4.0
+    assert below.loss.item() == 0.5 * -2.0 + 0.5 * 4.0 * 0.5
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -39,6 +47,7 @@ def test_a_penalty_of_zero_is_limited() -> None:
         ((torch.tensor(1.0), torch.ones(2), 1), ValueError, "penalty must be a scalar"),
         ((torch.tensor(1.0), torch.tensor(1.0), 0), ValueError, "tasks must be at least 1"),
         ((torch.tensor(1.0), torch.tensor(1.0), 1.5), TypeError, "tasks must be an integer"),
+        ((torch.tensor(1), torch.tensor(1.0), 1), TypeError, "task_loss must be of floating point"),
     ],
 )
 def test_bad_input(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:

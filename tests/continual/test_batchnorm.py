@@ -9,7 +9,7 @@ from tests.continual.batchnorm_cases import CASES, Branching, Residual, unsettle
 from torch import Tensor, nn
 
 import kronfac as kf
-from kronfac.continual import QuadraticPenalty, merge_batchnorm
+from kronfac.continual import QuadraticPenalty, TaskStatistics, merge_batchnorm
 
 
 @pytest.fixture(params=CASES)
@@ -186,6 +186,14 @@ def test_layers_with_a_forward_of_their_own_are_not_coupled() -> None:
         merged.coupled()
 
 
+def test_batch_norm_of_several_processes_is_not_coupled() -> None:
+    """As XK-FAC refuses the model itself."""
+    merged = merge_batchnorm(nn.Sequential(nn.Linear(3, 2), nn.SyncBatchNorm(2)))
+    with pytest.raises(ValueError, match=r"'1' is an nn\.SyncBatchNorm"):
+        merged.coupled()
+    merged.check(torch.randn(4, 3))
+
+
 def test_a_penalty_on_merged_weights() -> None:
     model = unsettled(Residual())
     merged = merge_batchnorm(model)
@@ -227,9 +235,58 @@ class Reused(nn.Module):
         return h + self.bn(h)
 
 
+class Activating(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight / self.weight.std((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+class WithoutBias(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+class Padding(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+def scaled_forward() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    plain = model[1].forward
+    model[1].forward = lambda x: 2 * plain(x)
+    return model
+
+
+def test_layers_whose_own_forward_follows_weight_and_bias_are_merged() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Padding(2, 3, 3, dilation=2, bias=False), nn.BatchNorm2d(3), nn.ReLU()).double()
+    unsettled(model)
+    state = torch.random.get_rng_state()
+    merged = merge_batchnorm(model, {"0": "1"})
+    assert torch.equal(torch.random.get_rng_state(), state)
+    merged.check(torch.randn(4, 2, 6, 6, dtype=torch.float64), 1e-12)
+    with pytest.raises(ValueError, match="Padding has a forward of its own"):
+        TaskStatistics(model, {"0": "1"}).remember("A", [torch.randn(4, 2, 6, 6, dtype=torch.float64)])
+
+
 @pytest.mark.parametrize(
     ("make", "pairs", "message"),
     [
+        (lambda: nn.Sequential(nn.Linear(3, 3), Activating(3)), {"0": "1"}, "Activating '1' has a forward of its own"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), Activating(3)), None, "Activating '1' has a forward of its own"),
+        (scaled_forward, {"0": "1"}, "BatchNorm1d '1' has a forward of its own"),
+        (
+            lambda: nn.Sequential(Standardised(3, 3, 2), nn.BatchNorm2d(3)),
+            {"0": "1"},
+            "Standardised '0' has a forward of its own, and its outputs are not scaled and shifted",
+        ),
+        (lambda: nn.Sequential(WithoutBias(3, 3), nn.BatchNorm1d(3)), {"0": "1"}, "WithoutBias '0' has a forward"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), None, "no batch norm to merge"),
         (lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3)), None, r"batch norms \['0'\]"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.BatchNorm1d(3)), None, r"batch norms \['2'\]"),
@@ -253,6 +310,42 @@ class Reused(nn.Module):
 def test_what_cannot_be_merged_is_named(make, pairs, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         merge_batchnorm(make(), pairs)
+
+
+def test_statistics_of_no_batch_norm_or_of_no_batch_are_refused() -> None:
+    """Instead of merging with the running ones, as constants."""
+    model = unsettled(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))).train()
+    x, merged = torch.randn(6, 3, dtype=torch.float64), merge_batchnorm(model)
+    pair = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"no merged batch norm '0'; there are \['1'\]"):
+        merged.parameters({"0": pair})
+    with pytest.raises(ValueError, match=r"statistics of '1' must have shape \(4,\)"):
+        merged.parameters({"1": (pair[0][:1], pair[1])})
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    for context in (merged.watched, merged.tracked):
+        with context() as statistics:
+            for forward in (lambda _: None, compiled):
+                forward(x)
+                with pytest.raises(ValueError, match="no batch was seen at the batch norms"):
+                    merged.parameters(statistics)
+            model(x)
+            merged.parameters(statistics)
+            model.eval()(x)
+            merged.parameters(statistics)
+            model.train()
+
+
+def test_a_compiled_model_is_merged_as_the_one_inside() -> None:
+    model = unsettled(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)))
+    x = torch.randn(6, 3, dtype=torch.float64)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    merged, statistics = merge_batchnorm(compiled), TaskStatistics(compiled)
+    assert list(merged.parameters()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    statistics.remember("A", [x])
+    assert list(statistics.statistics("A")) == ["1"]
+    merged.check(x, 1e-12)
 
 
 def test_bad_statistics_change_nothing() -> None:

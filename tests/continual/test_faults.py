@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import kronfac as kf
-from kronfac.continual import AvalanchePlugin, QuadraticPenalty, TaskStatistics, load, merge_batchnorm, save
+from kronfac.continual import (
+    AvalanchePlugin,
+    QuadraticPenalty,
+    TaskStatistics,
+    load,
+    merge_batchnorm,
+    recentred_decay,
+    save,
+)
 
 
 class InOrder(nn.Module):
@@ -211,3 +219,80 @@ def test_the_nearest_product_takes_a_further_scaled_one(data: tuple[Tensor, Tens
     for _ in range(2):  # the second meets the plain product that the first made
         penalty = penalty.update(new, decay=1.0, combine="nearest")
     torch.testing.assert_close(penalty.parts[0][1].to_dense(), 3 * new.to_dense())
+
+
+@pytest.mark.parametrize("approximation", ["kfac", "xkfac", "kkfac"])
+def test_a_saved_penalty_holds_layers_that_were_frozen_since(
+    approximation: str, data: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    """Heads of earlier tasks are, since curvature of a later task asks for it."""
+    torch.manual_seed(0)
+    model = network()
+    model[0].bias.requires_grad_(False)
+    penalty = QuadraticPenalty(kf.estimate(model, kf.Categorical(), data, approximation=approximation))
+    save(penalty, tmp_path / "p.safetensors")
+    model.requires_grad_(True)
+    model[3].requires_grad_(False)
+    frozen = {name: not p.requires_grad for name, p in model.named_parameters()}
+    loaded = load(tmp_path / "p.safetensors", model)
+    assert {name: not p.requires_grad for name, p in model.named_parameters()} == frozen
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    assert torch.equal(loaded(model), penalty(model))
+    assert loaded.parameter_names == penalty.parameter_names  # type: ignore[attr-defined]
+    with pytest.raises(kf.StorageError, match="'3'"):
+        load(tmp_path / "p.safetensors", nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU()))
+
+
+def test_penalties_take_compiled_and_wrapped_models_as_estimates_do(
+    data: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    model = network()
+    for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model)):
+        penalty = QuadraticPenalty(kf.estimate(wrapped, kf.Categorical(), data), wrapped)
+        decay = recentred_decay(wrapped, 1.0)
+        save(penalty + decay, tmp_path / "p.safetensors")
+        with torch.no_grad():
+            model[0].weight.add_(0.1)
+        for one in (penalty, decay, load(tmp_path / "p.safetensors", wrapped)):
+            assert torch.equal(one(wrapped), one(model))
+            assert float(one(wrapped).detach()) > 0
+
+
+def test_changing_an_anchor_that_was_read_changes_no_penalty(data: tuple[Tensor, Tensor]) -> None:
+    model = network()
+    penalty = QuadraticPenalty(kf.estimate(model, kf.Categorical(), data))
+    for tensor in penalty.anchor.values():
+        tensor.add_(1.0)
+    assert float(penalty(model).detach()) == 0.0
+
+
+def test_decay_of_complex_parameters_is_their_squared_distance() -> None:
+    start = {"a": torch.randn(3, dtype=torch.complex128, requires_grad=True), "b": torch.randn(2, dtype=torch.float64)}
+    decay = recentred_decay(start, 3.0, names=start)
+    live = {"a": (start["a"].detach() + (1 + 2j)).requires_grad_(), "b": start["b"] + 1}
+    value = decay(live)
+    assert value.dtype == torch.float64
+    torch.testing.assert_close(value.item(), 1.5 * (3 * 5 + 2))
+    (gradient,) = torch.autograd.grad(value, live["a"])
+    torch.testing.assert_close(gradient, torch.full_like(gradient, 3 + 6j))
+    assert decay.to(dtype=torch.float32).anchor["a"].dtype == torch.complex64
+    torch.testing.assert_close(decay.to(dtype=torch.float32)(live).item(), 25.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"examples": 2.5}, TypeError, "examples must be an integer, got 2.5"),
+        ({"batch_size": "8"}, TypeError, "batch_size must be an integer, got '8'"),
+        ({"seed": None}, TypeError, "seed must be an integer, got None"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"approximation": kf.approximations.KFAC()}, TypeError, "approximation must be a name"),
+    ],
+)
+def test_the_plugin_refuses_at_once_what_would_fail_after_an_experience(
+    arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        AvalanchePlugin(kf.Categorical(), **arguments)  # type: ignore[arg-type]

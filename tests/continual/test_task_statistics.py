@@ -82,6 +82,24 @@ def test_the_model_has_them_within_the_block_alone(case: tuple[nn.Module, Tensor
     assert hooks == [len(module._forward_pre_hooks) for module in model.modules()]
 
 
+def test_derivatives_outside_the_block_are_those_of_the_function_within(case: tuple[nn.Module, Tensor]) -> None:
+    model, x = case
+    statistics = TaskStatistics(model)
+    statistics.remember("A", [x])
+    model.eval()
+    parameters, compiled = list(model.parameters()), torch.compile(model, backend="eager")
+    before = model(x).square().sum()
+    plain = torch.autograd.grad(before, parameters, retain_graph=True)
+    compiled(x)
+    with statistics.using("A"):
+        wanted = torch.autograd.grad(model(x).square().sum(), parameters)
+        losses = [forward(x).square().sum() for forward in (model, compiled)]
+    for loss in losses:
+        torch.testing.assert_close(torch.autograd.grad(loss, parameters), wanted, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(plain[0], wanted[0])
+    torch.testing.assert_close(torch.autograd.grad(before, parameters), plain, rtol=0, atol=0)
+
+
 def test_dropout_does_not_disturb_and_frozen_layers_are_seen() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double().train()
@@ -125,6 +143,8 @@ def test_files_of_other_models_change_nothing(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_remembered_is_named() -> None:
+    with pytest.raises(TypeError, match="task must be a name, got 3"):
+        TaskStatistics(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))).remember(3, [])  # type: ignore[arg-type]
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     statistics = TaskStatistics(model)
     statistics.remember("a", [torch.randn(6, 3)])

@@ -233,3 +233,52 @@ def test_a_penalty_on_merged_weights_that_are_shared_takes_both() -> None:
     with torch.no_grad():
         model.get_parameter("l.weight").add_(0.1)
     assert penalty(merged.parameters()).item() > 0.0
+
+
+class TwoViews(nn.Module):
+    """A layer and its batch norm on two views of the inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.bn = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.views = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum((self.bn(self.l(view * x)) for view in range(1, self.views + 1)), torch.zeros(()))
+
+
+def test_a_batch_with_several_statistics_has_no_merged_weights() -> None:
+    model, x = unsettled(TwoViews()).train(), torch.randn(6, 4, dtype=torch.float64)
+    assert isinstance(model, TwoViews)
+    merged = merge_batchnorm(model, {"l": "bn"})
+    with merged.watched() as statistics:
+        with pytest.raises(ValueError, match=r"called the batch norms \['bn'\] more than once"):
+            model(x)
+        model.views = 1
+        for _ in range(2):
+            model(x)
+        assert list(merged.parameters(statistics)) == ["l.weight", "l.bias"]
+        model.views = 2
+        model.eval()(x)  # by one and the same function
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class OneOfTwo(nn.Module):
+    """Layers and batch norms of two domains, of which one is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.bn = nn.ModuleList(), nn.ModuleList()
+        for _ in range(2):
+            self.l.append(nn.Linear(4, 4))
+            self.bn.append(nn.BatchNorm1d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn[1](self.l[1](x))  # type: ignore[no-any-return]
+
+
+def test_task_statistics_name_layers_that_no_input_comes_to() -> None:
+    statistics = TaskStatistics(OneOfTwo(), {"l.0": "bn.0", "l.1": "bn.1"})
+    with pytest.raises(ValueError, match=r"called \['l\.0'\] on none of the inputs"):
+        statistics.remember("A", [torch.randn(6, 4)])
+    assert not statistics.tasks

@@ -69,6 +69,9 @@ def test_damping_is_validated(bad: float) -> None:
 def test_damping_that_is_no_number() -> None:
     with pytest.raises(TypeError, match="'much'"):
         check_damping("much")  # type: ignore[arg-type]
+    for bad in ("1e-3", True):
+        with pytest.raises(TypeError, match="damping must be a number"):
+            check_damping(bad)  # type: ignore[arg-type]
 
 
 def test_get_rule() -> None:

@@ -15,7 +15,9 @@ from torch import Tensor
 from kronfac.continual import base as continual_base
 from kronfac.experiments import continual
 from kronfac.experiments.continual import runner, views
+from kronfac.experiments.continual.memories import Options
 from kronfac.experiments.continual.points import Point
+from kronfac.experiments.continual.strategies import get_strategy
 from kronfac.experiments.continual.tables import choices, correlation
 from kronfac.experiments.continual.tasks import Task, rotate
 from kronfac.experiments.errors import CheckpointError, ExperimentError
@@ -265,10 +267,37 @@ def test_a_grid_gives_slack_for_a_stronger_penalty(tmp_path: Path) -> None:
     points = [point(1, 0.95, 0.6), point(10, 0.947, 0.8), point(100, 0.9, 0.9)]
     assert continual.Grid("s", tmp_path, points, slack=0.005).chosen("ewc", "none") is points[1]
     assert continual.Grid("s", tmp_path, points, slack=0.0).chosen("ewc", "none") is points[0]
+    near = [point(1, 0.1, 0.6), point(10, 0.09, 0.8)]  # 0.1 - 0.01 is above 0.09
+    assert continual.Grid("s", tmp_path, near, slack=0.01).chosen("ewc", "none") is near[1]
     assert correlation(points) == pytest.approx(-0.78987, abs=1e-4)
     assert math.isnan(correlation(points[:1]))
     (row,) = choices(continual.Grid("s", tmp_path, points)).rows
     assert row[2:] == ["94.7", "80.0", "90.0", "-0.79"]
+
+
+def test_a_grid_weighs_penalties_as_the_budget_says(tmp_path: Path) -> None:
+    budget, axes = continual.Budget(steps=2, held_out=100, balance="adaptive"), {"strength": [1.0]}
+    grid = continual.search("permuted-digits", ["l2"], axes, out=tmp_path, tasks=2, budget=budget, threads=1)
+    assert [point.balance for point in grid.points] == ["adaptive"]
+    with pytest.raises(ExperimentError, match="not balance='adaptive' beside them"):
+        continual.search("permuted-digits", ["l2"], axes, out=tmp_path, balances=["none"], tasks=2, budget=budget)
+
+
+def test_a_squared_distance_has_damping_and_stands_for_all_tasks_learned() -> None:
+    model, task_loss = torch.nn.Linear(3, 2), torch.tensor(1.0)
+    memory = get_strategy("l2").make(Options(2.0, 0.5, "none"))
+    memory.remember(model, None, 0)  # type: ignore[arg-type]
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    with memory.learning(model, [], 3):
+        total, value = memory.loss(task_loss, model)
+    torch.testing.assert_close(value.item(), 0.5 * 2.0 * (1 + 0.5) * 6)  # of C + damping I, C being I
+    torch.testing.assert_close(total.item(), 1.0 + value.item())
+    memory.options = Options(2.0, 0.0, "adaptive")  # type: ignore[attr-defined]
+    memory._damping = None  # type: ignore[attr-defined]
+    with memory.learning(model, [], 3):
+        total, _ = memory.loss(task_loss, model)
+    torch.testing.assert_close(total.item(), 6.0 * 1.0 / 4 + 6.0 * 3 / 4)  # the smaller one is raised to the larger
 
 
 def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

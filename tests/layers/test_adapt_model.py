@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import kronfac as kf
 from kronfac.layers import adapt, adapt_model
@@ -205,3 +206,21 @@ def test_layers_of_complex_numbers_are_named() -> None:
     optimizer.step()
     assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_a_parametrisation_that_changes_nothing_for_now_is_one() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    found = adapt_model(model)
+    assert found.covered == ("0.bias", "1.weight", "1.bias")
+    assert set(found.uncovered) == {"0.parametrizations.weight.original"}
+    x, y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 2
+    with pytest.warns(kf.CoverageWarning, match="ParametrizationList"):
+        assert kf.estimate(model, kf.Categorical(), (x, y)).parameter_names == found.covered
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_of_no_features_are_named() -> None:
+    found = adapt_model(nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3), nn.Linear(3, 2)))
+    assert list(found.adapters) == ["2"]
+    assert all("without entries" in found.uncovered[name] for name in ("0.weight", "0.bias", "1.weight", "1.bias"))

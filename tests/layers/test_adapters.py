@@ -8,6 +8,7 @@ from tests.exactness_helpers import draw
 from tests.layers.layer_cases import CASES, NORMS, PLAIN, variants
 from torch import Tensor, nn
 
+import kronfac as kf
 from kronfac.layers import LayerAdapter, UnsupportedLayer, adapt
 from kronfac.layers.norm import ChannelNorm
 from kronfac.linalg.symmetric import mirror_
@@ -244,3 +245,25 @@ def test_what_is_not_exact_is_refused_by_name(module: nn.Module, sharing: str, w
 def test_inputs_without_batch_dimension_are_refused(module: nn.Module, x: Tensor) -> None:
     with pytest.raises(ValueError, match=r"shape \(.*no batch dimension; add one"):
         adapt(module, "layer").expand(x)
+
+
+UNBATCHED: dict[str, tuple[nn.Module, Tensor, Tensor]] = {
+    "linear": (nn.Linear(4, 3), torch.randn(4), torch.randn(3)),
+    "convolution": (nn.Conv2d(2, 3, 3), torch.randn(2, 5, 5), torch.randn(3, 3, 3)),
+    "transposed convolution": (nn.ConvTranspose1d(2, 3, 3), torch.randn(2, 5), torch.randn(3, 7)),
+    "embedding": (nn.Embedding(4, 3), torch.tensor(2), torch.randn(3)),
+    "layer norm": (nn.LayerNorm((3, 4)), torch.randn(3, 4), torch.randn(3, 4)),
+    "RMS norm": (nn.RMSNorm(4), torch.randn(4), torch.randn(4)),
+    # As many lines as channels: this one fitted, and was wrong.
+    "instance norm": (nn.InstanceNorm2d(4, affine=True), torch.randn(4, 4, 5), torch.randn(4, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("norm", ["unitwise", "full"])
+@pytest.mark.parametrize("source", ["sampled", "exact"])
+@pytest.mark.parametrize(("layer", "x", "y"), UNBATCHED.values(), ids=UNBATCHED)
+def test_estimates_of_a_single_example_without_a_batch_name_the_layer(
+    layer: nn.Module, x: Tensor, y: Tensor, source: str, norm: str
+) -> None:
+    with pytest.raises(ValueError, match=r"Layer '0'.*shape \(.*no batch dimension; add one"):
+        kf.estimate(nn.Sequential(layer), kf.Gaussian(), [(x, y)], source=source, norm=norm)

@@ -6,12 +6,28 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
-from kronfac.likelihoods import Bernoulli, Categorical, Gaussian
+from kronfac.likelihoods import Bernoulli, Categorical, ElementwiseLikelihood, Gaussian
 
 NAN = torch.full((2, 3), torch.nan)
 Z = torch.zeros(2, 3)
 ZZ = torch.zeros(2, 3, 3)
+
+
+class AddedUp(ElementwiseLikelihood):
+    """What a user writes who thinks of examples, not of outputs."""
+
+    def nll(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return (outputs.exp() - labels * outputs).sum(1)
+
+    def sample_labels(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.poisson(outputs.exp(), generator=generator)
+
+    def curvature(self, outputs: Tensor) -> Tensor:
+        return outputs.exp().sum(1, keepdim=True)
+
+
 Y = torch.tensor([0, 2])
 
 CONSTRUCTIONS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
@@ -24,6 +40,10 @@ CONSTRUCTIONS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "list weight": (lambda: Categorical(weight=[1.0]), TypeError, "weight must be a tensor.*list"),
     "weight matrix": (lambda: Categorical(weight=torch.ones(2, 2)), ValueError, r"weight must have shape \[C\]"),
     "ignore_index": (lambda: Categorical(ignore_index=1.0), TypeError, "ignore_index.*1.0"),
+    "smoothing kind": (lambda: Categorical(label_smoothing="0.1"), ValueError, r"label_smoothing.*\[0, 1\].*'0.1'"),
+    "smoothing truth": (lambda: Categorical(label_smoothing=True), ValueError, r"label_smoothing.*\[0, 1\].*True"),
+    "class_dim truth": (lambda: Categorical(class_dim=True), ValueError, "class_dim must be None, 1 or -1, got True"),
+    "class_dim kind": (lambda: Categorical(class_dim=1.0), ValueError, "class_dim must be None, 1 or -1, got 1.0"),
     "class_dim": (lambda: Categorical(class_dim=2), ValueError, "class_dim must be None, 1 or -1, got 2"),
     "variance": (lambda: Gaussian(variance=0.0), ValueError, "variance must be positive and finite, got 0.0"),
     "variance kind": (lambda: Gaussian(variance="1"), TypeError, "variance must be a number, got str"),
@@ -87,6 +107,15 @@ VALIDATIONS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "squared shape": (lambda: Gaussian().loss(Z, Z[:, :1]), ValueError, r"\(2, 1\) do not fit outputs"),
     "squared Inf": (lambda: Gaussian().validate(Z, Z + torch.inf), ValueError, "targets.*6 NaN or Inf, first inf"),
+    "squared complex": (lambda: Gaussian().loss(Z, Z + 1j), TypeError, "targets must be real.*complex64"),
+    "coins complex": (lambda: Bernoulli().loss(Z, Z + 1j), TypeError, "targets must be real.*complex64"),
+    "mask complex": (lambda: Gaussian().loss(Z, (Z, Z + 1j)), TypeError, "mask must be real.*complex64"),
+    "nll added up": (lambda: AddedUp().loss(Z, Z), ValueError, r"AddedUp.nll.*each term, here \(2, 3\).*\(2,\)"),
+    "curvature of a row": (
+        lambda: next(AddedUp().root_columns(Z)),
+        ValueError,
+        r"AddedUp.curvature.*each output, \(2, 3\).*\(2, 1\)",
+    ),
     "mask shape": (lambda: Gaussian().loss(Z, (Z, torch.ones(3))), ValueError, r"mask of shape \(3,\) does not fit"),
     "mask negative": (lambda: Gaussian().validate(Z, (Z, Z - 1)), ValueError, "mask must not be negative, got -1"),
     "mask NaN": (lambda: Gaussian().validate(Z, (Z, NAN)), ValueError, "mask weights.*NaN"),

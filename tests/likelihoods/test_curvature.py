@@ -319,3 +319,6 @@ def test_divergence_of_confident_predictions_in_float32(logit: float, sign: floa
     wanted = float(one.sigmoid() * (one - two) + (-one.sigmoid()).log1p() - (-two.sigmoid()).log1p())
     assert float(Categorical().kl(first, second)) == pytest.approx(wanted, rel=1e-3)
     assert float(Bernoulli().kl(first[:, :1], second[:, :1])) == pytest.approx(wanted, rel=1e-5)
+    back = float(two.sigmoid() * (two - one) + (-two.sigmoid()).log1p() - (-one.sigmoid()).log1p())
+    both = Bernoulli().symmetric_kl(first[:, :1], second[:, :1])
+    assert float(both) == pytest.approx((wanted + back) / 2, rel=1e-5)

@@ -204,3 +204,10 @@ def test_likelihood_of_refuses_what_it_does_not_know() -> None:
             likelihood_of(module)
     with pytest.raises(ValueError, match="'none'"):
         likelihood_of(nn.MSELoss(reduction="none"))
+
+
+def test_likelihood_of_refuses_a_module_whose_forward_was_replaced() -> None:
+    module = nn.MSELoss()
+    module.forward = lambda outputs, targets: 2 * (outputs - targets).square().mean()
+    with pytest.raises(TypeError, match="MSELoss is not a loss whose likelihood is known"):
+        likelihood_of(module)

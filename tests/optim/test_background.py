@@ -146,10 +146,11 @@ def test_health_counts_retries_and_knows_the_condition() -> None:
     damped = [f + s * torch.eye(len(f)) for f, s in ((block.input, shift.input), (block.output, shift.output))]
     wanted = float(torch.linalg.cond(damped[0].double()) * torch.linalg.cond(damped[1].double()))
     assert optimizer.health()["0"].condition == pytest.approx(wanted, rel=1e-4)
-    # A factor whose damped form is positive in float64 alone.
-    mean = optimizer._estimator.statistics["0"].means()["output"]
-    mean.total.fill_(4.0)
-    mean.weight = mean.scale = 1.0
+    # A factor whose damped form is positive in float64 alone, and a good one: that of a softmax would be singular.
+    for layer, total in (("0", torch.full((4, 4), 4.0)), ("2", torch.eye(3))):
+        mean = optimizer._estimator.statistics[layer].means()["output"]
+        mean.total.copy_(total)
+        mean.weight = mean.scale = 1.0
     optimizer.param_groups[0]["damping"] = 1e-20
     optimizer._steps = 5
     optimizer._gatherer.gathered = 1

@@ -266,3 +266,46 @@ def test_a_forward_that_calls_no_layer_is_told() -> None:
         model(draw(8, 3))
     assert hooks(model) == 2
     assert optimizer._gatherer.gathered == 0
+
+
+def test_other_optimisers_of_the_model_hear_of_a_captured_forward() -> None:
+    model, x = network(), draw(8, 3)
+    by_hand, again, by_hook = make(model), make(model), make(model)
+    with by_hand.capture() as capture, again.capture() as second:
+        z = model(x)
+        capture(z)
+        second(z)
+    wanted = estimated(network(), (x, None))
+    for optimizer in (by_hand, again, by_hook):
+        same(factors(optimizer), wanted)
+        assert optimizer._gatherer.gathered == 1
+
+
+def test_an_estimate_within_capture_is_apart_from_it() -> None:
+    model, x = network(), draw(8, 3)
+    optimizer = make(model)
+    with optimizer.capture() as capture:
+        z = model(x)
+        estimated(model, (draw(8, 3, seed=1), None))
+        capture(z)
+    same(factors(optimizer), estimated(network(), (x, None)))
+
+
+def test_targets_made_under_no_grad_are_not_what_the_clip_looks_at() -> None:
+    """A bootstrapped target of reinforcement learning, made between the forward and capture."""
+    model, x = network(), draw(8, 3)
+    optimizer = make(model, kl_clip=1e-3)
+    with optimizer.capture() as capture:
+        z = model(x)
+        with torch.no_grad():
+            model(10 * x)
+        capture(z, LABELS)
+    F.cross_entropy(z, LABELS).backward()
+    assert optimizer._gatherer.last is not None
+    assert optimizer._gatherer.last[0][0] is x
+    optimizer.step()
+    twin = network()
+    other = make(twin, kl_clip=1e-3)
+    F.cross_entropy(twin(x), LABELS).backward()
+    other.step()
+    assert optimizer._clip.scale == other._clip.scale < 1

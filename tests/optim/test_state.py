@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -189,6 +190,70 @@ def test_a_loaded_state_is_a_copy() -> None:
     assert_same_state(state["kronfac"], kept["kronfac"])
 
 
+@pytest.mark.parametrize("name", ["momentum", "fallback", "kldwrm"])
+def test_neither_a_kept_state_nor_the_run_that_takes_it_follows_the_first_run(name: str) -> None:
+    """PyTorch hands buffers out, and takes them in, by reference."""
+
+    def made(model: nn.Module) -> kf.optim.KFAC:
+        if name == "kldwrm":
+            return kf.optim.KLDWRM(model, kf.Categorical(), 20.0)
+        return make(model, average=0.6, fallback=(lambda ps: torch.optim.Adam(ps)) if name == "fallback" else None)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", kf.CoverageWarning)
+        model = Words()
+        optimizer = made(model)
+        train(model, optimizer, words, range(3))
+        state, kept, beginning = optimizer.state_dict(), copy.deepcopy(optimizer.state_dict()), model.state_dict()
+        beginning = copy.deepcopy(beginning)
+        other = Words()
+        other.load_state_dict(beginning)
+        twin = made(other)
+        twin.load_state_dict(state)
+        for step in range(3, 6):  # by turns
+            train(model, optimizer, words, range(step, step + 1))
+            train(other, twin, words, range(step, step + 1))
+    assert_same_state(state, kept)
+    assert_same_state(other.state_dict(), model.state_dict())
+    assert_same_state(twin.state_dict(), optimizer.state_dict())
+
+
+def test_a_state_is_loaded_as_often_as_one_likes() -> None:
+    """As where training goes back to the best state so far."""
+    model = network()
+    optimizer = make(model)
+    train(model, optimizer, vectors, range(3))
+    best, parameters = optimizer.state_dict(), copy.deepcopy(model.state_dict())
+    ends = []
+    for _ in range(3):
+        model.load_state_dict(parameters)
+        optimizer.load_state_dict(best)
+        train(model, optimizer, vectors, range(3, 6))
+        ends.append(copy.deepcopy(model.state_dict()))
+    for end in ends[1:]:
+        assert_same_state(end, ends[0])
+
+
+def test_a_warm_up_goes_on_where_it_stopped() -> None:
+    batches = [(vectors(step), LABELS) for step in range(40)]
+    model = network()
+    optimizer = make(model)
+    optimizer.warm_up(batches[:25])
+    state = through_a_file(optimizer.state_dict())
+    optimizer.warm_up(batches[25:])
+    train(model, optimizer, vectors, range(3))
+    resumed = network()
+    other = make(resumed)
+    other.warm_up(batches[:3])  # whatever was there is replaced
+    other.load_state_dict(state)
+    other.warm_up(batches[25:])
+    train(resumed, other, vectors, range(3))
+    assert_same_state(other.state_dict(), optimizer.state_dict())
+    del state["kronfac"]["warmed"]  # one of before
+    other.load_state_dict(state)
+    assert other._warmed == 0
+
+
 def test_schedulers_resume_with_their_optimiser() -> None:
     def pieces() -> tuple[nn.Module, kf.optim.KFAC, torch.optim.lr_scheduler.LRScheduler]:
         model = network()
@@ -369,3 +434,21 @@ def test_a_damaged_state_of_the_fallback_changes_nothing() -> None:
         with pytest.raises(ValueError, match=r"numbers of parameters|damaged|exp_avg|fallback"):
             optimizer.load_state_dict(state)
         assert_same_state(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lam", "high"), ("lam", float("nan")), ("gamma", -1.0), ("streak", None), ("ceiling", None), ("calibrates", 0.5)],
+)
+def test_damaged_choices_of_an_adaptive_optimiser_change_nothing(key: str, value: object) -> None:
+    model = network()
+    optimizer = kf.optim.AdaptiveKFAC(model, kf.Categorical())
+    for step in range(2):
+        optimizer.step(lambda step=step: F.cross_entropy(model(vectors(step)), LABELS))
+    damaged = copy.deepcopy(optimizer.state_dict())
+    damaged["adaptive"][key] = value
+    other = kf.optim.AdaptiveKFAC(network(), kf.Categorical())
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=key):
+        other.load_state_dict(damaged)
+    assert_same_state(other.state_dict(), before)

@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.checkpoint import checkpoint
 
 from kronfac import reference, verify
 from kronfac.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
@@ -246,6 +248,8 @@ def test_refusals() -> None:
         reference.fisher(nn.Linear(3, 3).requires_grad_(False), Gaussian(), X.float())
     with pytest.raises(ValueError, match="hold 3 NaN or Inf"):
         reference.ggn(nn.Linear(3, 3), Gaussian(), torch.full((1, 3), torch.nan))
+    with pytest.raises(ValueError, match=r"Embedding '0' has max_norm=1\.0"):
+        reference.ggn(nn.Sequential(nn.Embedding(3, 2, max_norm=1.0)), Gaussian(), torch.arange(3))
     mixed = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).double())
     with pytest.raises(ValueError, match="one dtype"):
         reference.ggn(mixed, Gaussian(), X)
@@ -265,3 +269,36 @@ def test_a_list_of_arguments_is_one_as_for_estimates() -> None:
     assert torch.equal(found, reference.ggn(model, Categorical(), tuple(pair)))
     report = verify(model, Categorical(), (pair, None), approximation="dense", source="exact")
     assert report.rows[0].error < 1e-12
+
+
+class Recomputed(nn.Module):
+    """Activations of the middle part are thrown away, or moved, between forward and backward."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.middle = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if self.how == "checkpoint":
+            hidden = checkpoint(self.middle, hidden, use_reentrant=False)
+        elif self.how == "offload":
+            with save_on_cpu():
+                hidden = self.middle(hidden)
+        else:
+            hidden = self.middle(hidden)
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "offload"])
+def test_hooks_on_saved_tensors_change_nothing(how: str) -> None:
+    plain, model = Recomputed("plain").double(), Recomputed(how).double()
+    model.load_state_dict(plain.state_dict())
+    x, y = draw(5, 3), torch.arange(5) % 2
+    likelihood = Categorical()
+    assert torch.equal(reference.ggn(model, likelihood, x), reference.ggn(plain, likelihood, x))
+    assert torch.equal(reference.hessian(model, likelihood, x, y), reference.hessian(plain, likelihood, x, y))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers(), strict=True))
+    verify(model.eval(), likelihood, (x, y)).raise_if(scale=1e-8)

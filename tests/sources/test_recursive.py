@@ -122,6 +122,24 @@ def test_terms_of_several_outputs_fill_their_own_corner() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- what counts
+class Concave(kf.likelihoods.ElementwiseLikelihood):
+    """A loss that is not convex in its outputs."""
+
+    def nll(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return labels * outputs.sin()
+
+    def sample_labels(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.ones_like(outputs)
+
+    def curvature(self, outputs: Tensor) -> Tensor:
+        return -outputs.sin()
+
+
+def test_a_negative_curvature_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Concave\.curvature.*negative"):
+        output_hessian(Concave(), torch.ones(2, 3, dtype=torch.float64))
+
+
 def net(activation: nn.Module | None = None) -> nn.Sequential:
     return double(nn.Sequential(nn.Linear(3, 4), activation or nn.Tanh(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
 

@@ -19,6 +19,7 @@ from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.layers.conv import ConvAdapter
 from kronfac.likelihoods import Likelihood
 from kronfac.measuring import frozen_buffers
+from kronfac.operators.passes import RandomStream
 from kronfac.sources import Sampled
 from kronfac.tape import record
 
@@ -161,9 +162,10 @@ def convolution_correlations(
     source = Sampled()
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     moments: dict[tuple[str, str], MapMoments] = {}
+    draws = RandomStream(model, seed)
     with frozen_buffers(model):
         for inputs, targets in batches_of(loader):
-            with torch.enable_grad(), record(adapters) as tape:
+            with draws(), torch.enable_grad(), record(adapters) as tape:
                 outputs = call_model(model, inputs)
             for sample in next(source.samples(tape, likelihood, outputs, targets, generator)):
                 assert sample.cotangents is not None

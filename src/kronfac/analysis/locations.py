@@ -19,6 +19,7 @@ from kronfac.layers import adapt_model
 from kronfac.layers.conv import ConvAdapter
 from kronfac.likelihoods import Likelihood
 from kronfac.measuring import frozen_buffers
+from kronfac.operators.passes import RandomStream
 from kronfac.sources import Sampled
 from kronfac.tape import record
 
@@ -102,9 +103,10 @@ def location_correlation(
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     picker = torch.Generator().manual_seed(seed)
     source, sums = Sampled(), {}
+    draws = RandomStream(model, seed)
     with frozen_buffers(model):
         for inputs, targets in batches_of(loader):
-            with torch.enable_grad(), record({n: a for n, a in adapters.items() if a is not None}) as tape:
+            with draws(), torch.enable_grad(), record({n: a for n, a in adapters.items() if a is not None}) as tape:
                 outputs = call_model(model, inputs)
             for sample in next(source.samples(tape, likelihood, outputs, targets, generator)):
                 layer = sample.layer

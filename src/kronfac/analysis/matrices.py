@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -60,7 +61,8 @@ def matrices(
     Returns:
         A row for the exact block (``approximation`` is ``"exact"``) and one for each approximation, with the columns
         ``layer``, ``approximation``, ``source``, ``matrix`` ``[n, n]`` in float64, ``difference`` ``|Ĉ - C|`` entry by
-        entry, ``error`` ``|Ĉ - C| / |C|`` of the matrices shown, and ``refused`` with the reason of a refusal.
+        entry, ``error`` ``|Ĉ - C| / |C|`` of the matrices shown (0 where both are zero), and ``refused`` with the
+        reason of a refusal.
 
     Raises:
         ValueError: An unknown name or order, or matrices that are too large.
@@ -106,4 +108,5 @@ def _chosen(adapter: LayerAdapter, weights_only: bool, order: str) -> Tensor:
 
 
 def _ratio(difference: Tensor, exact: Tensor) -> float:
-    return float(difference.norm() / exact.norm())
+    distance, norm = float(difference.norm()), float(exact.norm())
+    return distance / norm if norm else (math.inf if distance else 0.0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from kronfac.analysis.scene import require_one_network
 from kronfac.likelihoods import Likelihood
 from kronfac.likelihoods.checks import Targets
 from kronfac.measuring import couples_examples
@@ -63,6 +64,7 @@ def monte_carlo_rank(
         raise ValueError(f"samples={samples!r} must be a positive integer.")
     if couples_examples(model):
         raise ValueError("Batch norm in train mode couples the examples: call model.eval() first.")
+    require_one_network(model, inputs, None)
     chosen = _choose(model, parameters)
     width = sum(parameter.numel() for parameter in chosen.values())
     generator = torch.Generator(inputs.device).manual_seed(seed)

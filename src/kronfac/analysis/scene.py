@@ -14,7 +14,8 @@ from kronfac.approximations import APPROXIMATIONS, Approximation, get_approximat
 from kronfac.forwards import batches_of, call_model, pick_outputs
 from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.likelihoods import Likelihood
-from kronfac.measuring import apart_from_training, couples_examples
+from kronfac.measuring import apart_from_training, couples_examples, frozen_buffers
+from kronfac.operators.passes import same_random_state
 from kronfac.sources import SOURCES, Empirical, ForwardOnly, Source, get_source
 
 #: Sources that estimate another matrix than the Gauss-Newton.
@@ -71,7 +72,7 @@ class Scene:
 
         Raises:
             TypeError: Something is of the wrong kind.
-            ValueError: There are no data, no such layer, or the model couples its examples.
+            ValueError: There are no data, no such layer, or the model couples its examples or draws random numbers.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
@@ -86,6 +87,7 @@ class Scene:
         if not batches:
             raise ValueError("data is empty: there is nothing to analyse.")
         twin = copy.deepcopy(model).double()
+        require_one_network(twin, batches[0][0], outputs)
         adaptation = adapt_model(twin, sharing=sharing, norm=norm)
         if not adaptation.adapters:
             raise ValueError("No layer of the model has a curvature block; see kronfac.coverage(model).")
@@ -103,6 +105,29 @@ class Scene:
             outputs,
             {"sharing": sharing, "norm": norm},
             adaptation.uncovered,
+        )
+
+
+def require_one_network(model: nn.Module, inputs: Any, pick: Callable[[Any], Tensor] | None) -> None:
+    """Refuse a model that draws random numbers: what is compared would be the curvatures of several networks.
+
+    Args:
+        model: The model.
+        inputs: Inputs of one batch.
+        pick: Takes the output tensor out of what the model returns.
+
+    Raises:
+        ValueError: Two forward passes give different outputs.
+    """
+    with frozen_buffers(model), same_random_state(model), torch.no_grad(), apart_from_training():
+        first, second = (pick_outputs(call_model(model, inputs), pick) for _ in range(2))
+    if not (first.is_floating_point() and first.numel() and bool(first.isfinite().all())):
+        return  # the likelihood will say so
+    alike = torch.finfo(first.dtype).eps ** 0.5
+    if first.shape != second.shape or bool((first - second).abs().max() > alike * first.abs().max()):
+        raise ValueError(
+            "Two forward passes over the same batch give different outputs, so that there is no one matrix to compare "
+            "with: dropout in train mode? Call model.eval() first, or set its p to 0."
         )
 
 

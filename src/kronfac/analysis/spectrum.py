@@ -6,16 +6,19 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kronfac.analysis.scene import require_one_network
 from kronfac.approximations import Approximation, DenseBlocks, get_approximation
 from kronfac.approximations.joint import require_per_layer
 from kronfac.blocks import Block, Dense
 from kronfac.estimation import estimate
 from kronfac.estimator import CoverageWarning
+from kronfac.forwards import batches_of
 from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.likelihoods import Likelihood
 from kronfac.sources import Source
@@ -83,8 +86,8 @@ def spectrum(
         exact block first, largest eigenvalues first.
 
     Raises:
-        ValueError: A layer is unknown or too large, approximations repeat or couple layers, or data can be read only
-            once.
+        ValueError: A layer is unknown or too large, approximations repeat or couple layers, data can be read only
+            once, or the model draws random numbers.
     """
     methods = _methods(approximations)
     if isinstance(data, Iterator):
@@ -96,6 +99,8 @@ def spectrum(
     if unknown := sorted(set(layers or ()) - set(adapters)):
         raise ValueError(f"layers {unknown} have no curvature block; those that do are {list(adapters)}.")
     _check_sizes({name: adapters[name] for name in chosen}, limit)
+    for inputs, _ in islice(batches_of(data), 1):
+        require_one_network(model, inputs, outputs)
     found: dict[str, dict[str, Tensor]] = {name: {} for name in chosen}
     with _only(adapters, chosen), _quiet():
         for label, method in methods.items():

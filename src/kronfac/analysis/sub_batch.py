@@ -15,6 +15,7 @@ from kronfac.estimator import Estimator
 from kronfac.forwards import call_model, pick_outputs
 from kronfac.likelihoods import Likelihood
 from kronfac.measuring import frozen_buffers
+from kronfac.operators.passes import RandomStream
 from kronfac.sources import Source
 from kronfac.sources.part import Part
 from kronfac.tape import record
@@ -52,7 +53,7 @@ def sub_batch_error(
         samples: Samples of the sampled source.
         sharing: ``"expand"`` or ``"reduce"``.
         norm: ``"unitwise"`` or ``"full"`` blocks of normalisation layers.
-        seed: Seed of the sampled labels.
+        seed: Seed of the sampled labels, and of dropout's masks in train mode.
         outputs: Picks the output tensor where the model returns something else.
 
     Returns:
@@ -81,7 +82,7 @@ def sub_batch_error(
     inputs, targets = batch
     rows: list[Row] = []
     with frozen_buffers(model):
-        with torch.enable_grad(), record(whole.adaptation.adapters) as tape:
+        with RandomStream(model, seed)(), torch.enable_grad(), record(whole.adaptation.adapters) as tape:
             found = pick_outputs(call_model(model, inputs), outputs)
         sizes = _check_sizes([examples] if isinstance(examples, int) else list(examples), len(found))
         whole.update(tape, found, targets)

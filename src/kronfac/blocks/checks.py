@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ def check_factor(factor: Tensor | float) -> None:
     """
     if isinstance(factor, Tensor) and factor.ndim:
         raise ValueError(f"a block is scaled by one number, got a tensor of shape {tuple(factor.shape)}")
-    number = float(factor)
+    number = float(factor.detach() if isinstance(factor, Tensor) else factor)
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"a block is scaled by a finite number that is not negative, got {number}")
 
@@ -113,3 +114,27 @@ def check_tensors(
         raise ValueError(f"a block of kind {kind!r} is made of the tensors {sorted(names)}, got {sorted(tensors)}")
     if built is not None and tuple(built) != tuple(shape):
         raise ValueError(f"the tensors of this block of kind {kind!r} make shape {tuple(built)}, not {tuple(shape)}")
+
+
+class _WithTensors(Protocol):
+    def tensors(self) -> dict[str, Tensor]: ...
+
+
+def check_gradients(name: str, block: _WithTensors, inverse: _WithTensors | None) -> None:
+    """Refuse to invert what depends on tensors that require gradients, where those would be lost without a word.
+
+    Args:
+        name: What is inverted.
+        block: The block.
+        inverse: Its inverse; None for one that keeps no gradients.
+
+    Raises:
+        TypeError: If a gradient is wanted, and lost.
+    """
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in block.tensors().values()):
+        return
+    if inverse is None or not any(t.requires_grad for t in inverse.tensors().values()):
+        raise TypeError(
+            f"{name} depends on a tensor that requires a gradient (was it scaled by one?), but its inverse is no "
+            "function of it that autograd could follow: scale by a plain number, or factorise under torch.no_grad()"
+        )

@@ -174,9 +174,10 @@ class KroneckerSum(Block):
         """
         match shift:
             case PerFactor():
-                first = (_damped(self.input, shift.input), _damped(self.output, shift.output))
-                second = (self.second_input, self.second_output)
-                return TwoTermInverse.of(first, second, name="the sum of two Kronecker products")
+                # In float64, in which it is inverted anyway: float32 would round what is added away.
+                first = (_damped(self.input.double(), shift.input), _damped(self.output.double(), shift.output))
+                second = (self.second_input.double(), self.second_output.double())
+                return TwoTermInverse.of(first, second, name="the sum of two Kronecker products", dtype=self.dtype)
             case Uniform():
                 return self._dense("plus a multiple of the identity has no inverse in closed form").factorise(shift)
             case _:

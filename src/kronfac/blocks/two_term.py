@@ -53,7 +53,12 @@ class TwoTermInverse(Inverse):
 
     @classmethod
     def of(
-        cls, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], sign: int = 1, name: str = "the sum"
+        cls,
+        first: tuple[Tensor, Tensor],
+        second: tuple[Tensor, Tensor],
+        sign: int = 1,
+        name: str = "the sum",
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """Invert ``G x A + sign · G' x A'``.
 
@@ -62,12 +67,14 @@ class TwoTermInverse(Inverse):
             second: ``(A', G')``, of the same shapes.
             sign: 1 or -1.
             name: What to call the matrix in an error.
+            dtype: Dtype of the inverse; that of the factors by default.
 
         Returns:
             The inverse.
         """
         found = diagonalise_sum(first, second, sign, name)
-        return cls(found.input, found.output, found.values, found.logdet.sum())
+        input, output, values, logdet = (part.to(dtype) for part in (*found[:3], found.logdet.sum()))
+        return cls(input, output, values, logdet)
 
     @without_autocast
     def apply(self, vector: Tensor) -> Tensor:

@@ -83,8 +83,12 @@ def continual(
         ),
     ] = None,
     slack: Annotated[
-        float, typer.Option(help="Target accuracy that a grid gives for a stronger penalty, from 0 to 1.")
-    ] = 0.01,
+        float | None,
+        typer.Option(
+            help="Target accuracy that a grid gives for a stronger penalty, from 0 to 1; by default 0.01.",
+            show_default=False,
+        ),
+    ] = None,
     out: Out = None,
     as_json: Json = False,
     fresh: Fresh = False,
@@ -115,12 +119,14 @@ def continual(
                 balances=balances,
                 seed=seed_numbers(seeds)[0],
                 budget=budget,
-                slack=slack,
+                slack=0.01 if slack is None else slack,
                 listener=listener,
                 **common,  # type: ignore[arg-type]
             )
         print_choices(found, as_text=not as_json)
         return
+    if slack is not None:
+        raise ExperimentError("--slack goes with --grid alone: without one nothing is chosen")
     budget = learning.Budget(epochs, steps, lr, damping, balance, held_out or 0)
     with stream_display() as listener:
         results = learning.compare(

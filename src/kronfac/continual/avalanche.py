@@ -44,7 +44,7 @@ class AvalanchePlugin:
         penalty: What was taken in so far; None before the first experience.
 
     Raises:
-        TypeError: If the likelihood or the approximation is none.
+        TypeError: If the likelihood or the approximation is none, or a number no integer.
         ValueError: If a number or ``combine`` is out of range, the approximation is unknown, or it is one whose blocks
             cannot be combined in this way.
     """
@@ -68,9 +68,15 @@ class AvalanchePlugin:
             raise TypeError(f"likelihood must be a kronfac likelihood, got {type(likelihood).__name__}")
         if combine not in COMBINE:
             raise ValueError(f"combine={combine!r} is unknown; choose one of {COMBINE}")
-        for name, value in (("examples", examples), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, value in (("examples", examples), ("batch_size", batch_size), ("seed", seed)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                if name == "batch_size" and value is None:
+                    continue
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if value < (least := 0 if name == "seed" else 1):
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not isinstance(approximation, str):
+            raise TypeError(f"approximation must be a name, got {approximation!r}")
         self.likelihood, self.approximation = likelihood, approximation
         self.strength = check_strength("strength", strength)
         get_approximation(approximation)

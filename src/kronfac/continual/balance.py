@@ -126,12 +126,12 @@ def balance(
 
     ``λ_s = T / (T + 1)`` and ``λ_t = 1 / (T + 1)`` count every task once. ``α_s`` and ``α_t`` (Lee et al. 2020, A.6)
     bring the two losses to the same magnitude. Of their definition we have the purpose alone; this is **our
-    reconstruction**: the smaller of ``L_t`` and ``P`` is multiplied by ``larger / smaller``, at most by ``limit``, the
-    larger one by 1, and no gradient flows through the factors. The limit is needed because the penalty is zero when a
-    task begins. `RunningMeans` and `GradientNorms` are other readings of *magnitude*.
+    reconstruction**: the smaller of ``|L_t|`` and ``P`` is multiplied by ``larger / smaller``, at most by ``limit``,
+    the larger one by 1, and no gradient flows through the factors. The limit is needed because the penalty is zero when
+    a task begins. `RunningMeans` and `GradientNorms` are other readings of *magnitude*.
 
     Args:
-        task_loss: ``L_t``, 0-dim, not negative.
+        task_loss: ``L_t``, 0-dim; its sign, such as that of a density's logarithm, does not count.
         penalty: ``P``, 0-dim, not negative.
         tasks: ``T``, how many tasks the penalty stands for, at least 1.
         adaptive: Whether to use the factors α; otherwise they are 1.
@@ -142,7 +142,7 @@ def balance(
         The loss and its weights.
 
     Raises:
-        TypeError: If a loss is no tensor or ``tasks`` no integer.
+        TypeError: If a loss is no tensor of floating point or ``tasks`` no integer.
         ValueError: If a loss is no scalar, or a number is out of range.
     """
     for name, value in (("task_loss", task_loss), ("penalty", penalty)):
@@ -150,6 +150,8 @@ def balance(
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if value.ndim:
             raise ValueError(f"{name} must be a scalar, got shape {tuple(value.shape)}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be of floating point, got {value.dtype}")
     if isinstance(tasks, bool) or not isinstance(tasks, int):
         raise TypeError(f"tasks must be an integer, got {tasks!r}")
     if tasks < 1:
@@ -160,8 +162,8 @@ def balance(
     alpha_task, alpha_penalty = torch.ones_like(task_loss), torch.ones_like(penalty)
     if adaptive:
         # No branch on values: a step waits for no transfer from the device.
-        task, old = magnitudes(task_loss, penalty)
-        old = old.to(task.dtype)
+        task, old = (torch.as_tensor(value).abs() for value in magnitudes(task_loss, penalty))
+        old = old.to(task)
         tiny = torch.finfo(task.dtype).tiny
         alpha_task = (old / task.clamp(min=tiny)).clamp(1.0, limit).to(task_loss.dtype)
         alpha_penalty = (task / old.clamp(min=tiny)).clamp(1.0, limit).to(penalty.dtype)

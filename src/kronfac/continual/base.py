@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from kronfac.eager import eager_root
 from kronfac.vectors import listed
 
 #: A model, or tensors by parameter name: what a penalty is evaluated on.
@@ -143,7 +144,8 @@ def live_parameters(model: Parameters) -> dict[str, Tensor]:
     """Give a model's parameters by name.
 
     Args:
-        model: A model, or the parameters themselves.
+        model: A model, or the parameters themselves; of a model that was compiled, or wrapped for parallel runs, it is
+            the module inside.
 
     Returns:
         ``{parameter name: tensor}``, frozen ones included.
@@ -152,7 +154,7 @@ def live_parameters(model: Parameters) -> dict[str, Tensor]:
         TypeError: If it is neither.
     """
     if isinstance(model, nn.Module):
-        return dict(model.named_parameters())
+        return dict(eager_root(model).named_parameters())
     if isinstance(model, Mapping):
         return dict(model)
     raise TypeError(f"model must be a torch.nn.Module or {{parameter name: tensor}}, not {type(model).__name__}")

@@ -21,8 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kronfac.continual.coupled import normalising
 from kronfac.continual.pairs import Pair, check_pair, check_plain, find_pairs, statistic
-from kronfac.continual.statistics import BatchStatistics, TrackedStatistics, measured
-from kronfac.continual.uses import called_together, check_uses
+from kronfac.continual.statistics import BatchStatistics, TrackedStatistics, check_statistics, measured
+from kronfac.continual.uses import called_once, called_together, check_uses
+from kronfac.eager import eager_root
 from kronfac.measuring import kept_modes
 
 
@@ -52,8 +53,13 @@ class MergedBatchNorm:
 
         Returns:
             ``{parameter name: tensor}``, the names, shapes and order of ``folded().named_parameters()``.
-        """
+
+        Raises:
+            ValueError: If a name is unknown, a shape does not fit, or `watched` or `tracked` saw no batch while batch
+                norm is in train mode.
+        """  # noqa: DOC502
         statistics = {} if statistics is None else statistics
+        check_statistics(self.pairs.values(), statistics)
         live = dict(self.model.named_parameters())
         found: dict[str, Tensor] = {}
         for name, module in self.model.named_modules():
@@ -98,8 +104,8 @@ class MergedBatchNorm:
             A model in train mode with the parameters of `folded`, for `kronfac.estimate`; not for training.
 
         Raises:
-            ValueError: If a layer is of a kind of its own, whose forward could not be kept, or its weight is computed
-                from other parameters.
+            ValueError: If a layer is of a kind of its own, whose forward could not be kept, its weight is computed from
+                other parameters, or batch norm is synchronised.
         """  # noqa: DOC502
         for pair in self.pairs.values():
             check_plain(pair)
@@ -125,9 +131,13 @@ class MergedBatchNorm:
 
         Yields:
             ``{batch norm's name: (mean, variance)}`` of the newest batch, differentiable.
-        """
-        norms = {pair.norm_name: pair.norm for pair in self.pairs.values()}
-        with called_together(self.pairs.values()), BatchStatistics(norms) as found:
+
+        Raises:
+            ValueError: During a forward pass that calls a batch norm twice.
+        """  # noqa: DOC502
+        pairs = self.pairs.values()
+        norms = {pair.norm_name: pair.norm for pair in pairs}
+        with called_together(pairs), called_once(self.model, pairs), BatchStatistics(norms) as found:
             yield found
 
     @contextmanager
@@ -176,15 +186,11 @@ class MergedBatchNorm:
             ValueError: If a name is unknown, a shape does not fit, a variance is negative, or a batch norm has no γ
                 and β. Nothing is changed then.
         """
+        check_statistics(self.pairs.values(), statistics)
         pairs = {pair.norm_name: pair for pair in self.pairs.values()}
         for name, (mean, variance) in statistics.items():
-            if name not in pairs:
-                raise ValueError(f"there is no merged batch norm {name!r}; there are {sorted(pairs)}")
             if pairs[name].norm.weight is None or pairs[name].norm.bias is None:
                 raise ValueError(f"batch norm {name!r} has affine=False: nothing can take the change up")
-            shape = statistic(pairs[name].norm.running_mean).shape
-            if mean.shape != shape or variance.shape != shape:
-                raise ValueError(f"the statistics of {name!r} must have shape {tuple(shape)}")
             if not bool((torch.isfinite(mean) & torch.isfinite(variance) & (variance >= 0)).all()):
                 raise ValueError(f"the statistics of {name!r} must be finite, and the variance not negative")
         for name, (mean, variance) in statistics.items():
@@ -232,7 +238,7 @@ def merge_batchnorm(model: nn.Module, pairs: Mapping[str, str] | None = None) ->
     outputs on a batch.
 
     Args:
-        model: The model.
+        model: The model; of one that was compiled, or wrapped for parallel runs, it is the module inside.
         pairs: ``{layer's name: batch norm's name}``, for all batch norms, instead of searching.
 
     Returns:
@@ -245,6 +251,7 @@ def merge_batchnorm(model: nn.Module, pairs: Mapping[str, str] | None = None) ->
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    model = eager_root(model)  # in which the hooks of layers are heard
     modules = dict(model.named_modules())
     norms = [name for name, module in modules.items() if isinstance(module, _BatchNorm)]
     if not norms:

@@ -69,13 +69,18 @@ def normalising(pair: Pair, layer: nn.Module) -> nn.Module:
         The layer, with merged weights as parameters, and with the function of both.
 
     Raises:
-        ValueError: If the layer is of a kind of its own.
+        ValueError: If the layer is of a kind of its own, or batch norm is synchronised.
     """
     kind = _KINDS.get(type(layer))
     if kind is None:
         raise ValueError(
             f"layer {pair.layer_name!r} is a {type(layer).__name__}, whose forward is its own: only torch's Linear and "
             "Conv1d to Conv3d can be made one with their batch norm; use folded(), in which examples do not interact"
+        )
+    if isinstance(pair.norm, nn.SyncBatchNorm):
+        raise ValueError(
+            f"batch norm {pair.norm_name!r} is an nn.SyncBatchNorm, which couples examples of different processes in "
+            "train mode: use nn.BatchNorm, or folded(), in which examples do not interact"
         )
     weight, bias = pair.merged()
     own: tuple[Tensor, Tensor | None] = (layer.weight, layer.bias)  # type: ignore[assignment]

@@ -40,13 +40,13 @@ class RecentredDecay(Penalty):
             model: As for every penalty.
 
         Returns:
-            ``½ strength |θ - θ*|²``, a 0-dim tensor in the anchor's dtype.
+            ``½ strength |θ - θ*|²``, a 0-dim tensor in the anchor's dtype, and real.
         """
         live = live_parameters(model)
         first = next(iter(self.anchor.values()))
         check_live(live, {name: tensor.shape for name, tensor in self.anchor.items()}, first.device)
-        squares = [(live[name].to(start.dtype) - start).square().sum() for name, start in self.anchor.items()]
-        return torch.stack([square.to(first.dtype) for square in squares]).sum() * (0.5 * self.strength)
+        squares = [_square(live[name].to(start.dtype) - start) for name, start in self.anchor.items()]
+        return torch.stack([square.to(first.dtype.to_real()) for square in squares]).sum() * (0.5 * self.strength)
 
     def scaled(self, factor: float) -> RecentredDecay:
         """Multiply by a number.
@@ -69,7 +69,11 @@ class RecentredDecay(Penalty):
         Returns:
             A new penalty.
         """
-        return type(self)({n: t.to(device=device, dtype=dtype) for n, t in self.anchor.items()}, self.strength)
+
+        def kind(tensor: Tensor) -> torch.dtype | None:
+            return dtype.to_complex() if dtype is not None and tensor.is_complex() else dtype
+
+        return type(self)({n: t.to(device=device, dtype=kind(t)) for n, t in self.anchor.items()}, self.strength)
 
     def __repr__(self) -> str:
         return f"RecentredDecay({len(self.anchor)} parameters, strength={self.strength:g})"
@@ -101,6 +105,11 @@ def recentred_decay(model: Parameters, strength: float, *, names: Iterable[str] 
             "choose with names="
         )
     return RecentredDecay(snapshot({name: live[name] for name in chosen}), strength)
+
+
+def _square(delta: Tensor) -> Tensor:
+    """The squared norm."""
+    return (torch.view_as_real(delta) if delta.is_complex() else delta).square().sum()
 
 
 def snapshot(parameters: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:

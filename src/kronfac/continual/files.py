@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from kronfac.continual.base import Penalty, PenaltySum
 from kronfac.continual.combine import Part, check_same
 from kronfac.continual.decay import RecentredDecay
 from kronfac.continual.quadratic import QuadraticPenalty
+from kronfac.eager import eager_root
 from kronfac.storage import StorageError, put_together, read_file, take_apart, write_file
 
 _FORMAT = "kronfac.penalty"
@@ -52,7 +54,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> Penalty:
 
     Args:
         path: The file.
-        model: The model; only names, kinds and shapes of its layers matter.
+        model: The model; only names, kinds and shapes of its layers matter, and not what of it is trained.
 
     Returns:
         The penalty; a `PenaltySum` where several terms were saved.
@@ -63,6 +65,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> Penalty:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    model = eager_root(model)
     tensors, content = read_file(Path(path), _FORMAT, "penalty")
     terms: list[Penalty] = []
     try:
@@ -111,9 +114,9 @@ def _load_quadratic(
 ) -> QuadraticPenalty:
     parts: list[Part] = []
     for p, part in enumerate(entry["parts"]):
-        parts.append(
-            (float(part["weight"]), put_together(path, _below(tensors, f"part.{p}."), part["curvature"], model))
-        )
+        with _trained_as_saved(model, part["curvature"]["layers"]):
+            curvature = put_together(path, _below(tensors, f"part.{p}."), part["curvature"], model)
+        parts.append((float(part["weight"]), curvature))
         check_same(parts[0][1], parts[-1][1])
     if not parts:
         raise StorageError(f"{path}: a term of the penalty has no curvature")
@@ -126,6 +129,28 @@ def _load_quadratic(
     rest = _load_decay(path, _below(tensors, "rest."), entry["rest"], model) if "rest" in entry else None
     tasks = int(entry["tasks"])
     return QuadraticPenalty.from_parts(tuple(parts), anchor, strength=entry["strength"], tasks=tasks, rest=rest)
+
+
+@contextmanager
+def _trained_as_saved(model: nn.Module, layers: Iterable[Mapping[str, Any]]) -> Iterator[None]:
+    """Let the parameters that have curvature need a gradient, and no others of their layers.
+
+    Frozen layers have no blocks, but what was frozen or thawed since, as heads of earlier tasks are, is held as before.
+    """
+    live = dict(model.named_parameters())
+    before: dict[nn.Parameter, bool] = {}
+    try:
+        for layer in layers:
+            prefix = f"{layer['name']}." if layer["name"] else ""
+            for name, parameter in live.items():
+                own = name.startswith(prefix) and "." not in name[len(prefix) :]
+                if own and (parameter.is_floating_point() or parameter.is_complex()):
+                    before.setdefault(parameter, parameter.requires_grad)
+                    parameter.requires_grad_(name in layer["parameters"])
+        yield
+    finally:
+        for parameter, trained in before.items():
+            parameter.requires_grad_(trained)
 
 
 def _load_decay(

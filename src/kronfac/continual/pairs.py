@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from kronfac.layers.registry import runs_as
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -133,6 +137,7 @@ _FITTING: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
     (nn.Conv2d, nn.BatchNorm2d),
     (nn.Conv3d, nn.BatchNorm3d),
 )
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def check_pair(pair: Pair) -> None:
@@ -150,12 +155,47 @@ def check_pair(pair: Pair) -> None:
             f"{where} cannot be merged: {type(pair.layer).__name__} and {type(pair.norm).__name__}; Linear or Conv1d "
             "with BatchNorm1d, Conv2d with BatchNorm2d, and Conv3d with BatchNorm3d can"
         )
+    if not any(runs_as(pair.norm, kind) for kind in _NORMS):
+        raise ValueError(
+            f"{where} cannot be merged: {type(pair.norm).__name__} {pair.norm_name!r} has a forward of its own, which "
+            "merged weights would leave out: use torch's batch norm, and a module of its own for what else it does"
+        )
+    if not (any(runs_as(pair.layer, kind) for kind in _LAYERS) or _follows_weights(pair.layer)):
+        raise ValueError(
+            f"{where} cannot be merged: {type(pair.layer).__name__} {pair.layer_name!r} has a forward of its own, and "
+            "its outputs are not scaled and shifted as its weight and bias are, so that merged weights would be "
+            "another function"
+        )
     if pair.norm.running_mean is None or pair.norm.running_var is None:
         raise ValueError(
             f"batch norm {pair.norm_name!r} keeps no running statistics: its function in eval mode is none"
         )
     if (width := pair.weight.shape[0]) != pair.norm.num_features:
         raise ValueError(f"{where} do not fit: {width} outputs and {pair.norm.num_features} features")
+
+
+@torch.no_grad()
+def _follows_weights(layer: nn.Module) -> bool:
+    """Whether ``diag(s) W`` and ``diag(s) b + t`` give ``s y + t`` in a layer with a forward of its own, by a trial."""
+    generator = torch.Generator().manual_seed(0)  # which leaves the user's random numbers alone
+    try:
+        twin: Any = copy.deepcopy(layer).cpu().double().eval()
+        width, weight, bias = len(twin.weight), twin.weight, twin.bias
+        if isinstance(twin, nn.Linear):
+            shape = [3, twin.in_features]
+        else:
+            extents = zip(twin.kernel_size, twin.dilation, strict=True)
+            shape = [3, twin.in_channels, *(2 * d * k + 1 for k, d in extents)]
+        scale, shift = torch.rand(2, width, generator=generator, dtype=torch.float64) + 0.5
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        before = twin(x)
+        weight.mul_(scale.view(-1, *[1] * (weight.ndim - 1)))
+        twin.bias = nn.Parameter(shift if bias is None else scale * bias + shift)
+        broadcast = (-1, *[1] * (before.ndim - 2))
+        wanted = scale.view(broadcast) * before + shift.view(broadcast)
+        return bool(torch.allclose(twin(x), wanted, rtol=1e-6, atol=1e-8))  # weights may be cast on the way
+    except Exception:  # it is the user's own code
+        return False
 
 
 def check_plain(pair: Pair) -> None:

@@ -89,12 +89,12 @@ class QuadraticPenalty(Penalty):
 
     @property
     def anchor(self) -> dict[str, Tensor]:
-        """``θ*`` by parameter name, of the parameters that have curvature."""
+        """``θ*`` by parameter name, of the parameters that have curvature: copies."""
         curvature = self.parts[0][1]
         found: dict[str, Tensor] = {}
         for layer, matrix in self._anchor.items():
             found |= curvature.layouts[layer].unpack(matrix)
-        return {name: found[name] for name in curvature.parameter_names}
+        return {name: found[name].clone() for name in curvature.parameter_names}
 
     @property
     def anchor_matrices(self) -> dict[str, Tensor]:

@@ -57,6 +57,11 @@ class BatchStatistics(Mapping[str, tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self._found)
 
+    @property
+    def blind(self) -> bool:
+        """Whether there are batch norms in train mode, and no batch was seen at any."""
+        return not self._found and any(norm.training for norm in self._norms.values())
+
 
 class TrackedStatistics(BatchStatistics):
     """Statistics of the live weights over many batches: without the noise of one batch, and without lagging behind.
@@ -110,6 +115,33 @@ class TrackedStatistics(BatchStatistics):
                 f"{tuple(mean.shape)}: averages over batches need inputs of one size; use watched()"
             )
         self._inputs[name] = (before.lerp(mean, max(self._momentum, 1.0 / (count + 1))), count + 1)
+
+
+def check_statistics(pairs: Iterable[Pair], statistics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Refuse statistics that are of other batch norms, or that are absent where they should not be.
+
+    Args:
+        pairs: Layers and batch norms.
+        statistics: ``{batch norm's name: (mean, variance)}``, for some or all of them.
+
+    Raises:
+        ValueError: If a name is unknown, a shape does not fit, or no batch was seen at batch norms in train mode.
+    """
+    norms = {pair.norm_name: pair.norm for pair in pairs}
+    if unknown := [name for name in statistics if name not in norms]:
+        raise ValueError(f"there is no merged batch norm {unknown[0]!r}; there are {sorted(norms)}")
+    if isinstance(statistics, BatchStatistics):
+        if statistics.blind:
+            # With the running ones instead, what train mode divides out would be hidden without a word.
+            raise ValueError(
+                "no batch was seen at the batch norms, which are in train mode: call the model within the block, and "
+                "before its merged parameters. What torch.compile made is not heard: call the module inside"
+            )
+        return
+    for name, (mean, variance) in statistics.items():
+        shape = statistic(norms[name].running_mean).shape
+        if mean.shape != shape or variance.shape != shape:
+            raise ValueError(f"the statistics of {name!r} must have shape {tuple(shape)}")
 
 
 def measured(model: nn.Module, pairs: Iterable[Pair], inputs: Iterable[Any]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -25,8 +25,8 @@ from torch.utils.hooks import RemovableHandle
 from kronfac.continual.batchnorm import merge_batchnorm
 from kronfac.continual.pairs import Pair, check_plain, statistic
 from kronfac.continual.uses import called_together
-from kronfac.layers.base import LayerAdapter
-from kronfac.layers.registry import adapt
+from kronfac.layers.base import LayerAdapter, UnsupportedLayer
+from kronfac.layers.registry import adapt, require_known_forward
 from kronfac.linalg.symmetric import mirror_
 from kronfac.measuring import frozen_buffers, kept_modes
 from kronfac.storage import StorageError, read_file, write_file
@@ -61,8 +61,8 @@ class TaskStatistics:
     """
 
     def __init__(self, model: nn.Module, pairs: Mapping[str, str] | None = None) -> None:
-        self.model = model
-        self._pairs: dict[str, Pair] = merge_batchnorm(model, pairs).pairs
+        merged = merge_batchnorm(model, pairs)
+        self.model, self._pairs = merged.model, merged.pairs
         self._tasks: dict[str, dict[str, Moments]] = {}
 
     @property
@@ -80,9 +80,12 @@ class TaskStatistics:
             inputs: Batches of its inputs, of two examples at least; the larger, the better.
 
         Raises:
-            ValueError: If there is no batch, a layer's inputs are not finite, its weight is computed from other
-                parameters, or the model does not call it and its batch norm as one.
+            TypeError: If the task's name is no text.
+            ValueError: If there is no batch, a layer is called on none or its inputs are not finite, its weight is
+                computed from other parameters, or the model does not call it and its batch norm as one.
         """
+        if not isinstance(task, str):  # as which it would come back from a file
+            raise TypeError(f"task must be a name, got {task!r}")
         adapters = {name: _adapter(pair) for name, pair in self._pairs.items()}
         sums: dict[str, tuple[Tensor, Tensor, float]] = {}
         with ExitStack() as stack, torch.no_grad():
@@ -98,6 +101,11 @@ class TaskStatistics:
                 check()
         if not sums:
             raise ValueError("inputs is empty: no batch to take moments from")
+        if unseen := [name for name in adapters if name not in sums]:
+            raise ValueError(
+                f"the model called {unseen} on none of the inputs, so that nothing is known of what comes out of them; "
+                f"nothing was remembered of task {task!r}"
+            )
         found = {name: _moments(*sums[name], self._pairs[name]) for name in adapters}
         if wrong := [name for name, (_, covariance) in found.items() if not bool(covariance.isfinite().all())]:
             raise ValueError(f"the inputs of {wrong} are not finite; nothing was remembered of task {task!r}")
@@ -138,10 +146,10 @@ class TaskStatistics:
         """  # noqa: DOC502
         found = self.statistics(task)
         norms = {pair.norm_name: pair.norm for pair in self._pairs.values()}
-        with frozen_buffers(self.model):
+        with frozen_buffers(self.model):  # which puts the tensors of before back
             for name, (mean, variance) in found.items():
-                statistic(norms[name].running_mean).copy_(mean)
-                statistic(norms[name].running_var).copy_(variance)
+                # Other tensors and not other values: graphs hold the ones they were made with until their backward.
+                norms[name].running_mean, norms[name].running_var = mean, variance
             yield
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -197,6 +205,12 @@ class TaskStatistics:
 def _adapter(pair: Pair) -> LayerAdapter:
     """See the layer's weight as a matrix, whatever of the layer is trained."""
     check_plain(pair)
+    try:
+        require_known_forward(pair.layer)
+    except UnsupportedLayer as error:
+        raise ValueError(
+            f"nothing can be told of layer {pair.layer_name!r}'s outputs by its inputs: {error}"
+        ) from error
     layer = copy.copy(pair.layer)
     layer._parameters = {"weight": nn.Parameter(pair.weight.detach()), "bias": None}
     return adapt(layer, pair.layer_name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -45,6 +45,41 @@ def check_uses(model: nn.Module, pairs: Iterable[Pair]) -> None:
                     f"{pair.layer_name!r} and {pair.norm_name!r} cannot be merged: '{own}.{name}' is {use}, where "
                     "merged weights would be another function"
                 )
+
+
+@contextmanager
+def called_once(model: nn.Module, pairs: Iterable[Pair]) -> Iterator[None]:
+    """Watch that no forward pass calls a batch norm in train mode twice, which has statistics of each call then.
+
+    Args:
+        model: The model.
+        pairs: Its layers and batch norms.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: At the end of such a forward pass.
+    """  # noqa: DOC502
+    calls: Counter[str] = Counter()
+
+    def count(module: nn.Module, inputs: object, name: str) -> None:
+        calls[name] += module.training
+
+    def check(*_: object) -> None:
+        if several := [name for name, times in calls.items() if times > 1]:
+            raise ValueError(
+                f"a forward pass called the batch norms {several} more than once, each time with other statistics, so "
+                "that there are no merged weights for it: use tracked(), which averages, or call them on one batch"
+            )
+
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(lambda *_: calls.clear()).remove)
+        for pair in pairs:
+            hook = partial(count, name=pair.norm_name)
+            stack.callback(pair.norm.register_forward_pre_hook(hook).remove)
+        stack.callback(model.register_forward_hook(check).remove)
+        yield
 
 
 @contextmanager

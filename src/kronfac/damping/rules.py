@@ -129,8 +129,17 @@ def check_damping(damping: float) -> float:
 
     Raises:
         ValueError: If it is negative, infinite or NaN.
-        TypeError: If it is no number.
+        TypeError: If it is no number, or a tensor whose gradient would be lost.
     """
+    if isinstance(damping, Tensor):
+        wanted, damping = damping.requires_grad and torch.is_grad_enabled(), damping.detach()
+        if wanted:
+            raise TypeError(
+                f"damping={damping} is a tensor that requires a gradient, but an inverse and its log-determinant are "
+                "no functions of it that autograd could follow: pass a plain number"
+            )
+    if isinstance(damping, (bool, str)):
+        raise TypeError(f"damping must be a number, got {damping!r}")
     try:
         value = float(damping)
     except (TypeError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from kronfac.approximations import Approximation, get_approximation
 from kronfac.approximations.base import statistics_dtype
 from kronfac.approximations.joint import require_per_layer
+from kronfac.eager import eager_root
 from kronfac.inspect.description import Description, describe, start
 from kronfac.inspect.text import frame, plain, size, table
 from kronfac.layers import LayerAdapter, adapt_model
@@ -221,7 +223,7 @@ def coverage(
         raise ValueError(f"dtype={dtype!r} is not supported: statistics are kept in torch.float32 or torch.float64.")
     if isinstance(snapshots, bool) or not isinstance(snapshots, int) or snapshots < 0:
         raise ValueError(f"snapshots={snapshots!r} must be an integer >= 0.")
-    method = get_approximation(approximation)
+    model, method = eager_root(model), get_approximation(approximation)
     require_per_layer(method, "coverage")
     adaptation = adapt_model(model, sharing=sharing, norm=norm)
     coupled = couples_examples(model) and not method.couples_examples
@@ -279,8 +281,9 @@ def _row(
     memory: tuple[int, int] = (0, 0),
 ) -> ParameterCoverage:
     layer = key.rpartition(".")[0]
-    parameter = model.get_parameter(key)
-    kind = type(model.get_submodule(layer)).__name__
+    # Not by get_parameter, which scripted modules do not support.
+    parameter: nn.Parameter = attrgetter(key)(model)
+    kind = type(attrgetter(layer)(model) if layer else model).__name__
     return ParameterCoverage(
         key, layer, kind, tuple(parameter.shape), parameter.numel(), block, factors, *memory, state, reason
     )

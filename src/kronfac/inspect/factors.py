@@ -7,12 +7,13 @@ cotangents are sampled, what is expected is computed for the very cotangents tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from kronfac.approximations import Approximation, Limited
 from kronfac.blocks import Block, DiagonalKronecker, Kronecker
 from kronfac.inspect.comparison import ratio
 from kronfac.inspect.verified import VerificationError
@@ -23,6 +24,21 @@ from kronfac.tape import Call, Tape
 
 #: Random directions in which an input factor is looked at.
 DIRECTIONS = 4
+
+
+def part_of(approximation: Approximation, layer: LayerAdapter) -> Approximation:
+    """Return the approximation that a layer gets.
+
+    Args:
+        approximation: The approximation of the model, which may share the layers out.
+        layer: The layer's adapter.
+
+    Returns:
+        One that treats all of its layers alike.
+    """
+    while isinstance(approximation, Limited):
+        approximation = approximation.wide if approximation.is_wide(layer) else approximation.base
+    return approximation
 
 
 def input_ratio(block: Block, call: Call, weights: Tensor | None, generator: torch.Generator) -> float:
@@ -62,7 +78,7 @@ def input_ratio(block: Block, call: Call, weights: Tensor | None, generator: tor
 
 
 def output_traces(
-    tape: Tape, outputs: Tensor, seeds: Sequence[Seed], *, apart: bool, inputs: bool = False
+    tape: Tape, outputs: Tensor, seeds: Sequence[Seed], *, apart: bool, inputs: Collection[str] = ()
 ) -> dict[str, float]:
     """Compute what ``D tr G`` must be for given cotangents of the outputs.
 
@@ -72,7 +88,7 @@ def output_traces(
         seeds: The cotangents, with their weights.
         apart: Pull each example's cotangent back by itself. Sampled ones are independent, and may be pulled together;
             an exact root's may not if anything in the model mixes examples.
-        inputs: Weigh each row by the squared norm of its input row: what TKFAC's ``D δ`` must be.
+        inputs: Layers whose rows are weighed by the squared norms of their input rows: what TKFAC's ``D δ`` must be.
 
     Returns:
         ``Σ_seeds weight Σ_rows |g|²`` for each layer, where ``g`` is the seed pulled back to the layer's output.
@@ -84,7 +100,7 @@ def output_traces(
             for name, cotangent in tape.pull(outputs, root).items():
                 call = tape.calls[name]
                 rows = _shared(call.adapter, cotangent).double().square()
-                if inputs:
+                if name in inputs:
                     rows = call.adapter.output_rows(cotangent).double().square().sum(-1) * norms(call)
                 totals[name] += seed.weight * float(rows.sum())
     return totals

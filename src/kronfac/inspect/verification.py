@@ -23,7 +23,7 @@ from kronfac.forwards import call_model, pick_outputs
 from kronfac.inspect import seeds
 from kronfac.inspect.budget import Budget
 from kronfac.inspect.comparison import Comparison, compare, ratio
-from kronfac.inspect.factors import gradient_traces, input_ratio, matrices, output_trace, output_traces
+from kronfac.inspect.factors import gradient_traces, input_ratio, matrices, output_trace, output_traces, part_of
 from kronfac.inspect.sampling import Spread, measure_spreads, single
 from kronfac.inspect.verified import LayerCheck, VerificationReport
 from kronfac.layers import LayerAdapter, adapt_model
@@ -109,16 +109,18 @@ def verify(
     with frozen_buffers(model), torch.enable_grad(), record(adaptation.adapters) as tape:
         graph = run()
         tape.close()
-        factored = [name for name, block in one.blocks.items() if _factored(method, block)]
+        parts = {name: part_of(method, tape.adapters[name]) for name in one.blocks}
+        factored = [name for name, block in one.blocks.items() if _factored(parts[name], block)]
         known = bool(factored) and not _averages(drawn, values)
         traces = output_traces(tape, graph, given, apart=not random) if known else {}
         checks = _factored_checks(one, factored, tape, traces, graph.detach(), likelihood, targets, seed)
         scaled = [name for name, block in one.blocks.items() if isinstance(block, ScaledKronecker)]
         if scaled:
-            deltas = output_traces(tape, graph, given, apart=drawn.exact, inputs=True)
+            deltas = output_traces(tape, graph, given, apart=drawn.exact, inputs=scaled)
             checks |= _scale_checks(one, scaled, deltas, float(likelihood.denominator(graph.detach(), targets)))
-        if method.keeps_trace and not couples_examples(model):
-            checks |= _trace_checks(one, factored + scaled, graph, likelihood, targets, given)
+        others = [n for n, part in parts.items() if part.keeps_trace and n not in factored + scaled]
+        if others and not couples_examples(model):
+            checks |= _trace_checks(one, others, graph, likelihood, targets, given)
     spreads = measure_spreads(curvature_from, drawn, seed, means=method.passes == 1) if random else {}
     rows = []
     for layers in groups:
@@ -225,7 +227,7 @@ def _scale_checks(
 
 def _trace_checks(
     curvature: BlockDiagonal,
-    factored: list[str],
+    layers: list[str],
     outputs: Tensor,
     likelihood: Likelihood,
     targets: Any,
@@ -233,12 +235,16 @@ def _trace_checks(
 ) -> dict[str, dict[str, float]]:
     """Traces of the blocks that are no Kronecker products over their exact values."""
     denominator = float(likelihood.denominator(outputs.detach(), targets))
-    adapters = {name: curvature.layouts[name] for name in curvature.blocks if name not in factored}
+    adapters = {name: curvature.layouts[name] for name in layers}
+    # PyTorch 2.13 dies of group norm's derivative for channels last where only those of scale and shift are asked for.
+    fragile = any(
+        isinstance(layout, LayerAdapter) and isinstance(layout.module, nn.GroupNorm) for layout in adapters.values()
+    )
     parameters: dict[str, Tensor] = {}
-    for adapter in adapters.values():
+    for adapter in (curvature.layouts if fragile else adapters).values():
         assert isinstance(adapter, LayerAdapter)
         parameters |= adapter.parameters
-    traces = gradient_traces(parameters, outputs, given) if parameters else {}
+    traces = gradient_traces(parameters, outputs, given)
     exact = {name: sum(traces[key] for key in adapter.parameter_names) for name, adapter in adapters.items()}
     return {
         name: {"trace_factor": ratio(float(curvature.blocks[name].trace()), value / denominator)}

@@ -54,9 +54,10 @@ class LayerAdapter(ABC):
         self.module = module
         self.name = name
         self.sharing = sharing
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        self.has_weight = isinstance(weight, nn.Parameter) and weight.requires_grad
-        self.has_bias = isinstance(bias, nn.Parameter) and bias.requires_grad
+        # A parametrisation that changes nothing for now gives a parameter that is another module's.
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        self.has_weight = weight is not None and weight.requires_grad
+        self.has_bias = bias is not None and bias.requires_grad
         self._prefix = f"{name}." if name else ""
 
     # ---------------------------------------------------------------- parameters
@@ -146,8 +147,27 @@ class LayerAdapter(ABC):
     def expand_cotangents(self, g: Tensor) -> Tensor:
         """Return the cotangents as ``[B, S, *stack, d_out]``, aligned with :meth:`expand`."""
 
+    def lacks_batch(self, x: Tensor) -> bool:
+        """Whether an input is that of a single example, without a dimension of examples in front."""
+        return False
+
+    def require_batch(self, x: Tensor) -> None:
+        """Refuse an input without a dimension of examples.
+
+        Args:
+            x: The layer's input.
+
+        Raises:
+            ValueError: It has none.
+        """
+        if self.lacks_batch(x):
+            raise ValueError(
+                f"Layer {self.name!r}: its input of shape {tuple(x.shape)} has no batch dimension; add one."
+            )
+
     def positions(self, x: Tensor) -> tuple[int, ...]:
         """Shape ``(B, *positions)`` of the rows of an input before they are flattened to ``[B, S]``."""
+        self.require_batch(x)
         return tuple(x.shape[:-1])
 
     def rows(self, x: Tensor) -> Tensor:

@@ -44,15 +44,17 @@ class ConvAdapter(LayerAdapter):
         # Plain products of ungrouped maps alone take what has 16 bits.
         return self._batched(x) if summed_in_float32(x) and not self.stack else self._image(x)
 
+    def lacks_batch(self, x: Tensor) -> bool:
+        """True of a single image."""
+        return x.ndim != self._dims + 2
+
     def _batched(self, x: Tensor) -> Tensor:
-        if x.ndim != self._dims + 2:
-            raise ValueError(
-                f"Convolution {self.name!r}: its input of shape {tuple(x.shape)} has no batch dimension; add one."
-            )
+        self.require_batch(x)
         return x.contiguous()
 
     def positions(self, x: Tensor) -> tuple[int, ...]:
         """Batch and output positions."""
+        self.require_batch(x)
         return (x.shape[0], *self.geometry.output_size(tuple(x.shape[2:])))
 
     def reads(self, size: tuple[int, ...]) -> tuple[Tensor, ...]:

@@ -40,6 +40,7 @@ class ConvTransposeAdapter(ConvAdapter):
 
     def positions(self, x: Tensor) -> tuple[int, ...]:
         """Batch and output positions."""
+        self.require_batch(x)
         size = tuple((n - 1) * s + 1 for n, s in zip(x.shape[2:], self._stuff, strict=True))
         return (x.shape[0], *self.geometry.output_size(size))
 

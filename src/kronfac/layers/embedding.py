@@ -29,8 +29,13 @@ class EmbeddingAdapter(LayerAdapter):
     def _matrix_to_weight(self, columns: Tensor) -> Tensor:
         return columns.mT
 
+    def lacks_batch(self, x: Tensor) -> bool:
+        """True of a single index."""
+        return x.ndim == 0
+
     def positions(self, x: Tensor) -> tuple[int, ...]:
         """Every index is a position."""
+        self.require_batch(x)
         return tuple(x.shape)
 
     def expand(self, x: Tensor) -> Tensor:

@@ -24,14 +24,20 @@ class LinearAdapter(LayerAdapter):
         """Return the weight itself."""
         return weight
 
+    def lacks_batch(self, x: Tensor) -> bool:
+        """True of a single vector."""
+        return x.ndim < 2
+
     def expand(self, x: Tensor) -> Tensor:
         """Return ``[B, S, d_in]``."""
-        x = _batched(require_float(x))
+        self.require_batch(x)
+        x = require_float(x)
         return with_ones(x.reshape(x.shape[0], -1, self._features), self.has_weight, self.has_bias)
 
     def expand_cotangents(self, g: Tensor) -> Tensor:
         """Return ``[B, S, d_out]``."""
-        g = _batched(require_float(g))
+        self.require_batch(g)
+        g = require_float(g)
         return g.reshape(g.shape[0], -1, self.d_out)
 
     def add_input_gram_(
@@ -59,14 +65,9 @@ class LinearAdapter(LayerAdapter):
         """Return ``|ā|²`` as ``[B, S]``, without copying the input to append its ones."""
         if self.sharing == "reduce" or not (self.has_weight and self.has_bias):
             return super().input_norms(x)
-        x = _batched(require_float(x))
+        self.require_batch(x)
+        x = require_float(x)
         return x.reshape(x.shape[0], -1, self._features).square().sum(-1).add_(1.0)
-
-
-def _batched(tensor: Tensor) -> Tensor:
-    if tensor.ndim < 2:
-        raise ValueError(f"A linear layer's input of shape {tuple(tensor.shape)} has no batch dimension; add one.")
-    return tensor
 
 
 @adapt.register

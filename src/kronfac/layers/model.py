@@ -81,7 +81,7 @@ def adapt_model(model: nn.Module, *, sharing: str = "expand", norm: str = "unitw
             result.uncovered |= {key: reason for key in own if key in order}
             continue
         try:
-            _require_real(own.values())
+            _require_ordinary(own.values())
             adapter = adapt(module, name, sharing)
             require_known_forward(module)
             if isinstance(adapter, NormAdapter) and norm == "full":
@@ -97,9 +97,12 @@ def adapt_model(model: nn.Module, *, sharing: str = "expand", norm: str = "unitw
     return result
 
 
-def _require_real(parameters: Iterable[nn.Parameter]) -> None:
-    if any(p.is_complex() for p in parameters):
-        raise UnsupportedLayer("its parameters are complex numbers")
+def _require_ordinary(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        if parameter.is_complex():
+            raise UnsupportedLayer("its parameters are complex numbers")
+        if not parameter.numel():
+            raise UnsupportedLayer("it has a parameter without entries (a layer of no features)")
 
 
 def _strange(module: nn.Module) -> str:

@@ -80,8 +80,13 @@ class NormAdapter(LayerAdapter):
 class LastDimNorm(NormAdapter):
     """LayerNorm and RMSNorm: units are the trailing dimensions."""
 
+    def lacks_batch(self, x: Tensor) -> bool:
+        """True of what is normalised as a whole."""
+        return x.ndim <= len(self.module.normalized_shape)  # type: ignore[arg-type]
+
     def positions(self, x: Tensor) -> tuple[int, ...]:
         """All dimensions but the normalised ones."""
+        self.require_batch(x)
         return tuple(x.shape[: x.ndim - len(self.module.normalized_shape)])  # type: ignore[arg-type]
 
     def normalise(self, x: Tensor) -> Tensor:
@@ -103,8 +108,13 @@ class ChannelNorm(NormAdapter):
         """True of batch norm over the batch."""
         return couples_examples(self.module)
 
+    def lacks_batch(self, x: Tensor) -> bool:
+        """True of a single map, which instance norm takes too."""
+        return isinstance(self.module, _InstanceNorm) and x.ndim == self.module._get_no_batch_dim()
+
     def positions(self, x: Tensor) -> tuple[int, ...]:
         """Batch and spatial dimensions."""
+        self.require_batch(x)
         return (x.shape[0], *x.shape[2:])
 
     def _units_last(self, tensor: Tensor) -> Tensor:
@@ -195,6 +205,10 @@ class FullNormAdapter(NormAdapter):
 
     def _weight_to_matrix(self, weight: Tensor) -> Tensor:
         return weight.reshape(self._units, 1)
+
+    def lacks_batch(self, x: Tensor) -> bool:
+        """As the unit-wise adapter."""
+        return self._inner.lacks_batch(x)
 
     def positions(self, x: Tensor) -> tuple[int, ...]:
         """As the unit-wise adapter."""

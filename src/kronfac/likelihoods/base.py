@@ -60,7 +60,9 @@ class Likelihood(TermLoss):
         Returns:
             Of the outputs' shape.
         """
-        return differentiate(lambda z, y: check_terms(self, self.nll(z, y), z).sum(), outputs, labels)
+        return differentiate(
+            lambda z, y: check_terms(self, self.nll(z, y), self.term_shape(z, y)).sum(), outputs, labels
+        )
 
     def sample_cotangents(
         self, outputs: Tensor, targets: Targets = None, generator: torch.Generator | None = None

@@ -180,7 +180,9 @@ class Bernoulli(ElementwiseLikelihood):
         """
         check_vector(outputs, other)
         first, _, _ = self.prepare(outputs, targets)
-        second = other.to(first)
+        # By the less likely of the coin's two sides: probabilities near 1 have lost their digits.
+        side = torch.where(first > 0, -1.0, 1.0).to(first)
+        first, second = side * first, side * other.to(first)
         return self.average((first.sigmoid() - second.sigmoid()) * (first - second) / 2, outputs, targets)
 
     def kl(self, outputs: Tensor, other: Tensor, targets: Targets = None) -> Tensor:

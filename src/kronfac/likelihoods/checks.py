@@ -121,6 +121,24 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} of shape {tuple(tensor.shape)} hold {wrong.numel()} NaN or Inf, first {wrong[0]}")
 
 
+def check_real(name: str, tensor: Tensor) -> Tensor:
+    """Refuse complex numbers, whose imaginary parts a cast would drop.
+
+    Args:
+        name: What to call the tensor.
+        tensor: The tensor.
+
+    Returns:
+        The same.
+
+    Raises:
+        TypeError: If it is complex.
+    """
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be real numbers, got {tensor.dtype}")
+    return tensor
+
+
 def check_mask(mask: Tensor) -> None:
     """Refuse weights of terms that are negative, NaN or infinite.
 
@@ -226,23 +244,24 @@ def multiply(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first * second
 
 
-def check_terms(likelihood: object, terms: Tensor, outputs: Tensor) -> Tensor:
+def check_terms(likelihood: object, terms: Tensor, shape: torch.Size) -> Tensor:
     """Refuse an ``nll`` that adds its terms up: each has its own label and weight.
 
     Args:
         likelihood: Whose it is.
         terms: What it returned.
-        outputs: For these outputs, ``[B, ...]``.
+        shape: What its ``term_shape`` says, ``[B, *T]``.
 
     Returns:
-        The terms, ``[B, *T]``.
+        The terms.
 
     Raises:
         ValueError: They are of another shape.
     """
-    if terms.ndim == 0 or terms.shape[:1] != outputs.shape[:1]:
+    if terms.shape != shape:
+        name = type(likelihood).__name__
         raise ValueError(
-            f"{type(likelihood).__name__}.nll must return a number for each term, [B, *T], for outputs of shape "
-            f"{tuple(outputs.shape)}, not a tensor of shape {tuple(terms.shape)}: leave sum and mean out"
+            f"{name}.nll must return a number for each term, here {tuple(shape)}, not a tensor of shape "
+            f"{tuple(terms.shape)}: leave sum and mean out, or say by {name}.term_shape which outputs are one term"
         )
     return terms

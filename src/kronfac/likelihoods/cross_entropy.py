@@ -51,9 +51,9 @@ class CrossEntropy(Likelihood):
             raise ValueError(f"weight must have shape [C], got {tuple(self.weight.shape)}")
         if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
             raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}")
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-        if class_dim not in (None, 1, -1):
+        if isinstance(label_smoothing, bool | str) or not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+        if class_dim not in (None, 1, -1) or isinstance(class_dim, bool | float):
             raise ValueError(f"class_dim must be None, 1 or -1, got {class_dim!r}")
         self.ignore_index = ignore_index
         self.label_smoothing = float(label_smoothing)

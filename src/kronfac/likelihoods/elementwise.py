@@ -51,9 +51,17 @@ class ElementwiseLikelihood(Likelihood):
 
         Returns:
             Of the outputs' shape.
+
+        Raises:
+            ValueError: If `curvature` gives another shape.
         """
         outputs, labels, mask = self.prepare(outputs.detach(), targets)
-        curvature = self.curvature(outputs)
+        curvature = self.curvature(outputs).to(outputs)
+        if curvature.shape != outputs.shape:
+            raise ValueError(
+                f"{type(self).__name__}.curvature must return a number for each output, {tuple(outputs.shape)}, not a "
+                f"tensor of shape {tuple(curvature.shape)}"
+            )
         weights = multiply(self.label_weights(outputs, labels), mask)
         return curvature if weights is None else curvature * weights
 

@@ -31,10 +31,10 @@ def likelihood_of(module: nn.Module) -> Likelihood:
         The likelihood.
 
     Raises:
-        TypeError: If the module is none of these, or a subclass with a ``forward`` of its own.
+        TypeError: If the module is none of these, or has a ``forward`` of its own.
     """
     for kind, read in _READERS.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward:
+        if isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module):
             return read(module)
     name = type(module).__name__ if isinstance(module, nn.Module) else repr(module)
     raise TypeError(

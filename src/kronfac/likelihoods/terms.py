@@ -17,6 +17,7 @@ from kronfac.likelihoods.checks import (
     check_finite,
     check_mask,
     check_outputs,
+    check_real,
     check_reduction,
     check_terms,
     multiply,
@@ -140,7 +141,7 @@ class TermLoss(ABC):
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         if mask is not None:
             shape = self.term_shape(outputs, labels)
-            mask = spread(mask.detach().to(outputs), shape, "mask")
+            mask = spread(check_real("mask", mask).detach().to(outputs), shape, "mask")
         if labels is not None:
             labels = self.fit_labels(outputs, labels)
             if mask is not None:
@@ -169,7 +170,7 @@ class TermLoss(ABC):
                 f"targets of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}: "
                 f"{type(self).__name__} takes {tuple(shape)}"
             )
-        return labels.detach().to(outputs.dtype)
+        return check_real("targets", labels).detach().to(outputs.dtype)
 
     def validate(self, outputs: Tensor, targets: Targets = None) -> None:
         """Look at every value of a batch, once, before it is used.
@@ -251,8 +252,7 @@ class TermLoss(ABC):
         Returns:
             0-dimensional, differentiable in the outputs.
         """
-        terms = self.weighted_terms(*self._labelled(outputs, targets))
-        return terms.sum()
+        return self.weighted_terms(*self._labelled(outputs, targets)).sum()
 
     def weighted_terms(self, outputs: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
         """Terms of the loss that is minimised, weights and smoothing included.
@@ -265,7 +265,7 @@ class TermLoss(ABC):
         Returns:
             Shape ``[B, *T]``.
         """
-        terms = check_terms(self, self.nll(outputs, labels), outputs)
+        terms = check_terms(self, self.nll(outputs, labels), self.term_shape(outputs, labels))
         weights = multiply(self.label_weights(outputs, labels), mask)
         return terms if weights is None else terms * weights
 

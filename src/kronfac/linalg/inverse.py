@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kronfac.linalg.by_products import invert_by_products_
-from kronfac.linalg.factorise import add_shift_, check_matrices, groups_of, note_retry, own, refuse
+from kronfac.linalg.factorise import add_shift_, check_matrices, groups_of, is_singular, note_retry, own, refuse
 from kronfac.linalg.precision import tf32_allowed
 from kronfac.linalg.side_by_side import side_by_side
 from kronfac.linalg.symmetric import is_wide, row_step
@@ -130,6 +130,13 @@ def _workspace(matrices: Sequence[Tensor], scales: Sequence[float]) -> tuple[Ten
 
 def _invert_in_place(work: Tensor) -> tuple[Tensor, Tensor]:
     """Replace matrices by their inverses; give log-determinants and a mask of success. What failed is garbage."""
+    diagonal = work.diagonal(dim1=-2, dim2=-1)
+    before = diagonal.clone()
+    logdets, good = _invert_by_cholesky_(work)
+    return logdets, good & ~is_singular(before, diagonal)
+
+
+def _invert_by_cholesky_(work: Tensor) -> tuple[Tensor, Tensor]:
     n = work.shape[-1]
     flat = work.view(-1, n, n)
     if work.device.type == "cuda" and not tf32_allowed():

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kronfac.linalg.factorise import cholesky, eigh
+from kronfac.linalg.factorise import cholesky, eigh, is_singular, refuse
 
 
 class Diagonalised(NamedTuple):
@@ -101,7 +101,11 @@ def _congruence(metric: Tensor, other: Tensor, name: str) -> tuple[Tensor, Tenso
     white = torch.linalg.solve_triangular(root, half.mT, upper=False)
     values, vectors = eigh((white + white.mT) / 2, name)
     logdet = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return torch.linalg.solve_triangular(root.mT, vectors, upper=True), values, logdet
+    congruence = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
+    lost = is_singular(metric.diagonal(dim1=-2, dim2=-1), congruence.square().sum(-1))
+    if bool(lost.any()):
+        refuse(metric, ~lost, name)
+    return congruence, values, logdet
 
 
 def _outer(output: Tensor, input: Tensor) -> Tensor:

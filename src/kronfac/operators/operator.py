@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ class ParameterOperator(ABC):
         """Quadratic form of one batch's *sum*, and the batch's denominator."""
 
     def matmul(self, vector: NamedTensors) -> dict[str, Tensor]:
-        """Multiply by a vector.
+        """Multiply by a vector; differentiable in the vector, at the price of another product for each derivative.
 
         Args:
             vector: ``{parameter name: tensor}``, exactly one for each of `parameter_names`.
@@ -102,17 +102,23 @@ class ParameterOperator(ABC):
             ``C v`` by parameter name.
         """
         vector = self._ordered(vector)
-        total = [torch.zeros_like(v) for v in vector.values()]
+        if _wants_gradients(vector):
+            return dict(zip(vector, _Symmetric.apply(self._multiply, tuple(vector), *vector.values()), strict=True))
+        return self._multiply(vector)
+
+    def _multiply(self, vector: NamedTensors) -> dict[str, Tensor]:
+        # In 16 bits a long sum stands still: each batch is less than half the last digit of those before.
+        total = [torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32)) for v in vector.values()]
         parts = []
         for inputs, targets in self._batches():
             product, part = self._product(inputs, targets, vector)
             torch._foreach_add_(total, [g.to(t.dtype) for g, t in zip(product, total, strict=True)])
             parts.append(part)
         scale = self._denominator(parts)
-        return {name: t / scale.to(t) for name, t in zip(vector, total, strict=True)}
+        return {name: (t / scale.to(t)).to(v.dtype) for (name, v), t in zip(vector.items(), total, strict=True)}
 
     def quadratic_form(self, vector: NamedTensors) -> Tensor:
-        """``v^T C v``.
+        """``v^T C v``; differentiable in the vector.
 
         Args:
             vector: ``{parameter name: tensor}``, exactly one for each of `parameter_names`.
@@ -121,6 +127,9 @@ class ParameterOperator(ABC):
             0-dimensional.
         """
         vector = self._ordered(vector)
+        if _wants_gradients(vector):
+            product = self.matmul(vector)
+            return torch.stack([(v * product[name]).sum() for name, v in vector.items()]).sum()
         forms, parts = zip(*(self._form(x, y, vector) for x, y in self._batches()), strict=True)
         return torch.stack(forms).sum() / self._denominator(list(parts))
 
@@ -150,11 +159,12 @@ class ParameterOperator(ABC):
         Returns:
             ``{parameter name: tensor}``.
         """
-        total = {name: torch.tensor(0.0) for name in self.parameter_names}
+        total: dict[str, Tensor] = {}
         for vector in self._signs(samples, generator):
-            product = self.matmul(vector)
-            total = {name: total[name].to(vector[name]) + vector[name] * product[name] for name in total}
-        return {name: t / samples for name, t in total.items()}
+            for name, product in self.matmul(vector).items():
+                part = (vector[name] * product).to(torch.promote_types(product.dtype, torch.float32))
+                total[name] = total[name] + part if name in total else part
+        return {name: (t / samples).to(vector[name].dtype) for name, t in total.items()}
 
     def to_dense(self) -> Tensor:
         """The whole matrix, by as many products as there are parameters.
@@ -191,7 +201,7 @@ class ParameterOperator(ABC):
         for name, tensor in vector.items():
             if not tensor.is_floating_point():  # the product has its dtype
                 raise TypeError(f"the vector's entry {name!r} is {tensor.dtype}: it must be of real floating point")
-        return {name: vector[name].detach() for name in self.parameter_names}
+        return {name: vector[name] for name in self.parameter_names}
 
     def _signs(self, samples: int, generator: torch.Generator | None) -> Iterator[dict[str, Tensor]]:
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
@@ -213,6 +223,45 @@ class ParameterOperator(ABC):
     def _denominator(self, parts: list[Tensor]) -> Tensor:
         """Denominator of all batches together."""
         return torch.ones_like(parts[0]) if self.likelihood.reduction == "sum" else torch.stack(parts).sum()
+
+
+class _Symmetric(torch.autograd.Function):
+    """A product with a symmetric matrix, whose derivative is another product with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, multiply: Callable[[NamedTensors], dict[str, Tensor]], names: tuple[str, ...], *vector: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Multiply.
+
+        Args:
+            ctx: What the derivative needs.
+            multiply: The product.
+            names: Names of the vector's entries.
+            vector: The vector.
+
+        Returns:
+            The product's entries.
+        """
+        ctx.multiply, ctx.names = multiply, names
+        return tuple(multiply({name: v.detach() for name, v in zip(names, vector, strict=True)}).values())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """Multiply the gradients.
+
+        Args:
+            ctx: What `forward` left.
+            gradients: The gradients in the product's entries.
+
+        Returns:
+            Those in the arguments of `forward`.
+        """
+        return None, None, *_Symmetric.apply(ctx.multiply, ctx.names, *gradients)
+
+
+def _wants_gradients(vector: NamedTensors) -> bool:
+    return torch.is_grad_enabled() and any(v.requires_grad for v in vector.values())
 
 
 def check_vector(shapes: Mapping[str, torch.Size], vector: NamedTensors, complete: bool) -> None:

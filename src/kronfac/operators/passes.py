@@ -95,7 +95,13 @@ def push_forward(model: nn.Module, inputs: Any, vector: NamedTensors, pick: Pick
     vector = {name: tangent.detach().to(known[name].dtype) for name, tangent in vector.items()}
     _load_forward_rules()
     try:
-        with same_random_state(model), torch.no_grad(), plain_kernels(model), forward_ad.dual_level():
+        with (
+            same_random_state(model),
+            torch.no_grad(),
+            plain_kernels(model),
+            forward_ad._set_fwd_grad_enabled(True),  # off within the forward of an autograd.Function
+            forward_ad.dual_level(),
+        ):
             duals = {name: forward_ad.make_dual(known[name].detach(), tangent) for name, tangent in vector.items()}
             value, tangent = forward_ad.unpack_dual(run(model, duals, inputs, pick))
             return value, torch.zeros_like(value) if tangent is None else tangent
@@ -180,6 +186,35 @@ def same_random_state(model: nn.Module, state: tuple[Tensor, ...] | None = None)
         if state is not None:
             set_random_state(model, state)
         yield
+
+
+class RandomStream:
+    """What a model draws in its forwards, dropout's masks, as a function of a seed; torch's own state is left alone.
+
+    Args:
+        model: The model, whose devices are looked at.
+        seed: The seed; labels that are drawn by a generator of the same seed are independent of it.
+    """
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self._model, self._seed = model, (seed + 0xD1B54A32D192ED03) % 2**63
+        self._state: tuple[Tensor, ...] | None = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Draw from the stream within the block, from where the last one ended.
+
+        Yields:
+            Nothing.
+        """
+        with same_random_state(self._model, self._state):
+            if self._state is None:
+                torch.default_generator.manual_seed(self._seed)
+                for device in _devices(self._model):
+                    with torch.cuda.device(device):
+                        torch.cuda.manual_seed(self._seed)
+            yield
+            self._state = random_state(self._model)
 
 
 def random_state(model: nn.Module) -> tuple[Tensor, ...]:

@@ -274,11 +274,24 @@ class AdaptiveKFAC(Proposing):
         Raises:
             ValueError: It is of another optimiser.
         """
-        own = state_dict.get("adaptive")
+        own = state_dict.get("adaptive") if isinstance(state_dict, dict) else None
         if not isinstance(own, dict) or own.keys() != STATE:
             raise ValueError(f"This is no state of {type(self).__name__}: it has no damping of its own.")
+        _check_choices(own)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "adaptive"})
-        self._lam.value, self._lam.streak = float(own["lam"]), int(own["streak"])
-        self._gamma, self._probation = float(own["gamma"]), int(own["probation"])
-        self._calibrates, self._ceiling = bool(own["calibrates"]), float(own["ceiling"])
+        self._lam.value, self._lam.streak = float(own["lam"]), own["streak"]
+        self._gamma, self._probation = float(own["gamma"]), own["probation"]
+        self._calibrates, self._ceiling = own["calibrates"], float(own["ceiling"])
         self._unchecked = None if own["unchecked"] is None else float(own["unchecked"])
+
+
+def _check_choices(own: dict[str, Any]) -> None:
+    """Refuse what a damaged state says of the optimiser's choices, before anything is changed."""
+    for name in ("lam", "gamma"):
+        at_least(f"The state's {name}", own[name], 0.0, open_=True)
+    at_least("The state's probation", own["probation"], 0, integer=True)
+    at_least("The state's streak", own["streak"], -math.inf, integer=True)
+    if own["unchecked"] is not None:
+        at_least("The state's unchecked", own["unchecked"], -math.inf)
+    if not (isinstance(own["ceiling"], float) and own["ceiling"] > 0) or not isinstance(own["calibrates"], bool):
+        raise ValueError(f"The state's ceiling={own['ceiling']!r} or calibrates={own['calibrates']!r} is damaged.")

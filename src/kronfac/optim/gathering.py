@@ -13,15 +13,16 @@ from torch.utils.hooks import RemovableHandle
 
 from kronfac.eager import is_compiled
 from kronfac.estimator import Estimator
-from kronfac.examples import check_examples
 from kronfac.forwards import pick_outputs
 from kronfac.graph import in_backward, saved_plainly
 from kronfac.measuring import is_apart_from_training
 from kronfac.operators.passes import random_state, run, same_random_state
 from kronfac.optim.held import Held
 from kronfac.optim.hooks import WeakHook, do_nothing, remove
+from kronfac.optim.returned import Returned
 from kronfac.optim.root import identities, kept_statistics
-from kronfac.optim.sub_batch import Arguments, Plan, check_fits, part_of, versions_of
+from kronfac.optim.sub_batch import Plan, check_fits, part_of, versions_of
+from kronfac.optim.trial import Trial
 from kronfac.sources.part import Part
 from kronfac.tape import Tape, TapeError, record
 
@@ -36,10 +37,14 @@ def _remove(handles: list[RemovableHandle], tape: Tape) -> None:
 
 
 def _require_calls(tape: Tape) -> None:
+    if tape.empty:
+        raise TapeError(
+            "No layer was called with any rows, so that there are no statistics: the batch is empty. Leave it out."
+        )
     if not tape.calls:
         raise TapeError(
-            "No layer hook fired: either the forward calls none of the layers, or it was compiled before. Pass the "
-            "module that torch.compile returned to the optimiser."
+            "No layer hook fired: either the forward calls none of the layers, or all of them under torch.no_grad(), "
+            "or it was compiled before. Pass the module that torch.compile returned to the optimiser."
         )
 
 
@@ -84,7 +89,7 @@ class Gatherer:
         check_fits(examples, estimator)
         self.model, self.root, self.estimator = model, estimator.model, estimator
         self.gathered, self.forwards, self.enabled, self._capturing = 0, 0, True, False
-        self.measuring, self._pulled = False, False
+        self.measuring, self._returned = False, Returned(self.root, self._trains)
         self.last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.last_versions: tuple[int, ...] = ()
         self.last_targets: Any = None
@@ -96,7 +101,7 @@ class Gatherer:
         self._due, self._begin, self.pick, self._keep = due, begin, outputs, keep
         self._examples = examples
         self._plan: Plan | None = None  # of the forward that is under way
-        self._tried = False  # whether rows are examples
+        self.trial = Trial(estimator, outputs, self._measuring)
         self._held = Held(next(self.root.parameters()).device.type)
         self._tape = Tape(estimator.adaptation.adapters)
         self._identities = identities(self.root)
@@ -111,7 +116,8 @@ class Gatherer:
 
     def reset(self) -> None:
         """Start counting for the next step."""
-        self.gathered, self.forwards, self._pulled = 0, 0, False
+        self.gathered, self.forwards = 0, 0
+        self._returned.reset()
         self.last = self.last_targets = self.last_random = None
 
     @property
@@ -136,7 +142,10 @@ class Gatherer:
             return
         self.check_layers()
         self._forget_abandoned()
-        with self.paused(), self._keeping(), record(self.estimator.adaptation.adapters) as tape:
+        # Other optimisers of the model hear of this forward as of any.
+        tape = Tape(self.estimator.adaptation.adapters)
+        with self.paused(), self._keeping():
+            tape.open()
 
             def gather(outputs: Tensor, targets: Any = None) -> None:
                 if not tape.is_open:
@@ -147,10 +156,14 @@ class Gatherer:
                 tape.close()
                 picked = pick_outputs(outputs, self.pick)
                 part = part_of(self._examples, picked)
+                self.trial.captured(tape, picked)
                 self._held(lambda: self._update(tape, picked, targets, part))
-                self._watch(picked)
+                self._returned.watch(picked)
 
-            yield gather
+            try:
+                yield gather
+            finally:
+                tape.close()
 
     def held_back(self) -> AbstractContextManager[Callable[[], None]]:
         """Let the statistics of forwards within the block wait; those that were not asked for by its end are dropped.
@@ -178,6 +191,7 @@ class Gatherer:
             yield
         finally:
             self._capturing = before
+            self.trial.forget()
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if in_backward():
@@ -186,7 +200,7 @@ class Gatherer:
         if counts:
             self._forget_abandoned()
             self._come_last()
-        if (counts or self._capturing) and self._keep():
+        if (counts or (self._capturing and _may_be_training())) and self._keep():
             self.last, self.last_random = (args, kwargs), random_state(self.root)
             self.last_versions = versions_of(args, kwargs)
         if not counts:
@@ -219,46 +233,33 @@ class Gatherer:
         self._tape.close()
         if output is None:  # the forward raised
             return
+        if self._capturing and _may_be_training():
+            self.trial.note((args, kwargs), output)
         if plan is None:  # nothing was due, or it was gathered before
             if self.gathered and self.wanted:
-                self._watch(pick_outputs(output, self.pick))
+                self._returned.watch(pick_outputs(output, self.pick))
             return
         picked = pick_outputs(output, self.pick)
-        self._watch(picked)
+        self._returned.watch(picked)
         if plan.apart:
             self._held(lambda: self._run_again(plan, picked), reads=False)
             return
         _require_calls(self._tape)
-        self._try_examples(self._tape, (args, kwargs), picked)
+        self.trial(self._tape, (args, kwargs), picked)
         self._held(lambda: self._take(picked, plan.part_of(picked)))
-
-    def _try_examples(self, tape: Tape, arguments: Arguments, outputs: Tensor) -> None:
-        """Refuse rows that are as many as the examples by chance, once they have passed no more."""
-        if not self._tried:
-            with self._measuring():
-                check_examples(self.estimator, tape, arguments, len(outputs), self.pick)
-            self._tried = True
 
     def _take(self, outputs: Tensor, part: Part | None) -> None:
         self._update(self._tape, outputs, None, part)
         self._tape.forget()
 
-    def _watch(self, outputs: Tensor) -> None:
-        """Take note when gradients come back from the outputs of a forward that was gathered."""
-        me = weakref.ref(self)
-
-        def note(_: Tensor) -> None:
-            own = me()
-            if own is not None and not own.measuring:
-                own._pulled = True
-
-        if outputs.requires_grad:
-            outputs.register_hook(note)
+    def _trains(self) -> bool:
+        """Whether a derivative is one of the training, and not a pull for statistics."""
+        return not self.measuring
 
     def _forget_abandoned(self) -> None:
         """Start counting anew if the gradients of what was gathered are gone although no step was taken."""
         # GradScaler skips steps whose gradients are not finite, and a step may refuse its own.
-        if self._pulled and all(parameter.grad is None for parameter in self.root.parameters()):
+        if self._returned.gone():
             self.reset()
 
     def _come_last(self) -> None:
@@ -279,7 +280,7 @@ class Gatherer:
                 inputs = plan.inputs()
                 outputs = run(self.root, {}, inputs, self.pick)
             _require_calls(tape)
-            self._try_examples(tape, inputs, outputs)
+            self.trial(tape, inputs, outputs)
             if whole is None:
                 plan.check_inputs()
             else:
@@ -317,5 +318,6 @@ class Gatherer:
         if identities(self.root) != self._identities:
             raise TapeError(
                 "The model's layers or parameters were replaced, cast or moved after the optimiser was constructed: "
-                "construct a new one."
+                "construct a new one. If torch.func.functional_call replaces them for one forward, gather nothing of "
+                "it, inside `with optimizer.paused():`, or gather by hand, by optimizer.capture()."
             )

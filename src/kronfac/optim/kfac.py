@@ -31,7 +31,7 @@ from kronfac.optim.reduced import RoundedDirections
 from kronfac.optim.renewal import Renewal
 from kronfac.optim.rows import RowGradients, multiply_rows
 from kronfac.optim.rows_checks import check_groups, check_rows
-from kronfac.optim.state import gather_generators, load_curvature_state, save_curvature_state
+from kronfac.optim.state import copied, gather_generators, load_curvature_state, save_curvature_state
 from kronfac.optim.unit_directions import UnitDirections
 from kronfac.sources import Source
 
@@ -281,7 +281,7 @@ class KFAC(Renewal):
         Returns:
             Tensors, numbers and strings only, as ``torch.load(weights_only=True)`` reads them.
         """
-        return {**super().state_dict(), "kronfac": save_curvature_state(self)}
+        return {**copied(super().state_dict()), "kronfac": save_curvature_state(self)}
 
     def consolidate_state_dict(self) -> None:
         """Let one process's ``state_dict()`` speak for all of a distributed run; every process must call this.
@@ -300,7 +300,7 @@ class KFAC(Renewal):
                 and nothing is changed.
         """
         apply = load_curvature_state(self, state_dict)
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "kronfac"})
+        super().load_state_dict({key: copied(value) for key, value in state_dict.items() if key != "kronfac"})
         apply()
         if self._fallback is not None:
             theirs = iter(self._fallback.param_groups)

@@ -14,7 +14,7 @@ from kronfac.blocks import Inverse
 from kronfac.curvature import BlockDiagonal
 from kronfac.damping import Rule
 from kronfac.forwards import batches_of, call_model, pick_outputs
-from kronfac.measuring import frozen_buffers
+from kronfac.measuring import apart_from_training, frozen_buffers
 from kronfac.optim.agreement import agree
 from kronfac.optim.background import Pending, submit
 from kronfac.optim.drift import largest_drift
@@ -127,9 +127,12 @@ class Renewal(Membership):
         for index, (inputs, targets) in enumerate(batches_of(loader)):
             if batches is not None and index >= batches:
                 break
-            with torch.enable_grad(), frozen_buffers(root), record(estimator.adaptation.adapters) as tape:
-                outputs = pick_outputs(call_model(root, inputs), self._options["outputs"])
-                estimator.update(tape, outputs, targets)  # nothing is forgotten in between: a plain mean
+            with torch.enable_grad(), frozen_buffers(root):
+                with record(estimator.adaptation.adapters) as tape:
+                    outputs = pick_outputs(call_model(root, inputs), self._options["outputs"])
+                self._gatherer.trial(tape, inputs, outputs)
+                with apart_from_training():  # as is what a checkpoint repeats
+                    estimator.update(tape, outputs, targets)  # nothing is forgotten in between: a plain mean
             self._warmed += 1
 
     @property

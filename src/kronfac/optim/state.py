@@ -25,6 +25,22 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
+def copied(state: Any) -> Any:
+    """Copy what PyTorch hands out and takes in by reference: buffers that steps change in place.
+
+    Args:
+        state: Of an optimiser, or a part of it.
+
+    Returns:
+        The same of other tensors.
+    """
+    if isinstance(state, Tensor):
+        return state.clone(memory_format=torch.preserve_format)
+    if isinstance(state, dict):
+        return {key: copied(value) for key, value in state.items()}
+    return type(state)(map(copied, state)) if type(state) in (list, tuple) else state
+
+
 def save_curvature_state(optimizer: KFAC) -> dict[str, Any]:
     """Describe factors, inverses, counters and the generator by plain values.
 
@@ -39,6 +55,7 @@ def save_curvature_state(optimizer: KFAC) -> dict[str, Any]:
     return {
         "version": VERSION,
         "steps": optimizer._steps,
+        "warmed": optimizer._warmed,
         "statistics": {
             layer: {
                 key: {"total": _kept(mean.total), "weight": mean.weight, "scale": mean.scale}
@@ -60,7 +77,7 @@ def save_curvature_state(optimizer: KFAC) -> dict[str, Any]:
         "clip_ratio": optimizer._clip.ratio,
         "terms": optimizer._estimator.terms,
         "unreached": sorted(optimizer._gatherer.unreached),
-        "fallback": None if fallback is None else fallback.state_dict(),
+        "fallback": None if fallback is None else copied(fallback.state_dict()),
     }
 
 
@@ -118,7 +135,7 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
     pending = _load_pending(optimizer, saved.get("pending"))  # states of before lack it, record and cosines
     record = Record.of(saved["record"]) if "record" in saved else Record()
     cosines = {str(k): _number(f"cosine of {k}", v) for k, v in saved.get("cosines", {}).items()}
-    steps = int(_number("steps", saved["steps"]))
+    steps, warmed = int(_number("steps", saved["steps"])), int(_number("warmed", saved.get("warmed", 0)))
     ratio = None if saved["clip_ratio"] is None else _number("clip_ratio", saved["clip_ratio"])
     terms = _number("terms", saved["terms"])
     unreached = {str(layer) for layer in saved.get("unreached", ())}
@@ -140,9 +157,10 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
         if optimizer._rounded is not None:
             optimizer._rounded.restore(inverses, cosines)
         optimizer._steps, optimizer._clip.ratio, optimizer._estimator.terms = steps, ratio, terms
+        optimizer._warmed = warmed
         generator.set_state(random_state)
         if fallback is not None:
-            fallback.load_state_dict(saved["fallback"])
+            fallback.load_state_dict(copied(saved["fallback"]))
         optimizer._gatherer.reset()
         optimizer._gatherer.unreached = unreached
 
@@ -243,7 +261,8 @@ def _check_parameters(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         raise ValueError("The state's param_groups hold other numbers of parameters than the optimiser's.")
     for theirs, mine in zip(groups, present, strict=True):
         if "kl_clip" in mine:  # one of ours, not of the fallback's
-            if missing := sorted(optimizer.defaults.keys() - theirs.keys()):
+            # PyTorch adds a default of its own whenever a state is loaded.
+            if missing := sorted(optimizer.defaults.keys() - theirs.keys() - {"differentiable"}):
                 raise ValueError(f"The state's param_groups lack {missing}.")
             check_group(theirs)
         for index, parameter in zip(theirs["params"], mine["params"], strict=True):

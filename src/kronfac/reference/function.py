@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +43,14 @@ class ModelFunction:
             outputs: Takes the tensor out of what the model returns; None if it is the tensor.
 
         Raises:
-            ValueError: If there is no such parameter, or the model would draw random numbers.
+            ValueError: If there is no such parameter, or the model would draw random numbers or change its weights.
         """
         known = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         unknown = sorted(set(names or ()) - set(known))
         if unknown:
             raise ValueError(f"the model has no parameters {unknown} that require gradients; it has {sorted(known)}")
         refuse_random(model)
+        _refuse_renormalised(model)
         self.model, self.inputs, self.outputs = model, inputs, outputs
         self.parts = {name: p for name, p in known.items() if names is None or name in names}
         self.names = tuple(self.parts)
@@ -78,7 +80,7 @@ class ModelFunction:
         arguments, keywords = (tuple(self.inputs) if several else (self.inputs,)), {}
         if isinstance(self.inputs, Mapping):
             arguments, keywords = (), dict(self.inputs)
-        with _untracked(self.model):
+        with _untracked(self.model), _saved_plainly():
             found = functional_call(self.model, tensors, arguments, keywords)
         found = found if self.outputs is None else self.outputs(found)
         if not isinstance(found, Tensor):
@@ -149,6 +151,16 @@ def refuse_random(model: nn.Module) -> None:
             raise ValueError(f"RReLU {name!r} is in train mode, so that there is no one model: use model.eval()")
 
 
+def _refuse_renormalised(model: nn.Module) -> None:
+    """Refuse embeddings that change their weights in place as they are called."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise ValueError(
+                f"{type(module).__name__} {name!r} has max_norm={module.max_norm}, by which it changes its weights in "
+                "place when it is called: torch.func cannot differentiate that. Set it to None"
+            )
+
+
 def pullback(function: Callable[[Tensor], Tensor], point: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """`torch.func.vjp` of a function of one tensor.
 
@@ -194,3 +206,15 @@ def _untracked(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module in norms:
             module.track_running_stats = True
+
+
+@contextmanager
+def _saved_plainly() -> Iterator[None]:
+    """Leave out hooks on saved tensors (activation checkpoints), which `torch.func` refuses: they only save memory."""
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with mock.patch.object(hooks, "__enter__", _nothing), mock.patch.object(hooks, "__exit__", _nothing):
+        yield
+
+
+def _nothing(*arguments: object) -> None:
+    """Stand for a method."""

@@ -159,6 +159,7 @@ class Source(ABC):
             denominator = float(likelihood.denominator(values, targets))  # type: ignore[arg-type]
             weights = likelihood.row_weights(values, targets)  # type: ignore[arg-type]
             for call in tape.calls.values():
+                call.adapter.require_batch(call.input)
                 if self.exact:
                     require_examples(call.adapter, call.input, len(values), f"source={self.name!r}")
                 elif call.adapter.sharing == "reduce":

@@ -172,9 +172,17 @@ def output_hessian(likelihood: Likelihood, outputs: Tensor, targets: object = No
 
     Returns:
         ``[d, d]`` with ``d`` the number of outputs of an example.
+
+    Raises:
+        ValueError: The Hessian is not positive semi-definite.
     """
     if isinstance(likelihood, ElementwiseLikelihood):
         diagonal = likelihood.hessian_diagonal(outputs, targets)  # type: ignore[arg-type]
+        if not bool((diagonal >= 0).all()):
+            raise ValueError(
+                f"{type(likelihood).__name__}.curvature, times its weights, is negative somewhere: a Gauss-Newton "
+                "matrix needs a loss that is convex in the outputs."
+            )
         return diagonal.reshape(len(outputs), -1).sum(0).diag()
     size = outputs[0].numel()
     total = outputs.new_zeros(size, size)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kronfac.experiments.continual.balances import BALANCES
 from kronfac.experiments.continual.metrics import metrics_of
-from kronfac.experiments.continual.plans import Budget, Done, call_of, carry_out, plans_of
+from kronfac.experiments.continual.plans import Budget, Done, call_of, carry_out, check_names, plans_of
 from kronfac.experiments.continual.points import Grid, Point, save_grid
 from kronfac.experiments.continual.report import need_for_report, write_report
 from kronfac.experiments.continual.results import Failure, Origin
@@ -29,7 +29,7 @@ def search(
     axes: Mapping[str, Sequence[float]],
     *,
     out: str | Path,
-    balances: Sequence[str] = ("none",),
+    balances: Sequence[str] | None = None,
     tasks: int = 5,
     seed: int = 0,
     budget: Budget | None = None,
@@ -46,7 +46,7 @@ def search(
         strategies: Names of the strategies.
         axes: Values of ``lr``, ``damping`` and ``strength``; a strategy without penalty has the first alone.
         out: Folder for runs, ``grid.jsonl``, the scatter of target against average accuracy and ``report.html``.
-        balances: How penalties are weighed.
+        balances: How penalties are weighed; by default as the budget says.
         tasks: Number of tasks, at least two.
         seed: Of all runs.
         budget: What all runs have in common; ``held_out`` must be above 0.
@@ -67,6 +67,14 @@ def search(
         raise ExperimentError(f"{stray[0]!r} is no axis of a grid; known: {', '.join(AXES)}")
     if not axes or any(len(set(values)) < len(values) or not values for values in axes.values()):
         raise ExperimentError("a grid needs an axis at least, with different values")
+    for name, default in (("lr", None), ("damping", 0.0)):
+        if name in axes and getattr(budget, name) != default:
+            raise ExperimentError(
+                f"{name} is an axis of the grid: give it there alone, not {name}={getattr(budget, name):g} too"
+            )
+    if balances is not None and budget.balance != "none":
+        raise ExperimentError(f"balances are what a grid has, not balance={budget.balance!r} beside them")
+    balances = (budget.balance,) if balances is None else balances
     if not balances or any(balance not in BALANCES for balance in balances):
         raise ExperimentError(f"balances must be among {', '.join(BALANCES)}, got {', '.join(balances) or 'none'}")
     if not 0 <= slack <= 1:
@@ -75,6 +83,7 @@ def search(
         raise ExperimentError("choosing by the newest task needs two tasks at least, and held-out examples")
     given = {"axes": dict(axes), "balances": list(balances), "tasks": tasks, "seed": seed, "budget": budget}
     need_for_report()
+    check_names(strategies)
     plans = []
     for name in strategies:
         plain = get_strategy(name).strength is None

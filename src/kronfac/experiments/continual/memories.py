@@ -46,12 +46,13 @@ class Memory:
     replays = False
 
     @contextmanager
-    def learning(self, model: nn.Module, inputs: Sequence[Tensor]) -> Iterator[None]:
+    def learning(self, model: nn.Module, inputs: Sequence[Tensor], learned: int) -> Iterator[None]:
         """Go around the training of a task.
 
         Args:
             model: The live network, in train mode.
             inputs: Batches of the new task's inputs.
+            learned: How many tasks were learned before.
 
         Yields:
             Nothing.
@@ -127,23 +128,26 @@ class PenaltyMemory(Memory):
         self.view = View() if view is None else view
         self.kept: Penalty | None = None
         self._damping: Penalty | None = None
+        self._learned = 0
         self._magnitudes: Magnitudes | None = None
 
     @contextmanager
-    def learning(self, model: nn.Module, inputs: Sequence[Tensor]) -> Iterator[None]:
+    def learning(self, model: nn.Module, inputs: Sequence[Tensor], learned: int) -> Iterator[None]:
         """Let the view prepare the network, set the damping around the newest optimum, and begin to balance.
 
         Args:
             model: The live network, in train mode.
             inputs: Batches of the new task's inputs.
+            learned: How many tasks were learned before.
 
         Yields:
             Nothing.
         """
         if self.kept is not None and self.options.damping:
-            quadratic = [term for term in terms(self.kept) if isinstance(term, QuadraticPenalty)]
-            strength = self.options.strength * self.options.damping
-            self._damping = RecentredDecay(quadratic[-1].anchor, strength) if quadratic else None
+            newest = terms(self.kept)[-1]
+            assert isinstance(newest, QuadraticPenalty | RecentredDecay)
+            self._damping = RecentredDecay(newest.anchor, self.options.strength * self.options.damping)
+        self._learned = learned
         self._magnitudes = BALANCES[self.options.balance].start(model)
         with self.view.learning(model, inputs, later=self.kept is not None):
             yield
@@ -160,12 +164,13 @@ class PenaltyMemory(Memory):
         """
         if self.kept is None:
             return task_loss, None
-        live, tasks = self.view.live(model), count_tasks(self.kept)
+        live, summed = self.view.live(model), count_tasks(self.kept)
         value = self.kept(live)
         if self._damping is not None:
-            value = value + tasks * self._damping(live)
+            value = value + summed * self._damping(live)
         if self._magnitudes is not None:
-            return continual.balance(task_loss, value / tasks, tasks, magnitudes=self._magnitudes).loss, value
+            mean = value / summed
+            return continual.balance(task_loss, mean, self._learned, magnitudes=self._magnitudes).loss, value
         return task_loss + value, value
 
     def save(self, path: Path) -> None:
@@ -283,7 +288,7 @@ def terms(penalty: Penalty) -> tuple[Penalty, ...]:
 
 
 def count_tasks(penalty: Penalty) -> int:
-    """Count the tasks that a penalty stands for.
+    """Count the tasks whose penalties a penalty is the sum of; a squared distance counts for one, whatever it holds.
 
     Args:
         penalty: A penalty.

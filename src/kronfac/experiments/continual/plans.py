@@ -74,10 +74,7 @@ def plans_of(
         ExperimentError: If anything is unknown or out of range.
     """
     found = get_stream(stream)
-    if not strategies or len(set(strategies)) < len(strategies):
-        raise ExperimentError(
-            f"strategies must be different names, at least one, got {', '.join(strategies) or 'none'}"
-        )
+    check_names(strategies)
     chosen = {name: get_strategy(name) for name in strategies}
     if refused := [name for name in chosen if name in UNSAVED]:
         raise ExperimentError(
@@ -110,6 +107,21 @@ def plans_of(
         for name, strategy in chosen.items()
         for seed in seeds
     ]
+
+
+def check_names(strategies: Sequence[str]) -> None:
+    """Refuse strategies that are none, or given twice.
+
+    Args:
+        strategies: Their names.
+
+    Raises:
+        ExperimentError: If they are.
+    """
+    if not strategies or len(set(strategies)) < len(strategies):
+        raise ExperimentError(
+            f"strategies must be different names, at least one, got {', '.join(strategies) or 'none'}"
+        )
 
 
 def carry_out(

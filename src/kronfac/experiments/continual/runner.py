@@ -211,7 +211,7 @@ def _learn(
     loss = value = 0.0
     orders = [_rows(task, generator, plan.steps * plan.batch_size).split(plan.batch_size) for task in now]
     first = [tasks[-1].training(rows)[0] for rows in orders[-1][:_STATISTICS]]
-    with memory.learning(model, first):
+    with memory.learning(model, first, len(tasks) - 1):
         for step in range(plan.steps):
             optimizer.zero_grad()
             # Replay sees a batch of every task, so that the newest is seen as often as by the others.
