@@ -28,7 +28,7 @@ def read(path: Path) -> list[dict[str, str]]:
         (["error", "digits-mlp", "--examples", "9999"], "examples must be from 1 to the 1500"),
         (["error", "digits-mlp", "--damping", "0", *FEW], "damping must be positive"),
         (["error", "digits-mlp", "--memory-limit", "0.001", *FEW], "MiB. Use at most 1 examples"),
-        (["error", "digits-mlp", "--set", "foo=1"], "adam has no hyper-parameter 'foo'"),
+        (["error", "digits-mlp", "--train-steps", "1", "--set", "foo=1"], "adam has no hyper-parameter 'foo'"),
         (["matrices", "digits-mlp"], "Missing option '--layer'"),
         (["matrices", "digits-mlp", "--layer", "4", "--order", "diagonals", *FEW], "order='diagonals'"),
         (["matrices", "digits-mlp", "--layer", "0", "--memory-limit", "0.1", *FEW], "4160 x 4160 each, need"),

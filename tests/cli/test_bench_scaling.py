@@ -61,7 +61,7 @@ def test_the_same_command_goes_on_and_other_settings_are_refused(tmp_path: Path)
         (["--scaling", "kernel", "--sizes", "kernel=2"], "kernel must be an odd whole number above 0, got 2"),
         (["--scaling", "width", "--sizes", "width=a"], "--sizes must be whole numbers"),
         (["--scaling", "width", "--sizes", "width"], "--sizes takes name=value"),
-        (["--scaling", "width", "--workloads", "kfc"], "leave --workloads out"),
+        (["--scaling", "width", "--workloads", "kfc"], "leave --workloads and --parts out"),
         (["--scaling", "width", "--precision", "float32,bfloat16"], "takes one --precision"),
         (["--scaling", "width", "--only", "step"], "scaling is measured of statistics, inverse, precondition"),
         (["--sizes", "width=4"], "belong to --scaling"),

@@ -119,7 +119,9 @@ def test_killed_and_interrupted_studies_go_on_bit_for_bit(tmp_path: Path) -> Non
         (["--rows", ","], "--rows must be names or numbers with commas"),
         (["--runs", "0"], "runs must be at least 1, got 0"),
         (["--epochs", "0"], "epochs must be at least 1"),
+        (["--runs", "99999999999999"], "runs must be at most 10000, got 99999999999999"),
         (["--workers", "0"], "workers must be at least 1"),
+        (["--table-only"], "out holds no runs to make a table of, and table_only trains none"),
         (["--data", "nope"], "unknown data 'nope'; known: mnist, digits"),
     ],
 )

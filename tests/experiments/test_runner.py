@@ -219,7 +219,7 @@ def test_a_damaged_line_is_named_but_a_cut_last_one_is_left_out(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "steps must be a whole number of at least 1, or none, got 0"),
+        ({"steps": 0}, "steps must be a whole number of at least 1 and at most 1000000000000, or none, got 0"),
         ({"steps": None}, "needs a budget"),
         ({"seconds": -1.0}, "seconds must be a number above 0"),
         ({"seed": -1}, "seed must be a whole number of at least 0"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 
-from kronfac.cli.analyse.work import Out, Threads, threads_of, write_picture
+from kronfac.cli.analyse.work import MOST_MEMORY, Out, Threads, threads_of, write_picture
 from kronfac.cli.bench_scaling import Asked, bench_scaling
 from kronfac.cli.bench_tables import extra_tables, over_base
 from kronfac.cli.display import print_table
@@ -118,6 +118,7 @@ def bench(
         typer.Option(
             help="GiB that a point may take; by default three quarters of what is free.",
             min=0.001,
+            max=MOST_MEMORY,
             show_default=False,
             rich_help_panel=_SCALING,
         ),
@@ -149,13 +150,18 @@ def bench(
     if keep_memory and not keep_freed_memory():
         raise ExperimentError("--keep-freed-memory is a matter of glibc's allocator, which this process does not have")
     names, precisions = words(workloads, "--workloads"), words(precision, "--precision")
+    for option, members in (("--workloads", names), ("--precision", precisions)):
+        if len(set(members)) < len(members):
+            raise ExperimentError(f"{option} names one twice: {', '.join(members)}")
     for name in names:
         check_name(name)
     for form in precisions:
         check(device, form)
     if scaling is not None:
-        if workloads != _ALL or len(precisions) > 1:
-            raise ExperimentError("--scaling has networks of its own and takes one --precision; leave --workloads out")
+        if workloads != _ALL or parts or len(precisions) > 1:
+            raise ExperimentError(
+                "--scaling has networks of its own and takes one --precision; leave --workloads and --parts out"
+            )
         seconds = _BUDGET if budget is None else budget
         given = (device, precisions[0], processor_time, threads, seconds, memory_limit, out, fresh, as_json)
         bench_scaling(Asked(scaling, sizes or [], rounds, only, *given))
@@ -199,8 +205,10 @@ def bench(
 
 
 def _plan(name: str, device: str, only: list[str] | None, parts: bool) -> tuple[str, ...]:
-    plan = chosen(name, device, only)
-    return tuple(part for part in plan if not (parts and part in _TRAINING))
+    plan = tuple(part for part in chosen(name, device, only) if not (parts and part in _TRAINING))
+    if not plan:
+        raise ExperimentError("--parts leaves training steps out, and --only asks for nothing else")
+    return plan
 
 
 def _run(

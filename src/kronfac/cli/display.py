@@ -28,9 +28,10 @@ def name_of(settings: RunSettings) -> str:
         settings: Its settings.
 
     Returns:
-        Optimiser, learning rate and seed.
+        Optimiser, learning rate (if it has one) and seed.
     """
-    return f"{settings.optimizer} lr={settings.hyperparameters.get('lr')} seed {settings.seed}"
+    rate = settings.hyperparameters.get("lr")  # optimisers that tune themselves have none
+    return f"{settings.optimizer}{'' if rate is None else f' lr={rate}'} seed {settings.seed}"
 
 
 class _Display(Progress):

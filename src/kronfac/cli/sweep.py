@@ -55,7 +55,11 @@ def sweep(
     seeds: Annotated[str, typer.Option(help="Trials take the first, the final runs all of them.")] = "0",
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Fix a hyper-parameter: --set kfac.momentum=0.9. Repeatable.", show_default=False),
+        typer.Option(
+            "--set",
+            help="Change a hyper-parameter: --set kfac.momentum=0.9. One that is searched begins with it. Repeatable.",
+            show_default=False,
+        ),
     ] = None,
     metric: Metric = None,
     out: Out = None,

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.files import read_json, remove_leftovers, write_csv, write_json, write_text
 from kronfac.experiments.problems import get_problem
 from kronfac.experiments.problems.base import Data, Problem
+from kronfac.experiments.sources import ROOT, named_sources
 from kronfac.experiments.subject import train_subject, training_settings
 
 Row = dict[str, Any]
@@ -84,7 +86,14 @@ def measure_table(
                 data = problem.data() if data is None else data
                 found = _measure(problem, data, steps, settings, begin, memory_limit)
                 write_json(path, {"rows": found})
-            rows += read_json(path)["rows"]  # type: ignore[arg-type]
+            rows += _read_part(path)
+    return rows
+
+
+def _read_part(path: Path) -> list[Row]:
+    rows = read_json(path).get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ExperimentError(f"{path} holds no part of a table; delete it to start anew")
     return rows
 
 
@@ -112,8 +121,7 @@ def _measure(
         subject.likelihood,
         subject.batch,
         approximations=settings.approximations,
-        sources=settings.sources,
-        samples=settings.samples,
+        sources=named_sources(settings.sources, settings.samples),
         seed=settings.seed,
         memory_limit=memory_limit,
         progress=lambda note: begin(f"{problem.name}, {steps} steps: {note}"),
@@ -169,7 +177,7 @@ def markdown(settings: TableSettings, rows: Sequence[Row], command: str) -> str:
     notes: list[str] = []
     headings = ["problem", "training", "approximation"]
     for source in settings.sources:
-        drawn = f"{source} ({settings.samples})" if source == "sampled" else source
+        drawn = f"{source} ({settings.samples})" if source in ("sampled", ROOT) else source
         headings += [f"{drawn}: error", "trace", "update", "whole"]
     lines = ["| " + " | ".join(headings) + " |", "| --- | --- | --- |" + " ---: |" * (4 * len(settings.sources))]
     for problem in settings.problems:

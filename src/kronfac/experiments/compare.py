@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from kronfac.experiments.environment import environment, warning
-from kronfac.experiments.errors import need
+from kronfac.experiments.errors import ExperimentError, need
 from kronfac.experiments.files import make_folder, remove_leftovers, write_json
 from kronfac.experiments.lock import locked
 from kronfac.experiments.optimizers import get_optimizer
@@ -116,6 +116,8 @@ def compare(
         need(module, "experiments")
     # Checked before the data are loaded (which may be a download) and before anything is written.
     checked = make_plan(task, optimizers, examples=task.batch_size, **arguments)  # type: ignore[arg-type]
+    if grid_steps is not None and not grid and search is None:
+        raise ExperimentError(f"grid_steps={grid_steps} is the budget of a grid's runs, and there is no grid")
     if search is not None:
         need("optuna", "sweep")
         searching(checked, search)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
@@ -21,7 +22,22 @@ class UnknownNameError(ExperimentError):
     """
 
     def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
-        super().__init__(f"unknown {kind} {name!r}; known: {', '.join(known)}")
+        known = list(known)
+        super().__init__(f"unknown {kind} {name!r}; known: {', '.join(known)}{did_you_mean(name, known)}")
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Suggest the name that was probably meant.
+
+    Args:
+        name: The name given.
+        known: The names there are.
+
+    Returns:
+        ``"; did you mean ...?"``, or nothing where none is alike.
+    """
+    close = difflib.get_close_matches(str(name), list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 class DatasetError(ExperimentError):

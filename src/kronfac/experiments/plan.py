@@ -12,7 +12,7 @@ import torch
 from kronfac.experiments.errors import ExperimentError, UnknownNameError
 from kronfac.experiments.optimizers import get_optimizer
 from kronfac.experiments.problems import Problem, get_problem
-from kronfac.experiments.settings import RunSettings, check_settings
+from kronfac.experiments.settings import MAX_STEPS, MOST_THREADS, RunSettings, check_settings
 
 #: Values to try, by optimiser and hyper-parameter.
 Grid = Mapping[str, Mapping[str, Sequence[object]]]
@@ -210,11 +210,11 @@ def make_plan(
             )
     if metric is not None and metric not in problem.metrics:
         raise UnknownNameError(f"metric of {problem.name}", metric, problem.metrics)
-    if epochs is not None and not 0 < epochs < float("inf"):
-        raise ExperimentError(f"epochs must be a number above 0, got {epochs!r}")
-    for name, value in (("threads", threads), ("grid_steps", grid_steps)):
-        if value is not None and value < 1:
-            raise ExperimentError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if epochs is not None and not 0 < epochs <= MAX_STEPS:
+        raise ExperimentError(f"epochs must be a number above 0 and at most {MAX_STEPS:g}, got {epochs!r}")
+    for name, value, most in (("threads", threads, MOST_THREADS), ("grid_steps", grid_steps, MAX_STEPS)):
+        if value is not None and not 1 <= value <= most:
+            raise ExperimentError(f"{name} must be a whole number of at least 1 and at most {most}, got {value!r}")
     for target in targets:
         if not math.isfinite(target):
             raise ExperimentError(f"targets must be finite numbers, got {target!r}")
@@ -239,10 +239,30 @@ def make_plan(
         targets=tuple(float(target) for target in targets),
     )
     for name in plan.optimizers:
+        _check_effect(plan, name, given.get(name, {}))
         for seed in plan.seeds:
             check_settings(plan.settings(name, plan.hyperparameters[name], seed))
-        plan.points(name)
     return plan
+
+
+#: Hyper-parameters that do nothing but with, or without, a value of another one.
+_NEEDS = {"final_lr": ("schedule", "constant", False), "nu": ("scheme", "trace_restricted", True)}
+
+
+def _check_effect(plan: Plan, name: str, given: Mapping[str, object]) -> None:
+    """Refuse what was asked for and would change nothing."""
+    axes, values = plan.grid.get(name, {}), plan.hyperparameters[name]
+    if both := [key for key in axes if key in given]:
+        raise ExperimentError(f"{name}.{both[0]} is both set to {given[both[0]]} and in the grid: give one of them")
+    points = plan.points(name)
+    if any(point in points[:index] for index, point in enumerate(points)):
+        raise ExperimentError(f"the grid of {name} names a value twice: {dict(axes)}")
+    for key in (key for key in (*given, *axes) if key in _NEEDS):
+        other, value, wanted = _NEEDS[key]
+        if other not in axes and (values[other] == value) is not wanted:
+            raise ExperimentError(f"{name}.{key} has no effect with {other}={values[other]}")
+    if "damping" in given and "factor_damping" in given and values["factor_damping"] is not None:
+        raise ExperimentError(f"{name}.factor_damping takes the place of {name}.damping: give one of them")
 
 
 def check_device(device: str) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kronfac.experiments.errors import ExperimentError, UnknownNameError
+from kronfac.experiments.errors import CheckpointError, ExperimentError, UnknownNameError
 from kronfac.experiments.files import read_json
 from kronfac.experiments.optimizers import get_optimizer
 from kronfac.experiments.plan import Plan
@@ -14,9 +15,9 @@ from kronfac.experiments.problems import get_problem
 from kronfac.experiments.records import read_records
 from kronfac.experiments.runner import METRICS, RESULT, read_result
 from kronfac.experiments.search import near_an_end
-from kronfac.experiments.settings import RunSettings
+from kronfac.experiments.settings import RunSettings, check_settings
 
-COMPARISON = "comparison.json"
+COMPARISON, RUN_FOLDERS = "comparison.json", "runs"
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class RunResult:
         status: ``"done"``, ``"diverged"`` or ``"unfinished"``.
         note: What there is to say about it, or nothing.
         evaluations: The lines of its metrics that hold an evaluation.
+        threads: The numbers of torch threads that trained it, one after the other; empty where nobody noted them.
     """
 
     settings: RunSettings
     status: str
     note: str
     evaluations: list[dict[str, float]]
+    threads: tuple[int, ...] = ()
 
     def final(self, metric: str) -> float:
         """Give the last value of a metric.
@@ -108,7 +111,7 @@ def run_folder(folder: Path, settings: RunSettings) -> Path:
     Returns:
         The path.
     """
-    return folder / "runs" / settings.folder_name
+    return folder / RUN_FOLDERS / settings.folder_name
 
 
 def read_run(folder: Path, settings: RunSettings) -> RunResult:
@@ -120,13 +123,38 @@ def read_run(folder: Path, settings: RunSettings) -> RunResult:
 
     Returns:
         The run.
+
+    Raises:
+        CheckpointError: If its metrics are not those that a run writes.
     """
     path = run_folder(folder, settings)
-    evaluations = [record for record in read_records(path / METRICS) if "train_loss" in record]
+    names = get_problem(settings.problem).metrics
+    evaluations = [record for record in read_records(path / METRICS) if not record.keys().isdisjoint(names)]
+    wrong = _damage(evaluations, names)
     if not (path / RESULT).exists():
-        return RunResult(settings, "unfinished", "", evaluations)
-    result = read_result(path / RESULT)
-    return RunResult(settings, str(result["status"]), str(result["note"] or ""), evaluations)
+        result: dict[str, object] = {"status": "unfinished", "note": ""}
+    else:
+        result = read_result(path / RESULT)
+        if result["status"] == "done" and not wrong and (not evaluations or evaluations[-1]["step"] != result["step"]):
+            wrong = f"no evaluation at step {result['step']}, at which the run ended"
+    if wrong:
+        raise CheckpointError(f"{path / METRICS} is damaged: {wrong}; delete its folder to start the run anew")
+    threads: tuple[int, ...] = tuple(result.get("threads", ()))  # type: ignore[arg-type]
+    return RunResult(settings, str(result["status"]), str(result["note"] or ""), evaluations, threads)
+
+
+def _damage(evaluations: Sequence[Mapping[str, object]], metrics: Sequence[str]) -> str:
+    """Say what is wrong with evaluations, of which tables and pictures need every number; nothing if they are whole."""
+    before = -1.0
+    for record in evaluations:
+        for name in ("step", "epoch", "seconds", *metrics):
+            value = record.get(name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                return f"an evaluation has no number {name}"
+        if float(record["step"]) <= before:  # type: ignore[arg-type]
+            return f"step {record['step']} comes after step {before:g}"
+        before = float(record["step"])  # type: ignore[arg-type]
+    return ""
 
 
 def best_point(points: list[GridPoint], metric: str) -> GridPoint | None:
@@ -214,8 +242,11 @@ def read_results(folder: Path) -> Results:
     try:
         plan = Plan.from_json(content.get("plan"))
         _check_names(plan)
+        _check_values(plan)
     except ExperimentError as error:
         raise ExperimentError(f"{path}: {error}; delete it to start anew") from error
+    except (TypeError, ValueError, KeyError, AttributeError) as error:  # where it was edited, anything may be anywhere
+        raise ExperimentError(f"{path} holds no plan of a comparison; delete it to start anew") from error
     grids, chosen, runs = {}, {}, []
     for optimizer in plan.optimizers:
         values = dict(plan.hyperparameters[optimizer])
@@ -237,6 +268,21 @@ def read_results(folder: Path) -> Results:
         chosen=chosen,
         runs=runs,
     )
+
+
+def _check_values(plan: Plan) -> None:
+    """Refuse a plan that this package did not write."""
+    for name in plan.optimizers:
+        values = get_optimizer(name).resolve(plan.hyperparameters[name])
+        for seed in plan.seeds:
+            check_settings(plan.settings(name, values, seed, tuning=True))
+        plan.points(name)
+    for what, value in (("threads", plan.threads), ("examples", plan.examples)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ExperimentError(f"{what} must be a whole number of at least 1, got {value!r}")
+    for target in plan.targets:
+        if isinstance(target, bool) or not isinstance(target, (int, float)) or not math.isfinite(target):
+            raise ExperimentError(f"targets must be finite numbers, got {target!r}")
 
 
 def _check_names(plan: Plan) -> None:

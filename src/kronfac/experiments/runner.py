@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -52,7 +52,8 @@ def run(
         checkpoint_every: Seconds of wall clock between checkpoints. They do not change the metrics.
 
     Returns:
-        The contents of ``result.json``: ``status`` (``"done"`` or ``"diverged"``), ``note``, ``step``, ``seconds``.
+        The contents of ``result.json``: ``status`` (``"done"`` or ``"diverged"``), ``note``, ``step``, ``seconds``,
+        ``threads`` (the numbers of torch threads that trained it, one after the other).
 
     Raises:
         Interrupted: After writing a checkpoint, if Ctrl-C or SIGTERM arrived.
@@ -64,24 +65,28 @@ def run(
     if (folder / RESULT).exists():
         result = read_result(folder / RESULT)
         progress.started(settings, int(result["step"]))  # type: ignore[call-overload]
-        progress.finished(settings, str(result["status"]), str(result["note"] or "already there"))
+        note = str(result["note"] or "already there")
+        progress.finished(settings, str(result["status"]), note + _other_threads(result.get("threads", ())))
         return result
     write_json(folder / SETTINGS, asdict(settings))
     device = torch.device(settings.device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), _signals() as interrupted:
         _rehearse(problem, settings, data)
         torch.manual_seed(settings.seed)
-        training = Training(problem, settings, data)
-        offset = _resume(training, folder)
+        training = Training(problem, settings, data, interrupted.is_set)
+        offset, threads = _resume(training, folder)
         progress.started(settings, training.step)
+        if other := _other_threads(threads):
+            progress.message(f"{settings.optimizer} seed {settings.seed} goes on at step {training.step}{other}")
+        threads = [*threads, *({torch.get_num_threads()} - set(threads[-1:]))]
         with MetricsLog(folder / METRICS, offset) as log:
             status, note = "done", ""
             try:
-                _train(training, folder, log, progress, checkpoint_every, interrupted)
+                _train(training, folder, log, progress, checkpoint_every, interrupted, threads)
             except Diverged as reason:
                 status, note = "diverged", f"diverged at step {training.step}: {reason}"
             log.offset()
-    result = {"status": status, "note": note, "step": training.step, "seconds": training.seconds}
+    result = {"status": status, "note": note, "step": training.step, "seconds": training.seconds, "threads": threads}
     write_json(folder / RESULT, result)
     (folder / CHECKPOINT).unlink(missing_ok=True)
     progress.finished(settings, status, note)
@@ -102,6 +107,8 @@ def read_result(path: Path) -> dict[str, object]:
     """
     result = read_json(path)
     known = result.get("status") in ("done", "diverged") and isinstance(result.get("note", 0), str | None)
+    threads = result.get("threads", [])
+    known = known and isinstance(threads, list) and all(isinstance(number, int) for number in threads)
     if not (known and isinstance(result.get("step"), int) and isinstance(result.get("seconds"), int | float)):
         raise ExperimentError(f"{path} does not say how a run ended; delete it to start anew")
     return result
@@ -109,18 +116,31 @@ def read_result(path: Path) -> dict[str, object]:
 
 def _rehearse(problem: Problem, settings: RunSettings, data: Data) -> None:
     """Do one step of a training that is thrown away: what is loaded on first use shall be in nobody's seconds."""
+    values = dict(settings.hyperparameters)
+    if values.get("warm_up"):
+        values["warm_up"] = 1  # as many as there are would cost as much again
     with contextlib.suppress(Diverged):
-        Training(problem, settings, data).advance()
+        Training(problem, replace(settings, hyperparameters=values), data).advance()
 
 
-def _resume(training: Training, folder: Path) -> int:
+def _other_threads(threads: object) -> str:
+    """What to add about a run that other numbers of threads trained than the present one; nothing if none did."""
+    others = [number for number in list(threads) if number != torch.get_num_threads()]  # type: ignore[call-overload]
+    if not others:
+        return ""
+    numbers = " and ".join(str(number) for number in dict.fromkeys(others))
+    return f", trained with {numbers} threads, not {torch.get_num_threads()}: its last digits may be others"
+
+
+def _resume(training: Training, folder: Path) -> tuple[int, list[int]]:
+    """Give the length of the metrics so far, and the numbers of threads that made them."""
     path = folder / CHECKPOINT
     state = load_checkpoint(path, training.settings.folder_name)
     if state is None:
-        return 0
+        return 0, []
     try:
         training.load_state_dict(state)
-        return int(state["metrics_offset"])  # type: ignore[call-overload]
+        return int(state["metrics_offset"]), list(state.get("threads", []))  # type: ignore[call-overload]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path} does not fit this run; delete it to start the run anew") from error
 
@@ -132,11 +152,12 @@ def _train(
     progress: Progress,
     checkpoint_every: float,
     interrupted: threading.Event,
+    threads: list[int],
 ) -> None:
     budget, every = training.settings.budget, training.settings.evaluate_every
 
     def checkpoint() -> None:
-        state = training.state_dict() | {"metrics_offset": log.offset()}
+        state = training.state_dict() | {"metrics_offset": log.offset(), "threads": threads}
         save_checkpoint(folder / CHECKPOINT, training.settings.folder_name, state)
 
     if training.step == 0:

@@ -116,6 +116,8 @@ def axes_of(spec: OptimizerSpec, base: Mapping[str, object], given: Mapping[str,
             spec.resolve(base, {name: value})
         if isinstance(axis, tuple) and not axis:
             raise ExperimentError(f"{spec.name}.{name}: no values to choose from")
+        if isinstance(axis, tuple) and len({spec.resolve(base, {name: value})[name] for value in axis}) < len(axis):
+            raise ExperimentError(f"{spec.name}.{name}: a value to choose from is named twice")
     return axes
 
 

@@ -13,6 +13,8 @@ from kronfac.experiments.optimizers.options import Parser, integer, number, opti
 
 #: The largest seed. Seeds are multiplied by up to a million, which torch's generators must still take.
 MAX_SEED = 10**12
+#: More steps than anybody can wait for.
+MAX_STEPS = 10**12
 #: More than any machine has; torch takes more than it can start, and dies of it later.
 MOST_THREADS = 1024
 
@@ -108,7 +110,7 @@ def check_settings(settings: RunSettings) -> None:
     """
     rules: dict[str, Parser] = {
         "seed": integer(0, MAX_SEED),
-        "steps": optional(integer(1)),
+        "steps": optional(integer(1, MAX_STEPS)),
         "seconds": optional(number(0.0, open_low=True)),
         "evaluate_every": integer(1),
     }

@@ -74,6 +74,19 @@ def first_examples(data: Data, examples: int) -> tuple[Tensor, Tensor]:
     return data.train_inputs[:examples], data.train_targets[:examples]
 
 
+def in_double(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Make floating-point tensors those of float64.
+
+    Args:
+        batch: Inputs and targets.
+
+    Returns:
+        The same; targets that are labels stay whole numbers.
+    """
+    inputs, targets = batch
+    return inputs.double(), targets.double() if targets.is_floating_point() else targets
+
+
 @contextlib.contextmanager
 def followed(problem: Problem, settings: RunSettings, data: Data) -> Iterator[Training]:
     """Prepare a training whose steps the block does; torch's global generator is left as it was.

@@ -139,8 +139,27 @@ def headlines(results: Results) -> list[str]:
         results: The comparison.
 
     Returns:
-        One sentence per other optimiser; none before two optimisers have finished.
+        One sentence per other optimiser, none before two optimisers have finished; and one if runs are the work of
+        other numbers of threads, whose numbers another run would not repeat to the last digit.
     """
+    return [*_sentences(results), *_threads(results)]
+
+
+def _threads(results: Results) -> list[str]:
+    runs = {run.settings.folder_name: run for run in results.runs}
+    runs |= {point.result.settings.folder_name: point.result for points in results.grids.values() for point in points}
+    wanted = results.plan.threads
+    others = [run for run in runs.values() if set(run.threads) - {wanted}]
+    if not others:
+        return []
+    numbers = ", ".join(str(number) for number in sorted({n for run in others for n in run.threads} - {wanted}))
+    return [
+        f"{len(others)} of {len(runs)} runs were trained, in whole or in part, with another number of threads than "
+        f"{wanted} ({numbers}): their last digits may be others than those of one number of threads"
+    ]
+
+
+def _sentences(results: Results) -> list[str]:
     table = summary(results).dropna(subset=[results.plan.metric])
     table = table[~table["status"].str.contains("unfinished")]
     if len(table) < 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -28,9 +29,13 @@ class Training:
         problem: The problem.
         settings: The run's settings, checked.
         data: The problem's data, on the run's device.
+        stopped: Asked between the batches of a warm-up, which is one step, whether the run shall end.
     """
 
-    def __init__(self, problem: Problem, settings: RunSettings, data: Data) -> None:
+    def __init__(
+        self, problem: Problem, settings: RunSettings, data: Data, stopped: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._stopped = stopped
         values = settings.hyperparameters
         self.problem, self.settings, self.data = problem, settings, data
         self.batches = Batches(data, int(values.get("batch_size") or problem.batch_size), settings.seed)  # type: ignore[call-overload]
@@ -69,7 +74,7 @@ class Training:
         self.optimizer.zero_grad()
         try:
             if self.step == 0 and (count := self.settings.hyperparameters.get("warm_up")):
-                self.optimizer.warm_up(self.batches.at(index) for index in range(count))  # type: ignore[attr-defined, call-overload]
+                self.optimizer.warm_up(self._warming(count))  # type: ignore[attr-defined, arg-type]
             if self.closure:
                 self.batch_loss = float(self.optimizer.step(lambda: self._loss(inputs, targets)))  # type: ignore[arg-type, return-value]
             else:
@@ -79,7 +84,7 @@ class Training:
                     raise Diverged(f"the loss is {self.batch_loss}")
                 loss.backward()
                 self.optimizer.step()
-        except (FloatingPointError, torch.linalg.LinAlgError) as error:
+        except (ArithmeticError, torch.linalg.LinAlgError) as error:  # OverflowError among them
             raise Diverged(str(error)) from error
         except ValueError as error:  # curvature refuses outputs that are not finite before the loss is seen
             if self._finite(inputs, targets):
@@ -90,6 +95,12 @@ class Training:
         if self.on_gpu:
             torch.cuda.synchronize(self.settings.device)  # what was launched belongs to this step's seconds
         self.seconds += time.perf_counter() - start
+
+    def _warming(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in range(count):
+            if self._stopped():
+                raise KeyboardInterrupt
+            yield self.batches.at(index)
 
     def diagnostics(self) -> dict[str, float]:
         """What a self-tuning optimiser says about its last step.

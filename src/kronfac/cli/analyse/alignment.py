@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +28,8 @@ from kronfac.experiments.errors import ExperimentError, need
 from kronfac.experiments.files import make_folder
 from kronfac.experiments.present import Table, number
 from kronfac.experiments.problems import get_problem
+from kronfac.experiments.sources import ROOT, named_sources
+from kronfac.sources import Sampled
 
 if TYPE_CHECKING:
     from kronfac.analysis import Alignment, Method
@@ -47,7 +50,7 @@ def alignment(
             "damping is not added exactly, such as kfac:exact:factored.",
         ),
     ] = "kfac:sampled,kfac:exact,diagonal:exact",
-    samples: Annotated[int, typer.Option(help="Samples per example of the sampled source.", min=1)] = 1,
+    samples: Annotated[int, typer.Option(help="Samples per example of the sources sampled and root.", min=1)] = 1,
     blocks_only: Annotated[
         bool, typer.Option("--blocks-only", help="Leave out the full Gauss-Newton matrix, the costlier part.")
     ] = False,
@@ -87,7 +90,7 @@ def alignment(
 
     task = get_problem(problem)
     run = run_settings(task, optimizer, settings or [], seed, steps)
-    methods = _methods(approximations)
+    methods = _methods(approximations, samples)
     if precision not in _DTYPES:
         raise ExperimentError(f"--precision must be double or single, got {precision!r}")
     if not damping > 0:
@@ -106,7 +109,6 @@ def alignment(
                 every=every,
                 methods=methods,
                 damping=damping,
-                samples=samples,
                 full=not blocks_only,
                 tolerance=tolerance,
                 max_iterations=max_iterations,
@@ -127,13 +129,23 @@ def alignment(
     print("\n".join(f"wrote {path}" for path in files))
 
 
-def _methods(text: str) -> list[Method]:
+def _methods(text: str, samples: int) -> list[Method]:
     from kronfac.analysis import Method
 
-    try:
-        return [Method.parse(word) for word in words(text, "--approximations")]
-    except (ValueError, TypeError) as error:
-        raise ExperimentError(str(error)) from error
+    found = []
+    for word in words(text, "--approximations"):
+        approximation, *others = (part.strip() for part in word.split(":"))
+        root = others[:1] == [ROOT]
+        try:
+            parsed = Method.parse(":".join([approximation, Sampled.name, *others[1:]]) if root else word)
+        except (ValueError, TypeError) as error:
+            raise ExperimentError(str(error)) from error
+        found.append((parsed, ROOT if root else str(parsed.source)))
+    if len({method.name + name for method, name in found}) < len(found):
+        raise ExperimentError(f"--approximations names one twice: {text}")
+    sources = named_sources(list(dict.fromkeys(name for _, name in found)), samples)
+    by_name = {source.name: source for source in sources}
+    return [replace(method, source=by_name[name]) for method, name in found]
 
 
 def _summary(rows: list[Alignment]) -> Table:

@@ -55,11 +55,10 @@ def autocorrelation(
     for name in dict.fromkeys(problems):
         task = get_problem(name)
         data = task.data()
+        batches = examples(data, look_at, 128)
         for _, model in trained(name, data, [steps], optimizer, seed):
             try:
-                found[name] = convolution_correlations(
-                    model, task.likelihood(), examples(data, look_at, 128), centred=centred, seed=seed
-                )
+                found[name] = convolution_correlations(model, task.likelihood(), batches, centred=centred, seed=seed)
             except ValueError as error:
                 raise ExperimentError(f"{name}: {error}") from error
             if any(entry.spatial.ndim != 3 for entry in found[name]):
@@ -70,7 +69,8 @@ def autocorrelation(
     if as_json:
         print(json.dumps({"rows": rows, "folder": str(out)}, indent=2))
         return
-    print_rows(rows, (0, 1, 2), out)
+    files = ["autocorrelation.csv", "autocorrelation.npz", "autocorrelation.png", "cross-map.png"]
+    print_rows(rows, (0, 1, 2), [out / name for name in files])
 
 
 def summary_rows(found: dict[str, list[LayerCorrelations]]) -> list[dict[str, Any]]:

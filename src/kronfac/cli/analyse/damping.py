@@ -27,6 +27,7 @@ from kronfac.experiments.errors import ExperimentError, need
 from kronfac.experiments.files import make_folder
 from kronfac.experiments.present import Table, number
 from kronfac.experiments.problems import get_problem
+from kronfac.experiments.sources import named_source
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,8 +49,8 @@ def damping(
     ] = None,
     rules: Annotated[str, typer.Option(help="Damping rules, with commas between.")] = "factored,exact",
     approximation: Approximation = "kfac",
-    source: Annotated[str, typer.Option(help="Which cotangents are pulled back: sampled or exact.")] = "sampled",
-    samples: Annotated[int, typer.Option(help="Samples of the sampled source.", min=1)] = 1,
+    source: Annotated[str, typer.Option(help="Which cotangents are pulled back: sampled, root or exact.")] = "sampled",
+    samples: Annotated[int, typer.Option(help="Samples of the sources sampled and root.", min=1)] = 1,
     norm: Norm = "unitwise",
     layers: Annotated[
         str | None,
@@ -88,9 +89,12 @@ def damping(
     from kronfac.cli.analyse.own_rule import OwnRule
     from kronfac.damping import get_rule
 
-    task = get_problem(problem)
+    task, origin = get_problem(problem), named_source(source, samples)
     run = run_settings(task, optimizer, settings or [], seed, steps)
-    amount = float(run.hyperparameters.get("damping", 1e-3)) if damping is None else damping  # type: ignore[arg-type]
+    own_damping = run.hyperparameters.get("damping", 1e-3)
+    if damping is None and not isinstance(own_damping, float):
+        raise ExperimentError(f"{optimizer} chooses its damping while it trains: say with --damping what to look at")
+    amount = float(own_damping) if damping is None else damping  # type: ignore[arg-type]
     chosen = list(dict.fromkeys(words(rules, "--rules")))
     try:
         for rule in chosen:
@@ -116,8 +120,7 @@ def damping(
                 damping=amount,
                 rules=[own.of(rule) for rule in chosen],
                 approximation=approximation,
-                source=source,
-                samples=samples,
+                source=origin,
                 norm=norm,
                 seed=seed,
             )

@@ -24,21 +24,25 @@ from kronfac.cli.analyse.work import (
     chosen,
     one_line,
     threads_of,
+    values_for,
     working,
     write_picture,
 )
 from kronfac.cli.display import print_table
-from kronfac.cli.options import Json, assignments, words
+from kronfac.cli.options import Json, words
 from kronfac.experiments.files import make_folder, write_csv
 from kronfac.experiments.present import Table
 from kronfac.experiments.problems import get_problem
+from kronfac.experiments.sources import named_sources
 from kronfac.experiments.subject import train_subject, training_settings
 
 
 def error(
     problem: Problem,
     approximations: Approximations = "all",
-    sources: Annotated[str, typer.Option(help="Sources: exact, sampled, with commas between them.")] = "exact,sampled",
+    sources: Annotated[
+        str, typer.Option(help="Sources: exact, sampled, root, recursive, with commas.")
+    ] = "exact,sampled",
     samples: Samples = 1,
     layers: Annotated[
         str | None, typer.Option(help="Layers to look at, with commas; all by default.", show_default=False)
@@ -72,8 +76,8 @@ def error(
     from kronfac.analysis import NETWORK, approximation_error
 
     task = get_problem(problem)
-    run = training_settings(task, optimizer, assignments(settings or [], "--set"), train_steps, seed)
-    names, origins = chosen(approximations), words(sources, "--sources")
+    run = training_settings(task, optimizer, values_for(settings, train_steps), train_steps, seed)
+    names, origins = chosen(approximations), named_sources(words(sources, "--sources"), samples)
     data = task.data()
     with threads_of(threads), one_line(), working(None) as work:
         subject = train_subject(
@@ -85,7 +89,6 @@ def error(
             subject.batch,
             approximations=names,
             sources=origins,
-            samples=samples,
             damping=damping,
             layers=None if layers is None else words(layers, "--layers"),
             norm=norm,

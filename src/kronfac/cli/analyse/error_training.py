@@ -22,14 +22,16 @@ from kronfac.cli.analyse.work import (
     chosen,
     one_line,
     threads_of,
+    values_for,
     working,
     write_picture,
 )
 from kronfac.cli.display import print_table
-from kronfac.cli.options import Json, assignments
+from kronfac.cli.options import Json
 from kronfac.experiments.files import make_folder, write_csv
 from kronfac.experiments.present import Table
 from kronfac.experiments.problems import get_problem
+from kronfac.experiments.sources import named_source
 from kronfac.experiments.subject import first_examples, followed, training_settings
 
 
@@ -38,7 +40,7 @@ def training(
     steps: Annotated[int, typer.Option(help="Steps of training.", min=0)] = 500,
     every: Annotated[int, typer.Option(help="Steps between measurements.", min=1)] = 25,
     approximations: Approximations = "all",
-    source: Annotated[str, typer.Option(help="Source of the approximations: exact or sampled.")] = "exact",
+    source: Annotated[str, typer.Option(help="Source of the approximations: exact, sampled or root.")] = "exact",
     samples: Samples = 1,
     examples: Examples = 128,
     optimizer: Optimizer = "adam",
@@ -60,8 +62,8 @@ def training(
     from kronfac.analysis import NETWORK, error_during_training
     from kronfac.approximations import APPROXIMATIONS
 
-    task = get_problem(problem)
-    run = training_settings(task, optimizer, assignments(settings or [], "--set"), steps, seed)
+    task, origin = get_problem(problem), named_source(source, samples)
+    run = training_settings(task, optimizer, values_for(settings, steps), steps, seed)
     names = chosen(approximations)
     if names is None and source == "exact":
         names = [name for name in APPROXIMATIONS if name != "dense"]  # which is the exact matrix then
@@ -81,8 +83,7 @@ def training(
             steps=steps,
             every=every,
             approximations=names,
-            source=source,
-            samples=samples,
+            source=origin,
             seed=seed,
             memory_limit=int(memory_limit * 2**30),
         )

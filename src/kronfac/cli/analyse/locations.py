@@ -54,12 +54,11 @@ def locations(
         raise ExperimentError(f"{problem}: its network has no convolution without groups")
     make_folder(out)
     data = task.data()
+    batches = examples(data, look_at, 64)
     found: dict[int, list[LocationCorrelation]] = {}
     for step, model in trained(problem, data, at, optimizer, seed):
         try:
-            found[step] = location_correlation(
-                model, task.likelihood(), examples(data, look_at, 64), chosen, entries=entries, seed=seed
-            )
+            found[step] = location_correlation(model, task.likelihood(), batches, chosen, entries=entries, seed=seed)
         except ValueError as error:
             raise ExperimentError(f"{problem}: {error}") from error
     rows = summary_rows(found)
@@ -68,7 +67,7 @@ def locations(
     if as_json:
         print(json.dumps({"rows": rows, "folder": str(out)}, indent=2))
         return
-    print_rows(rows, (1,), out)
+    print_rows(rows, (1,), [out / f"locations.{kind}" for kind in ("csv", "npz", "png")])
 
 
 def summary_rows(found: dict[int, list[LocationCorrelation]]) -> list[dict[str, Any]]:

@@ -23,12 +23,14 @@ from kronfac.cli.analyse.work import (
     chosen,
     one_line,
     threads_of,
+    values_for,
     working,
     write_picture,
 )
-from kronfac.cli.options import Json, assignments
+from kronfac.cli.options import Json
 from kronfac.experiments.files import make_folder
 from kronfac.experiments.problems import get_problem
+from kronfac.experiments.sources import named_source
 from kronfac.experiments.subject import train_subject, training_settings
 
 
@@ -42,7 +44,7 @@ def matrices(
         ),
     ],
     approximations: Approximations = "kfac",
-    source: Annotated[str, typer.Option(help="Source of the approximations: exact or sampled.")] = "exact",
+    source: Annotated[str, typer.Option(help="Source of the approximations: exact, sampled or root.")] = "exact",
     samples: Samples = 1,
     examples: Examples = 128,
     with_bias: Annotated[bool, typer.Option("--with-bias", help="Show the bias's rows and columns too.")] = False,
@@ -68,8 +70,8 @@ def matrices(
     from kronfac import analysis
     from kronfac.approximations import APPROXIMATIONS
 
-    task = get_problem(problem)
-    run = training_settings(task, optimizer, assignments(settings or [], "--set"), train_steps, seed)
+    task, origin = get_problem(problem), named_source(source, samples)
+    run = training_settings(task, optimizer, values_for(settings, train_steps), train_steps, seed)
     names = chosen(approximations) or list(APPROXIMATIONS)
     data = task.data()
     with threads_of(threads), one_line(), working(None) as work:
@@ -86,8 +88,7 @@ def matrices(
                     subject.batch,
                     name,
                     approximations=names,
-                    source=source,
-                    samples=samples,
+                    source=origin,
                     weights_only=not with_bias,
                     order=order,
                     seed=seed,

@@ -20,6 +20,7 @@ from kronfac.experiments.files import make_folder, replace_atomically, write_jso
 from kronfac.experiments.present import Table
 from kronfac.experiments.problems import get_problem
 from kronfac.experiments.settings import MAX_SEED
+from kronfac.experiments.subject import first_examples, in_double
 
 
 def rank(
@@ -52,8 +53,7 @@ def rank(
     names = _parameters_of(model, layer)
     folder = None if out is None else make_folder(out)
     data = task.data()
-    inputs, targets = data.train_inputs[:examples].double(), data.train_targets[:examples]
-    targets = targets.double() if targets.is_floating_point() else targets
+    inputs, targets = in_double(first_examples(data, examples))
     try:
         rows = monte_carlo_rank(
             model,

@@ -10,15 +10,15 @@ from kronfac.cli.display import print_table
 from kronfac.experiments.present import Table, number
 
 
-def print_rows(rows: Sequence[Mapping[str, object]], words: tuple[int, ...], folder: Path) -> None:
+def print_rows(rows: Sequence[Mapping[str, object]], words: tuple[int, ...], files: Sequence[Path]) -> None:
     """Print rows as a table, and the files that were written.
 
     Args:
         rows: The rows, with the same keys each; None is shown as a dash.
         words: Indices of the columns that hold words.
-        folder: Where the files are.
+        files: The files.
     """
     columns = list(rows[0])
     cells = [[number(nan if row[c] is None else row[c], ".3f") for c in columns] for row in rows]
     print_table(Table(columns, cells, words=words))
-    print(f"written: {', '.join(str(path) for path in sorted(folder.glob('*.*')))}")
+    print(f"written: {', '.join(map(str, files))}")

@@ -19,6 +19,8 @@ from kronfac.experiments.files import make_folder, replace_atomically, write_tex
 from kronfac.experiments.present import Table, number
 from kronfac.experiments.problems import get_problem
 from kronfac.experiments.settings import MAX_SEED
+from kronfac.experiments.sources import named_source
+from kronfac.experiments.subject import first_examples, in_double
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,8 +38,8 @@ def spectrum(
     ] = None,
     examples: Annotated[int, typer.Option(help="Training examples to look at.", min=1)] = 500,
     norm: Norm = "unitwise",
-    source: Annotated[str, typer.Option(help="Which cotangents are pulled back: sampled or exact.")] = "exact",
-    samples: Annotated[int, typer.Option(help="Samples of the sampled source.", min=1)] = 1,
+    source: Annotated[str, typer.Option(help="Which cotangents are pulled back: sampled, root or exact.")] = "exact",
+    samples: Annotated[int, typer.Option(help="Samples of the sources sampled and root.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Of the initial weights and the sampled labels.", min=0, max=MAX_SEED)] = 0,
     out: Out = None,
     as_json: Json = False,
@@ -52,18 +54,16 @@ def spectrum(
 
     need("matplotlib", "experiments")
     pandas = need("pandas", "experiments")
-    task = get_problem(problem)
+    task, origin = get_problem(problem), named_source(source, samples)
     data, model = task.data(), task.model(seed).double().eval()
-    inputs, targets = data.train_inputs[:examples].double(), data.train_targets[:examples]
-    targets = targets.double() if targets.is_floating_point() else targets
+    batch = in_double(first_examples(data, examples))
     try:
         rows = kf.analysis.spectrum(
             model,
             task.likelihood(),
-            (inputs, targets),
+            batch,
             approximations=words(approximations, "--approximations"),
-            source=source,
-            samples=samples,
+            source=origin,
             layers=None if layers is None else words(layers, "--layers"),
             norm=norm,
             seed=seed,

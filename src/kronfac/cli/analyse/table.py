@@ -24,9 +24,11 @@ from kronfac.cli.analyse.work import (
 from kronfac.cli.compare import this_command
 from kronfac.cli.options import Json, words
 from kronfac.experiments.approximation_table import PROBLEMS, TableSettings, markdown, measure_table, write_table
+from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.files import make_folder
 from kronfac.experiments.lock import locked
 from kronfac.experiments.problems import get_problem
+from kronfac.experiments.sources import named_sources
 from kronfac.experiments.subject import training_settings
 
 
@@ -53,15 +55,17 @@ def table(
     problems that are left. The default problems need MNIST and CIFAR-10.
 
     [dim]kronfac analyse table --problems digits-mlp,digits-cnn --out runs/table[/dim]
-    """
+    """  # noqa: DOC501 - a person reads this as help
     from kronfac.analysis.scene import methods_of, sources_of
 
     names = words(problems, "--problems")
+    if len(set(names)) < len(names):
+        raise ExperimentError(f"--problems names one twice: {problems}")
     for name in names:
         training_settings(get_problem(name), optimizer, {}, train_steps, seed)
     with one_line():
         methods = methods_of(chosen(approximations))
-        origins = sources_of(None if sources == "all" else words(sources, "--sources"), samples)
+        origins = sources_of(None if sources == "all" else named_sources(words(sources, "--sources"), samples), samples)
     settings = TableSettings(
         tuple(names),
         tuple(method.name for method in methods),

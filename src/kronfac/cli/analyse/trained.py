@@ -11,6 +11,7 @@ from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers import get_optimizer
 from kronfac.experiments.problems import Data, get_problem
 from kronfac.experiments.settings import RunSettings, check_settings
+from kronfac.experiments.subject import first_examples
 from kronfac.experiments.training import Diverged, Training
 
 
@@ -68,5 +69,5 @@ def examples(data: Data, count: int, batch: int) -> list[tuple[torch.Tensor, tor
     Returns:
         Pairs of inputs and targets.
     """
-    inputs, targets = data.train_inputs[:count].split(batch), data.train_targets[:count].split(batch)
+    inputs, targets = (tensor.split(batch) for tensor in first_examples(data, count))
     return list(zip(inputs, targets, strict=True))

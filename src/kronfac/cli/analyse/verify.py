@@ -13,14 +13,16 @@ from kronfac.cli.options import Json
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.problems import get_problem
 from kronfac.experiments.settings import MAX_SEED
+from kronfac.experiments.sources import named_source
+from kronfac.experiments.subject import first_examples, in_double
 
 
 def verify(
     problem: Problem,
     approximation: Approximation = "kfac",
     norm: Norm = "unitwise",
-    source: Annotated[str, typer.Option(help="Whose cotangents: sampled, exact or recursive.")] = "sampled",
-    samples: Annotated[int, typer.Option(help="Samples of the sampled source.", min=1)] = 1,
+    source: Annotated[str, typer.Option(help="Whose cotangents: sampled, root, exact or recursive.")] = "sampled",
+    samples: Annotated[int, typer.Option(help="Samples of the sources sampled and root.", min=1)] = 1,
     examples: Annotated[int, typer.Option(help="Training examples to look at; a few are enough.", min=1)] = 8,
     seed: Annotated[int, typer.Option(help="Of the initial weights and the sampled labels.", min=0, max=MAX_SEED)] = 0,
     train_mode: Annotated[
@@ -39,20 +41,20 @@ def verify(
     import kronfac as kf
     from kronfac.inspect import VerificationError
 
-    task = get_problem(problem)
+    if scale is not None and not scale >= 0.0:
+        raise ExperimentError(f"--scale must be a number of at least 0, got {scale:g}")
+    task, origin = get_problem(problem), named_source(source, samples)
     data, model = task.data(), task.model(seed).double().train(train_mode)
-    inputs, targets = data.train_inputs[:examples].double(), data.train_targets[:examples]
-    targets = targets.double() if targets.is_floating_point() else targets
+    batch = in_double(first_examples(data, examples))
     try:
         with torch.random.fork_rng(devices=[]):
             report = kf.verify(
                 model,
                 task.likelihood(),
-                (inputs, targets),
+                batch,
                 approximation=approximation,
                 norm=norm,
-                source=source,
-                samples=samples,
+                source=origin,
                 seed=seed,
             )
     except (ValueError, TypeError, NotImplementedError) as error:

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 
 _TRAINING, _OUTPUT, _MACHINE = "Training", "Output", "Machine"
 _LINE_PERIOD = 5.0
+#: GiB, more than any machine has.
+MOST_MEMORY = 1e6
 
 Approximations = Annotated[
     str, typer.Option(help="Approximations to compare, with commas between them, or all that there are.")
 ]
-Samples = Annotated[int, typer.Option(help="Samples of the sampled source.", min=1)]
+Samples = Annotated[int, typer.Option(help="Samples of the sources sampled and root.", min=1)]
 Examples = Annotated[int, typer.Option(help="Training examples whose curvature is looked at; the first ones.", min=1)]
 TrainSteps = Annotated[
     int, typer.Option(help="Steps of training first; 0: the initial weights.", min=0, rich_help_panel=_TRAINING)
@@ -66,7 +68,7 @@ Out = Annotated[
 ]
 MemoryLimit = Annotated[
     float,
-    typer.Option(help="GiB that the exact curvature may take.", min=0.001, rich_help_panel=_MACHINE),
+    typer.Option(help="GiB that the exact curvature may take.", min=0.001, max=MOST_MEMORY, rich_help_panel=_MACHINE),
 ]
 Threads = Annotated[
     int | None,
@@ -82,6 +84,9 @@ def chosen(text: str) -> list[str] | None:
 
     Returns:
         The names; None for all.
+
+    Raises:
+        ExperimentError: If one is unknown, or named twice.
     """
     from kronfac.approximations import get_approximation
     from kronfac.cli.options import words
@@ -89,10 +94,32 @@ def chosen(text: str) -> list[str] | None:
     if text == "all":
         return None
     names = words(text, "--approximations")
+    if len(set(names)) < len(names):
+        raise ExperimentError(f"--approximations names one twice: {text}")
     with one_line():
         for name in names:
             get_approximation(name)
     return names
+
+
+def values_for(settings: list[str] | None, steps: int) -> dict[str, str]:
+    """Read ``--set`` of a training of so many steps.
+
+    Args:
+        settings: ``name=value`` texts, if any.
+        steps: Steps of training.
+
+    Returns:
+        Values by name.
+
+    Raises:
+        ExperimentError: If there are values, and no steps.
+    """
+    from kronfac.cli.options import assignments
+
+    if settings and steps == 0:
+        raise ExperimentError(f"--set {settings[0]} has no effect: there are no steps of training")
+    return assignments(settings or [], "--set")
 
 
 def write_picture(path: Path, axes: Axes) -> None:

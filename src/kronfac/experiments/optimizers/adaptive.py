@@ -91,8 +91,8 @@ FAMILY = (
             Option(
                 "source",
                 "sampled",
-                choice("sampled", "exact", "empirical", "recursive"),
-                "which cotangents are pulled back",
+                choice("sampled", "exact", "empirical", "recursive", "root"),
+                "which cotangents are pulled back; root: sampled, by random signs in place of labels",
             ),
         ),
         build=_builder("AdaptiveKFAC"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kronfac.experiments.errors import ExperimentError
+from kronfac.experiments.errors import ExperimentError, did_you_mean
 from kronfac.experiments.optimizers.options import COMMON, Option
 from kronfac.experiments.problems.base import Problem
 
@@ -55,7 +55,10 @@ class OptimizerSpec:
         for layer in layers:
             for name, value in layer.items():
                 if name not in options:
-                    raise ExperimentError(f"{self.name} has no hyper-parameter {name!r}; it has: {', '.join(options)}")
+                    meant = did_you_mean(name, options)
+                    raise ExperimentError(
+                        f"{self.name} has no hyper-parameter {name!r}; it has: {', '.join(options)}{meant}"
+                    )
                 try:
                     values[name] = options[name].parse(value)
                 except ValueError as error:

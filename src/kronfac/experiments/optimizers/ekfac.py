@@ -18,7 +18,7 @@ from kronfac.experiments.problems.base import Problem
 _OWN = {
     "lr": {"default": 0.03},
     "damping": {"default": 0.1},
-    "source": {"parse": choice("sampled", "exact", "empirical")},
+    "source": {"parse": choice("sampled", "exact", "empirical", "root")},
 }
 #: KFAC's, but for what EKFAC decides itself.
 _OPTIONS = tuple(

@@ -63,8 +63,8 @@ _OPTIONS = (
     Option(
         "source",
         "sampled",
-        choice("sampled", "exact", "empirical", "forward_only", "recursive"),
-        "which cotangents are pulled back",
+        choice("sampled", "exact", "empirical", "forward_only", "recursive", "root"),
+        "which cotangents are pulled back; root: sampled, by random signs in place of labels",
     ),
     Option("damping_rule", "factored", choice("factored", "exact"), "how the damping is split over the factors"),
     FACTOR_DAMPING,

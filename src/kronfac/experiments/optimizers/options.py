@@ -178,11 +178,14 @@ COMMON = (
     ),
 )
 
+# More than any training set has; what is beyond would not end.
+_MOST_BATCHES = 1_000_000
+
 #: Wherever factors can begin before the first step.
 WARM_UP = Option(
     "warm_up",
     0,
-    integer(0),
+    integer(0, _MOST_BATCHES),
     "mini-batches whose mean the running factors begin with, before the first step",
     later=True,
 )
@@ -197,5 +200,8 @@ def own_values(values: Mapping[str, object]) -> dict[str, Any]:
     Returns:
         Those that the optimiser's constructor takes.
     """
+    from kronfac.experiments.sources import ROOT, RootProbe
+
     shared = {option.name for option in (*COMMON, WARM_UP)}
-    return {name: value for name, value in values.items() if name not in shared}
+    own = {name: value for name, value in values.items() if name not in shared}
+    return own | {"source": RootProbe()} if own.get("source") == ROOT else own

@@ -14,7 +14,12 @@ from kronfac.experiments.optimizers.options import Option, choice, flag, number,
 from kronfac.experiments.problems.base import Problem
 
 _OWN = (
-    Option("source", "sampled", choice("sampled", "exact", "empirical"), "which cotangents are pulled back"),
+    Option(
+        "source",
+        "sampled",
+        choice("sampled", "exact", "empirical", "root"),
+        "which cotangents are pulled back; root: sampled, by random signs in place of labels",
+    ),
     Option("scheme", "normal", choice("normal", "trace_restricted"), "how blocks are damped"),
     Option("nu", 1e-2, number(0.0, open_low=True), "least trace of a block with scheme=trace_restricted"),
     Option("printed_damping", False, flag, "with scheme=trace_restricted: (5.16) as it is printed", later=True),

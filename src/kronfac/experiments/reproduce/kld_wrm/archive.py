@@ -15,7 +15,7 @@ from kronfac.experiments.settings import RunSettings
 
 RUNS = "runs.csv"
 _KEYS = ("row", "run", "seed", "device")
-_NEEDED = ("step", "epoch", "seconds", "train_loss", "test_loss", "test_error")
+_NEEDED = ("step", "epoch", "seconds", "train_loss", "train_error", "test_loss", "test_error")
 
 
 def write_runs(folder: Path, results: Mapping[str, Sequence[RunResult]]) -> None:

@@ -18,13 +18,15 @@ from kronfac.experiments.reproduce.kld_wrm.pictures import write_pictures
 from kronfac.experiments.reproduce.kld_wrm.rows import ROWS, Row, choose
 from kronfac.experiments.reproduce.kld_wrm.table import Summary, summarise, write_tables
 from kronfac.experiments.reproduce.workers import Listener, train_all
-from kronfac.experiments.results import RunResult, read_run, run_folder
+from kronfac.experiments.results import RUN_FOLDERS, RunResult, read_run, run_folder
 from kronfac.experiments.runner import RESULT
 from kronfac.experiments.settings import RunSettings, check_settings
 
 STUDY = "study.json"
 #: Problem and number of training examples by the word that asks for them.
 DATA = {"mnist": ("mnist-puiu", 60_000), "digits": ("digits-puiu", 1_500)}
+#: Runs of each row; more would not even be listed in a minute.
+_MOST_RUNS = 10_000
 #: Where runs may have been finished.
 _DEVICES = ("cpu", "cuda")
 
@@ -108,6 +110,8 @@ def make_study(rows: Sequence[str], runs: int, epochs: int, data: str, device: s
     for name, value in (("runs", runs), ("epochs", epochs)):
         if value < 1:
             raise ExperimentError(f"{name} must be at least 1, got {value}")
+    if runs > _MOST_RUNS:
+        raise ExperimentError(f"runs must be at most {_MOST_RUNS}, got {runs}")
     check_device(device)
     study = Study(tuple(row.key for row in choose(rows)), runs, epochs, data, device)
     for settings in study.all_settings():
@@ -159,6 +163,8 @@ def reproduce(
         raise ExperimentError(f"workers must be at least 1, got {workers}")
     for module in ("pandas", "matplotlib"):
         need(module, "experiments")
+    if table_only and known is None and not (Path(out) / RUN_FOLDERS).is_dir():
+        raise ExperimentError(f"{out} holds no runs to make a table of, and table_only trains none")
     folder = make_folder(Path(out))
     with locked(folder):
         if known is not None:
