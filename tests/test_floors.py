@@ -25,6 +25,7 @@ FLOORS: list[set[str]] = [
     {"vectors"},
     {"approximations", "damping", "sources"},
     {"blocks", "coupling", "tape"},
+    {"calls"},
     {"layers", "likelihoods", "plots"},
     {"linalg"},
     {"_typing", "eager", "forwards", "graph", "measuring"},

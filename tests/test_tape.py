@@ -199,6 +199,14 @@ def of_a_layer_without_use(model: Calls, x: Tensor) -> Tensor:
     return x @ model.layer.weight[:2].T
 
 
+def with_another_weight(change: Callable[[Tensor], Tensor]) -> Callable[[Calls, Tensor], Tensor]:
+    def way(model: Calls, x: Tensor) -> Tensor:
+        own = {"weight": change(model.layer.weight), "bias": model.layer.bias}
+        return model.head(torch.func.functional_call(model.layer, own, (x,)))
+
+    return way
+
+
 def derivative(model: Calls, x: Tensor) -> Tensor:
     x = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(model.head(torch.tanh(model.layer(x))).sum(), x, create_graph=True)
@@ -246,6 +254,19 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "used before its call": (lambda: Calls(used_before_its_call), r"parameters of layers \['layer'\] in another way"),
     "bias used": (lambda: Calls(bias_alone), r"parameters of layers \['layer'\] in another way"),
     "call without use": (lambda: Calls(of_a_layer_without_use), r"parameters of layers \['layer'\] in another way"),
+    **{
+        f"weight {name}": (
+            lambda c=change: Calls(with_another_weight(c)),
+            r"parameters of layers \['layer'\] in another",
+        )
+        for name, change in {
+            "scaled": lambda w: 2 * w,
+            "adapted": lambda w: w - 0.1 * torch.ones_like(w),
+            "scaled and transposed": lambda w: (2 * w.T).T,
+            "squashed": torch.tanh,
+            "clamped": lambda w: w.clamp(-0.1, 0.1),
+        }.items()
+    },
     "derivatives": (lambda: Calls(derivative), r"parameters of layers \['layer', 'head'\] in another way"),
     "two arguments": (Scaled, "'layer' must be called with one tensor"),
     "two outputs": (Unpacked, "'layer' returned a tuple"),

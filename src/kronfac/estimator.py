@@ -125,7 +125,10 @@ class Estimator:
             values = outputs.detach()
             cut = None if part is None else part.begin(self.likelihood, values, targets)
         denominator = 0.0
+        if (needy := "stats_examples" if part is not None and part.cut else self.needs_examples) is not None:
+            tape.refuse_repeated(needy, "examples")
         if self.joint is not None:
+            tape.refuse_repeated(f"approximation={self.approximation.name!r}")
             self.joint.check_graph(tape.feeders(outputs))
             add = whole_pulls(list(tape.calls), self.joint.add)
         else:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,35 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_te
 
 #: What runs the forward of every `torch.autograd.Function`.
 _APPLY = vars(torch.autograd.Function)["apply"].__func__.__code__
+
+#: Operations on each entry by itself.
+_BY_ENTRY = frozenset(
+    [
+        "Abs",
+        "Add",
+        "Addcdiv",
+        "Addcmul",
+        "Clamp",
+        "Div",
+        "Exp",
+        "Lerp",
+        "Log",
+        "MaskedFill",
+        "Mul",
+        "Neg",
+        "Pow",
+        "Relu",
+        "Rsub",
+        "Sigmoid",
+        "Softplus",
+        "Sqrt",
+        "Sub",
+        "Tanh",
+        "Where",
+    ]
+)
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 def in_backward() -> bool:
@@ -69,7 +100,7 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def last_of(outputs: Tensor, nodes: Mapping[str, Node]) -> list[str]:
+def last_of(outputs: Tensor, nodes: Mapping[_Key, Node]) -> list[_Key]:
     """Find the nodes at which a pull from the outputs ends.
 
     Args:
@@ -128,7 +159,7 @@ def feeders_of(outputs: Tensor, nodes: Mapping[str, Node]) -> dict[str | None, s
     return feeders
 
 
-def unreached(outputs: Tensor, nodes: Mapping[str, Node]) -> set[str]:
+def unreached(outputs: Tensor, nodes: Mapping[_Key, Node]) -> set[_Key]:
     """Find the nodes that the outputs do not depend on.
 
     Args:
@@ -143,13 +174,13 @@ def unreached(outputs: Tensor, nodes: Mapping[str, Node]) -> set[str]:
 
 
 def used_elsewhere(
-    outputs: Tensor, layers: Mapping[str, tuple[Node, Iterable[Tensor]]], empty: Collection[Node] = ()
+    outputs: Tensor, layers: Mapping[str, tuple[Collection[Node], Iterable[Tensor]]], empty: Collection[Node] = ()
 ) -> list[str]:
-    """Find layers whose parameters the outputs depend on in another way than through the layer's one call.
+    """Find layers whose parameters the outputs depend on in another way than through the layer's calls.
 
     Args:
         outputs: A model's outputs, attached to the graph.
-        layers: The node of a layer's output, and its trained parameters, by name.
+        layers: The nodes of a layer's outputs, one for each call, and its trained parameters, by name.
         empty: Nodes of tensors without entries, through which nothing depends on anything.
 
     Returns:
@@ -157,21 +188,27 @@ def used_elsewhere(
     """
     users, met = _users(outputs, empty)
 
-    def alone(node: Node, last: Node) -> bool:
-        # From a parameter on, past its casts and transposes, to the layer's product with its input.
-        while node != last and node in users:
-            if len(users[node]) > 1 or last not in met:
-                return False
-            node = users[node][0]
-            if len(node.next_functions) > 1:
-                break
-        return True
+    def products(node: Node, calls: Collection[Node], shape: torch.Size) -> float:
+        # From a parameter on, past its casts and transposes, to the products that it is part of.
+        count = 0.0
+        for user in users.get(node, []):
+            if user not in calls and _is_function(user, shape):
+                return math.inf  # of which the layer's weight was made for this call
+            ends = user in calls or len(user.next_functions) > 1
+            count += 1 if ends else products(user, calls, shape)
+        return count
 
-    return [
-        name
-        for name, (last, parameters) in layers.items()
-        if not all(alone(get_gradient_edge(parameter).node, last) for parameter in parameters)
-    ]
+    def elsewhere(calls: Collection[Node], parameters: Iterable[Tensor]) -> bool:
+        most = sum(node in met for node in calls)
+        return any(products(get_gradient_edge(p).node, calls, p.shape) > most for p in parameters)
+
+    return [name for name, (calls, parameters) in layers.items() if elsewhere(calls, parameters)]
+
+
+def _is_function(node: Node, shape: torch.Size) -> bool:
+    """Whether a node makes another tensor of a parameter's shape out of it, entry by entry."""
+    name = node.name().rstrip("0123456789").removesuffix("Backward")
+    return name in _BY_ENTRY and sorted(node._input_metadata[0].shape) == sorted(shape)
 
 
 def _users(outputs: Tensor, empty: Collection[Node] = ()) -> tuple[dict[Node, list[Node]], set[Node]]:

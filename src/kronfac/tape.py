@@ -11,59 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
+from kronfac.calls import Call, Calls, Key, TapeError
 from kronfac.graph import feeders_of, in_backward, in_function, last_of, output_edge, unreached, used_elsewhere
 from kronfac.layers import LayerAdapter
 from kronfac.measuring import apart_from_training, is_marked_apart
-
-
-class TapeError(RuntimeError):
-    """The forward pass cannot be read; the text says which layer, why, and what to do."""
-
-
-@dataclass
-class Call:
-    """One call of a layer.
-
-    Attributes:
-        adapter: The layer.
-        input: What it was called with, detached.
-        edge: Where its output entered the graph.
-        output_shape: Shape of the output.
-        version: The input's version at the call, to notice a later change in place.
-        output: The output, detached, and its version, where a later change in place would cut the edge off.
-    """
-
-    adapter: LayerAdapter
-    input: Tensor
-    edge: GradientEdge
-    output_shape: torch.Size
-    version: int
-    output: tuple[Tensor, int] | None = None
-
-    def check(self) -> None:
-        """Refuse an input that was changed in place after the call, and an output that must not be.
-
-        Raises:
-            TapeError: It was.
-        """
-        if self.input._version != self.version:
-            raise TapeError(
-                f"The input of layer {self.adapter.name!r} was changed in place after the layer used it, so its "
-                "statistics would be wrong; make the operation that follows out of place (e.g. inplace=False)."
-            )
-        if self.output is not None and self.output[0]._version != self.output[1]:
-            raise TapeError(
-                f"The output of layer {self.adapter.name!r}, a view of a part of another tensor, was changed in place, "
-                "which hides its derivative; make the operation that follows out of place (e.g. inplace=False)."
-            )
 
 
 class Tape:
@@ -80,18 +38,39 @@ class Tape:
 
     def __init__(self, adapters: Mapping[str, LayerAdapter]) -> None:
         self.adapters = adapters
-        self.calls: dict[str, Call] = {}
+        self._calls = Calls()
         self.constants: set[str] = set()
         self._empty: set[Node] = set()  # of calls without rows
         self._handles: list[RemovableHandle] = []
-        self._last: tuple[Tensor, list[str]] | None = None
+        self._last: tuple[Tensor, list[Key]] | None = None
         self._apart = False  # whether it was opened for a measurement
         self.disposable = False
 
     @property
+    def calls(self) -> dict[str, Call]:
+        """The recorded call of each layer, by name; several calls of a layer are put together."""
+        return self._calls.by_layer()
+
+    def refuse_repeated(self, what: str, join: str | None = None) -> None:
+        """Refuse layers with several calls.
+
+        Args:
+            what: What cannot take them, for the message.
+            join: Refuse those alone whose calls are put together as this; all by default.
+
+        Raises:
+            TapeError: There are some.
+        """
+        if repeated := self._calls.repeated(join):
+            raise TapeError(
+                f"{what} does not take layers that a forward pass calls several times, here {repeated}: use "
+                "approximation='kfac' with source='sampled' and sharing='expand', or one module for each call."
+            )
+
+    @property
     def empty(self) -> bool:
         """Whether layers were called without rows, and none with any."""
-        return bool(self._empty) and not self.calls
+        return bool(self._empty) and not self._calls.single
 
     @property
     def is_open(self) -> bool:
@@ -110,7 +89,7 @@ class Tape:
 
     def forget(self) -> None:
         """Let go of the calls, and of the graph that they are part of."""
-        self.calls, self.constants, self._empty, self._last = {}, set(), set(), None
+        self._calls, self.constants, self._empty, self._last = Calls(), set(), set(), None
 
     def close(self) -> None:
         """Remove the hooks; calls stay."""
@@ -135,11 +114,11 @@ class Tape:
                 if isinstance(output, Tensor) and output.requires_grad:
                     self._empty.add(output_edge(output)[0].node)
                 return
-            if name in self.calls:
+            if name in self._calls and not adapter.repeats:
                 raise TapeError(
-                    f"Layer {name!r} is used more than once in a forward pass; the Kronecker factors of weights shared "
-                    "between calls are not supported. Use one module per call, or leave the layer out by freezing it "
-                    "(requires_grad=False) while its curvature is gathered."
+                    f"Layer {name!r} is used more than once in a forward pass. Declare that it shares its weight "
+                    "between calls, by kronfac.layers.called_repeatedly(layer); or use one module per call, or leave "
+                    "the layer out by freezing it (requires_grad=False) while its curvature is gathered."
                 )
             if len(values) != 1 or not isinstance(values[0], Tensor):
                 raise TapeError(f"Layer {name!r} must be called with one tensor, the input, to gather its curvature.")
@@ -159,7 +138,7 @@ class Tape:
                 x = x.to(torch.get_autocast_dtype(x.device.type))
             edge, certain = output_edge(output)
             kept = None if certain else (output.detach(), output._version)
-            self.calls[name] = Call(adapter, x, edge, output.shape, x._version, kept)
+            self._calls.add(name, Call(adapter, x, edge, output.shape, x._version, kept))
 
         return hook
 
@@ -169,7 +148,7 @@ class Tape:
         Args:
             name: The layer.
         """
-        self.calls[name].input = self.calls[name].input.new_empty(0)
+        self._calls.forget_input(name)
 
     def pull(self, outputs: Tensor, cotangent: Tensor, *, retain_graph: bool = True) -> dict[str, Tensor]:
         """Differentiate ``⟨outputs, cotangent⟩`` with respect to every recorded layer's output.
@@ -215,27 +194,29 @@ class Tape:
             )
         if not self.calls:
             return
-        for call in self.calls.values():
+        single = self._calls.single
+        for call in single.values():
             call.check()
         last = self._last_edges(outputs)
+        collector = self._calls.collector(receive)
 
-        def hand_out(name: str, gradient: Tensor | None) -> None:
+        def hand_out(key: Key, gradient: Tensor | None) -> None:
             if gradient is not None:
-                receive(name, gradient.detach().reshape(self.calls[name].output_shape))
+                collector.take(key, gradient)
 
-        def hook(name: str, index: int) -> Callable[[tuple[Tensor | None, ...]], None]:
-            return lambda gradients: hand_out(name, gradients[index])
+        def hook(key: Key, index: int) -> Callable[[tuple[Tensor | None, ...]], None]:
+            return lambda gradients: hand_out(key, gradients[index])
 
-        # Layers behind which no other recorded layer lies end the pull; the others are met on the way.
+        # Calls behind which no other recorded one lies end the pull; the others are met on the way.
         handles = [
-            call.edge.node.register_prehook(hook(name, call.edge.output_nr))
-            for name, call in self.calls.items()
-            if name not in last
+            call.edge.node.register_prehook(hook(key, call.edge.output_nr))
+            for key, call in single.items()
+            if key not in last
         ]
         try:
             gradients = torch.autograd.grad(
                 outputs,
-                [self.calls[name].edge for name in last],
+                [single[key].edge for key in last],
                 cotangent.to(outputs.dtype),
                 retain_graph=retain_graph,
                 allow_unused=True,
@@ -243,19 +224,27 @@ class Tape:
         finally:
             for handle in handles:
                 handle.remove()
-        for name, gradient in zip(last, gradients, strict=True):
-            hand_out(name, gradient)
+        for key, gradient in zip(last, gradients, strict=True):
+            hand_out(key, gradient)
+        collector.finish()
 
-    def _last_edges(self, outputs: Tensor) -> list[str]:
-        """Names of recorded layers from which no other recorded layer can be reached, and of unreachable ones."""
+    def _last_edges(self, outputs: Tensor) -> list[Key]:
+        """Recorded calls from which no other recorded one can be reached, and those that are out of reach."""
         if self._last is None or self._last[0] is not outputs:
             self._refuse_other_uses(outputs)
-            self._last = (outputs, last_of(outputs, {name: call.edge.node for name, call in self.calls.items()}))
+            self._last = (outputs, last_of(outputs, self._nodes))
         return self._last[1]
 
+    @property
+    def _nodes(self) -> dict[Key, Node]:
+        return {key: call.edge.node for key, call in self._calls.single.items()}
+
     def _refuse_other_uses(self, outputs: Tensor) -> None:
+        nodes: dict[str, list[Node]] = {}
+        for (name, _), node in self._nodes.items():
+            nodes.setdefault(name, []).append(node)
         layers = {
-            name: (call.edge.node, [p for p in call.adapter.parameters.values() if p.requires_grad])
+            name: (nodes[name], [p for p in call.adapter.parameters.values() if p.requires_grad])
             for name, call in self.calls.items()
         }
         used = used_elsewhere(outputs, layers, self._empty)
@@ -277,7 +266,8 @@ class Tape:
         Returns:
             Their names.
         """
-        return unreached(outputs, {name: call.edge.node for name, call in self.calls.items()})
+        missed = unreached(outputs, self._nodes)
+        return {name for name, _ in missed} - {name for name, _ in self._nodes.keys() - missed}
 
     def feeders(self, outputs: Tensor) -> dict[str | None, set[str]]:
         """From which recorded layers each one takes its input directly, not through another recorded layer.

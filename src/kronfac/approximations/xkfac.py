@@ -234,6 +234,7 @@ class XKFAC(Approximation):
             ValueError: The source, the model's batch norm, its batch or one of its layers is not what XK-FAC is for.
         """
         _check_model(model)
+        tape.refuse_repeated(f"approximation={_NAME!r}")
         found = couplings(tape, outputs)
         coupled = any(coupling is not Coupling.NONE for coupling in found.values())
         if len(outputs) == 1 and (coupled or couples_examples(model)):

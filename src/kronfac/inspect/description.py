@@ -254,7 +254,8 @@ def _factored_assumptions(layer: LayerAdapter) -> tuple[str, ...]:
     elif isinstance(layer.module, nn.modules.conv._ConvNd):
         assumed.append("positions as uncorrelated")
     else:
-        assumed.append("positions, where there are several, as uncorrelated")
+        which = "calls and positions" if layer.repeats else "positions, where there are several,"
+        assumed.append(f"{which} as uncorrelated")
     if layer.stack:
         assumed.append("nothing between groups")
     return tuple(assumed)

@@ -6,5 +6,6 @@ from kronfac.layers import conv, conv_transpose, embedding, linear, norm  # noqa
 from kronfac.layers.base import LayerAdapter, UnsupportedLayer
 from kronfac.layers.model import Adaptation, adapt_model
 from kronfac.layers.registry import adapt
+from kronfac.layers.repeated import called_repeatedly
 
-__all__ = ["Adaptation", "LayerAdapter", "UnsupportedLayer", "adapt", "adapt_model"]
+__all__ = ["Adaptation", "LayerAdapter", "UnsupportedLayer", "adapt", "adapt_model", "called_repeatedly"]

@@ -9,12 +9,15 @@ output cotangents ``g`` of shape ``[B, S, *stack, d_out]``, such that the gradie
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from kronfac.linalg.symmetric import add_gram_
+
+#: What is set on a module that may be called several times.
+REPEATS = "_kronfac_called_repeatedly"
 
 
 class UnsupportedLayer(Exception):
@@ -40,6 +43,9 @@ class LayerAdapter(ABC):
         unit_wise: The block is kept densely per stack element (normalisation layers).
         channel_dim: The dimension of the layer's input and output that holds no positions: -1 or 1.
         autocast: The layer is a product, whose operands autocast rounds to 16 bits.
+        join: What several calls are put together as: ``"positions"`` of the same examples, further ``"examples"``, or
+            None where they cannot be.
+        features: How many trailing dimensions of its input and of its output hold no positions.
     """
 
     stack: tuple[int, ...] = ()
@@ -49,6 +55,8 @@ class LayerAdapter(ABC):
     unit_wise: bool = False
     channel_dim: int = -1
     autocast: bool = False
+    join: str | None = None
+    features: tuple[int, int] = (1, 1)
 
     def __init__(self, module: nn.Module, name: str, sharing: str = "expand") -> None:
         self.module = module
@@ -59,6 +67,25 @@ class LayerAdapter(ABC):
         self.has_weight = weight is not None and weight.requires_grad
         self.has_bias = bias is not None and bias.requires_grad
         self._prefix = f"{name}." if name else ""
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a forward may call the layer several times (`kronfac.layers.called_repeatedly`)."""
+        return bool(getattr(self.module, REPEATS, False))
+
+    def joined(self, tensors: Sequence[Tensor], features: int) -> Tensor:
+        """Put the inputs, or the cotangents of the outputs, of several calls together.
+
+        Args:
+            tensors: One for each call.
+            features: How many of their trailing dimensions hold no positions.
+
+        Returns:
+            ``[B, S, *features]`` with the positions of all calls, or all examples of all calls.
+        """
+        if self.join == "examples":
+            return torch.cat(list(tensors))
+        return torch.cat([t.reshape(len(t), -1, *t.shape[t.ndim - features :]) for t in tensors], dim=1)
 
     # ---------------------------------------------------------------- parameters
     @property

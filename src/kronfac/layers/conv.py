@@ -22,6 +22,7 @@ class ConvAdapter(LayerAdapter):
 
     channel_dim = 1
     autocast = True
+    join = "examples"  # maps beside each other would be neighbours
 
     def __init__(self, module: Convolution, name: str, sharing: str = "expand") -> None:
         super().__init__(module, name, sharing)

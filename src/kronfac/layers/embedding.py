@@ -16,6 +16,7 @@ class EmbeddingAdapter(LayerAdapter):
     """
 
     diagonal_input = True
+    join, features = "positions", (0, 1)
 
     def __init__(self, module: nn.Embedding, name: str, sharing: str = "expand") -> None:
         super().__init__(module, name, "expand")

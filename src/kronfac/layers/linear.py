@@ -13,6 +13,7 @@ class LinearAdapter(LayerAdapter):
     """``y = x Wᵀ + b`` with ``x`` of shape ``[B, *positions, in_features]`` (Martens & Grosse 2015, section 3)."""
 
     autocast = True
+    join = "positions"
 
     def __init__(self, module: nn.Linear, name: str, sharing: str = "expand") -> None:
         super().__init__(module, name, sharing)

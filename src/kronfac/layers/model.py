@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from kronfac.layers.base import LayerAdapter, UnsupportedLayer
+from kronfac.layers.base import REPEATS, LayerAdapter, UnsupportedLayer
 from kronfac.layers.norm import NormAdapter
 from kronfac.layers.registry import adapt, require_known_forward
 
@@ -68,13 +68,16 @@ def adapt_model(model: nn.Module, *, sharing: str = "expand", norm: str = "unitw
     if not order:
         raise ValueError("The model has no trainable parameter (requires_grad=True).")
     uses = Counter(id(p) for p in every.values())
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     result = Adaptation(order=order, frozen=tuple(n for n, p in model.named_parameters() if not p.requires_grad))
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         own = {prefix + key: p for key, p in module.named_parameters(recurse=False) if p.requires_grad}
         if not own:
             continue
-        tied = [key for key, p in own.items() if uses[id(p)] > 1]
+        # One that is declared to be called repeatedly may also have several names.
+        count = holders if getattr(module, REPEATS, False) else uses
+        tied = [key for key, p in own.items() if count[id(p)] > 1]
         if tied:
             others = [n for n, p in every.items() if p is own[tied[0]] and n != tied[0]]
             reason = f"its parameter is shared (tied) with {', '.join(others)}"
@@ -84,6 +87,7 @@ def adapt_model(model: nn.Module, *, sharing: str = "expand", norm: str = "unitw
             _require_ordinary(own.values())
             adapter = adapt(module, name, sharing)
             require_known_forward(module)
+            _require_joint_calls(adapter)
             if isinstance(adapter, NormAdapter) and norm == "full":
                 adapter = adapter.full()
             if not adapter.parameters:
@@ -103,6 +107,12 @@ def _require_ordinary(parameters: Iterable[nn.Parameter]) -> None:
             raise UnsupportedLayer("its parameters are complex numbers")
         if not parameter.numel():
             raise UnsupportedLayer("it has a parameter without entries (a layer of no features)")
+
+
+def _require_joint_calls(adapter: LayerAdapter) -> None:
+    if adapter.repeats and adapter.join is None:
+        kind = type(adapter.module).__name__
+        raise UnsupportedLayer(f"it is declared to be called repeatedly, and calls of a {kind} stay apart")
 
 
 def _strange(module: nn.Module) -> str:

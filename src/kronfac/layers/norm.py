@@ -80,6 +80,13 @@ class NormAdapter(LayerAdapter):
 class LastDimNorm(NormAdapter):
     """LayerNorm and RMSNorm: units are the trailing dimensions."""
 
+    join = "positions"
+
+    def __init__(self, module: nn.Module, name: str, sharing: str = "expand") -> None:
+        super().__init__(module, name, sharing)
+        normalised = len(module.normalized_shape)  # type: ignore[arg-type]
+        self.features = (normalised, normalised)
+
     def lacks_batch(self, x: Tensor) -> bool:
         """True of what is normalised as a whole."""
         return x.ndim <= len(self.module.normalized_shape)  # type: ignore[arg-type]
@@ -202,6 +209,7 @@ class FullNormAdapter(NormAdapter):
         super().__init__(inner.module, inner.name)
         self._inner = inner
         self.stack, self.d_out, self.channel_dim = (), self._units, inner.channel_dim
+        self.join, self.features = inner.join, inner.features
 
     def _weight_to_matrix(self, weight: Tensor) -> Tensor:
         return weight.reshape(self._units, 1)

@@ -149,6 +149,7 @@ class Recursive(Source):
             raise ValueError("source='recursive' walks through the model: bind it first, Recursive().bind(model).")
         links = read_chain(self._model)
         require_still(links)
+        tape.refuse_repeated("source='recursive'")
         _require_size(tape, self.limit)
         tolerance = _tolerance(tape, outputs)
         ((_, sample, _),) = self._pulls(tape, likelihood, outputs, targets, generator)
