@@ -269,3 +269,24 @@ def test_rows_of_calls_under_no_grad_are_no_examples() -> None:
     optimizer = kf.optim.EKFAC(model, kf.Categorical(), lr=0.1)
     torch.nn.functional.cross_entropy(model(x), torch.arange(5) % 3).backward()
     optimizer.step()
+
+
+class MeanOverTime(nn.Module):
+    """The mean over a sequence, with time first on the way or not: the same function."""
+
+    def __init__(self, time_first: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.dim = nn.Linear(4, 5), nn.Linear(5, 3), 0 if time_first else 1
+        double(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x if self.dim else x.transpose(0, 1)).tanh().mean(self.dim))
+
+
+def test_weights_of_the_loss_need_rows_that_are_examples() -> None:
+    likelihood = kf.Categorical(weight=torch.tensor([1.0, 5.0, 0.1], dtype=torch.float64))
+    x, y = torch.randn(6, 6, 4, dtype=torch.float64), torch.arange(6) % 3
+    kf.estimate(MeanOverTime(False), likelihood, (x, y))
+    with pytest.raises(ValueError, match=r"The loss Categorical.*layer 'first'.*a loss without weights"):
+        kf.estimate(MeanOverTime(True), likelihood, (x, y))
+    kf.estimate(MeanOverTime(True), kf.Categorical(), (x, y))

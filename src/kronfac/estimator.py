@@ -93,7 +93,10 @@ class Estimator:
             return f"source={self.source.name!r}"
         if self.approximation.needs_examples:
             return f"approximation={self.approximation.name!r}"
-        return "sharing='reduce'" if self.options["sharing"] == "reduce" else None
+        if self.options["sharing"] == "reduce":
+            return "sharing='reduce'"
+        # The weights of an example's terms go to its rows.
+        return f"The loss {self.likelihood!r}" if self.likelihood.needs_targets else None
 
     def warn_uncovered(self, what: str) -> None:
         """Name parameters without a block, once, as a :class:`CoverageWarning`.

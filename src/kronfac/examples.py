@@ -61,8 +61,10 @@ def check_examples(
         except Exception:  # whatever a model says of a part that is none, or of eval mode
             return
         coupled = couples_examples(model) or estimator.approximation.couples_examples
+    weighted = estimator.likelihood.needs_targets
+    instead = "a loss without weights" if weighted else "approximation='kfac' with source='sampled'"
     for adapter, rows in seen:
-        require_examples(adapter, rows, size - 1, what)
+        require_examples(adapter, rows, size - 1, what, instead)
     precision = _precision(model, found)
     if not found.ndim or len(found) != size or not _close(again, found, precision):
         return
@@ -70,7 +72,7 @@ def check_examples(
         raise ValueError(
             f"{what} needs the examples one by one, along the first dimension of inputs and outputs; but without the "
             "first of a few, the outputs of the others are not what they were. Put the batch first, before time, or "
-            "use approximation='kfac' with source='sampled'."
+            f"use {instead}."
         )
 
 

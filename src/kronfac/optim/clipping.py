@@ -168,7 +168,7 @@ def clip_scale(
     several = len(set(rates.values())) > 1
     products = torch.stack([inner_product(gradients[n], directions[n]) for n in rates]).double()
     if several:
-        products = products * products.new_tensor([rate**2 for rate in rates.values()])
+        products = products * products.new_tensor([rate * rate for rate in rates.values()])
 
     def exact() -> float:
         dense = {n: directions[n].to_dense() if directions[n].is_sparse else directions[n] for n in rates}
@@ -180,8 +180,8 @@ def clip_scale(
         )
         return decay + exact_product(gatherer, estimator.likelihood, vector, pick)
 
-    square = 1.0 if several else next(iter(rates.values())) ** 2
-    return clip(bound_of(given, terms), float(products.sum()), exact if due else None, square)
+    rate = 1.0 if several else next(iter(rates.values()))
+    return clip(bound_of(given, terms), float(products.sum()), exact if due else None, rate * rate)
 
 
 def _bound(members: Sequence[tuple[str, Tensor, Mapping[str, Any]]]) -> float | str | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +11,9 @@ from torch.optim import Optimizer
 
 from kronfac.approximations import Mean, Statistic
 from kronfac.approximations.base import is_blank
-from kronfac.blocks import INVERSES, Inverse
-from kronfac.optim.background import Pending
 from kronfac.optim.health import Record
+from kronfac.optim.inverse_state import load_inverses, load_pending, number, save_inverses, save_pending
 from kronfac.optim.options import check_group
-from kronfac.optim.refresh import Refreshed
 
 if TYPE_CHECKING:
     from kronfac.estimator import Estimator
@@ -69,7 +66,7 @@ def save_curvature_state(optimizer: KFAC) -> dict[str, Any]:
             if statistic.constant_shapes()
         },
         "inverses": save_inverses(optimizer._inverses),
-        "pending": _save_pending(optimizer._pending),
+        "pending": save_pending(optimizer._pending),
         "record": optimizer._record.describe(),
         "cosines": {} if optimizer._rounded is None else dict(optimizer._rounded.cosines),
         "generator": generator.get_state(),
@@ -127,17 +124,17 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
                 raise ValueError(
                     f"Layer {layer!r}: the state's {key} has shape {shape}, not {tuple(mean.total.shape)}."
                 )
-            weight, scale = (_number(f"{what} of {layer}.{key}", entry[what]) for what in ("weight", "scale"))
+            weight, scale = (number(f"{what} of {layer}.{key}", entry[what]) for what in ("weight", "scale"))
             means.append((mean, _total(mean.total, entry["total"], weight), weight, scale))
     fixed = {layer: statistic for layer, statistic in mine.items() if statistic.constant_shapes()}
     constants = {layer: _constants(layer, statistic, saved["constants"][layer]) for layer, statistic in fixed.items()}
-    inverses = _load_inverses(optimizer, saved["inverses"])
-    pending = _load_pending(optimizer, saved.get("pending"))  # states of before lack it, record and cosines
+    inverses = load_inverses(optimizer, saved["inverses"])
+    pending = load_pending(optimizer, saved.get("pending"))  # states of before lack it, record and cosines
     record = Record.of(saved["record"]) if "record" in saved else Record()
-    cosines = {str(k): _number(f"cosine of {k}", v) for k, v in saved.get("cosines", {}).items()}
-    steps, warmed = int(_number("steps", saved["steps"])), int(_number("warmed", saved.get("warmed", 0)))
-    ratio = None if saved["clip_ratio"] is None else _number("clip_ratio", saved["clip_ratio"])
-    terms = _number("terms", saved["terms"])
+    cosines = {str(k): number(f"cosine of {k}", v) for k, v in saved.get("cosines", {}).items()}
+    steps, warmed = int(number("steps", saved["steps"])), int(number("warmed", saved.get("warmed", 0)))
+    ratio = None if saved["clip_ratio"] is None else number("clip_ratio", saved["clip_ratio"])
+    terms = number("terms", saved["terms"])
     unreached = {str(layer) for layer in saved.get("unreached", ())}
     generator, fallback = optimizer._estimator.generator, optimizer._fallback
     assert generator is not None
@@ -165,37 +162,6 @@ def _checked(optimizer: KFAC, state_dict: dict[str, Any], saved: dict[str, Any])
         optimizer._gatherer.unreached = unreached
 
     return apply
-
-
-def _save_pending(pending: Pending | None) -> dict[str, Any] | None:
-    """Wait for a refresh on its way and describe it; one that failed will fail again when it is taken over."""
-    if pending is None:
-        return None
-    entry: dict[str, Any] = {"started": pending.started, "due": pending.due}
-    try:
-        found = pending.result()
-    except (torch.linalg.LinAlgError, FloatingPointError) as error:
-        return {**entry, "error": str(error), "overflow": isinstance(error, FloatingPointError)}
-    return {
-        **entry,
-        "inverses": save_inverses(found.inverses),
-        "retried": list(found.retried),
-        "iterations": dict(found.iterations),
-        "fallbacks": list(found.fallbacks),
-    }
-
-
-def _load_pending(optimizer: KFAC, saved: dict[str, Any] | None) -> Pending | None:
-    if saved is None:
-        return None
-    started, due = (int(_number(key, saved[key])) for key in ("started", "due"))
-    if "error" in saved:
-        kind = FloatingPointError if saved["overflow"] else torch.linalg.LinAlgError
-        return Pending.failed(started, due, kind(str(saved["error"])))
-    inverses = _load_inverses(optimizer, saved["inverses"])
-    retried, fallbacks = (tuple(str(name) for name in saved.get(key, ())) for key in ("retried", "fallbacks"))
-    iterations = {str(name): int(count) for name, count in saved.get("iterations", {}).items()}
-    return Pending.finished(started, due, Refreshed(inverses, retried, iterations, fallbacks))
 
 
 def gather_generators(estimator: Estimator) -> list[Tensor] | None:
@@ -248,12 +214,6 @@ def _constants(layer: str, statistic: Statistic, saved: dict[str, Tensor]) -> di
     return {key: tensor.to(like.device, like.dtype, copy=True) for key, tensor in saved.items()}
 
 
-def _number(what: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"The state's {what} is {value!r}, which is no number.")
-    return value
-
-
 def _check_parameters(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Refuse groups of other parameters and buffers of other shapes, which PyTorch would take."""
     groups, present = state_dict["param_groups"], optimizer.param_groups
@@ -270,56 +230,3 @@ def _check_parameters(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
                 if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
                     shapes = f"{tuple(value.shape)}, not {tuple(parameter.shape)}"
                     raise ValueError(f"The state's {key} of parameter {index} has shape {shapes}.")
-
-
-def _load_inverses(optimizer: KFAC, saved: dict[str, Any]) -> dict[str, Inverse]:
-    statistics, adapters = optimizer._estimator.statistics, optimizer._estimator.adaptation.adapters
-    if unknown := sorted(set(saved) - set(statistics)):
-        raise ValueError(f"The state holds inverses of layers {unknown}, which the model does not have.")
-    device = next(iter(next(iter(statistics.values())).means().values())).total.device
-    inverses = load_inverses(saved, lambda tensor: tensor.to(device, copy=True))
-    for layer, inverse in inverses.items():
-        if inverse.shape != adapters[layer].shape:
-            shapes = f"{tuple(inverse.shape)}, not {tuple(adapters[layer].shape)}"
-            raise ValueError(f"Layer {layer!r}: the state's inverse has shape {shapes}.")
-    return inverses
-
-
-def save_inverses(inverses: Mapping[str, Inverse]) -> dict[str, dict[str, object]]:
-    """Describe inverses by plain tensors and strings.
-
-    Args:
-        inverses: Inverses by layer.
-
-    Returns:
-        What :func:`load_inverses` takes.
-    """
-    return {
-        name: {"kind": inverse.kind, "shape": list(inverse.shape), "tensors": inverse.tensors()}
-        for name, inverse in inverses.items()
-    }
-
-
-def load_inverses(saved: Mapping[str, Mapping[str, object]], move: Callable[[Tensor], Tensor]) -> dict[str, Inverse]:
-    """Rebuild inverses.
-
-    Args:
-        saved: From :func:`save_inverses`.
-        move: Brings a tensor to its device, as a copy.
-
-    Returns:
-        Inverses by layer.
-
-    Raises:
-        ValueError: A kind is unknown.
-    """
-    out = {}
-    for name, entry in saved.items():
-        kind, tensors, shape = entry["kind"], entry["tensors"], entry["shape"]
-        if kind not in INVERSES:
-            raise ValueError(f"The checkpoint holds an inverse of unknown kind {kind!r} for layer {name!r}.")
-        assert isinstance(tensors, dict)
-        assert isinstance(shape, list)
-        moved = {key: move(tensor) for key, tensor in tensors.items()}
-        out[name] = INVERSES[str(kind)].from_tensors(moved, torch.Size(shape))
-    return out
