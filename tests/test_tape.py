@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -537,3 +539,18 @@ def test_a_state_carried_from_an_earlier_forward_must_be_detached(detached: bool
         return
     with pytest.raises(TapeError, match=r"a state that an earlier forward left without detach\(\)"):
         tape.pull(out, torch.ones_like(out))
+
+
+@pytest.mark.parametrize("approximation", ["kfac", "xkfac"])
+def test_a_pull_leaves_no_cycle_that_keeps_the_graph(approximation: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    seen: list[weakref.ref[Tensor]] = []
+    model[3].register_forward_hook(lambda module, args, output: seen.append(weakref.ref(args[0])))
+    gc.collect()
+    gc.disable()
+    try:
+        kf.estimate(model, kf.Gaussian(), (draw(4, 3), draw(4, 2)), approximation=approximation)
+        assert seen
+        assert all(ref() is None for ref in seen)
+    finally:
+        gc.enable()

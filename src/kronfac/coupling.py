@@ -7,7 +7,7 @@ by hand is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -54,23 +54,25 @@ def couplings(tape: Tape, outputs: Tensor) -> dict[str, Coupling]:
         for follower in _following(node):
             users.setdefault(follower, []).append(node)
 
-    def feeds_norms_alone(node: Any) -> bool:
-        found = users.get(node, [])
-        return bool(found) and all(
-            # A cast, as under autocast, keeps sums; everything else may weigh the examples differently.
-            (user in norms and user.next_functions[0][0] is node)
-            or (user.name() == "ToCopyBackward0" and feeds_norms_alone(user))
-            for user in found
-        )
-
     found: dict[str, Coupling] = {}
     for name, call in tape.calls.items():
         node = call.edge.node
         if node not in nodes:
             continue
-        direct = node is not outputs.grad_fn and _units_are_channels(call) and feeds_norms_alone(node)
+        direct = node is not outputs.grad_fn and _units_are_channels(call) and _feeds_alone(node, norms, users)
         found[name] = (Coupling.DIRECT if direct else Coupling.GENERAL) if node in behind else Coupling.NONE
     return found
+
+
+def _feeds_alone(node: Any, norms: set[Any], users: Mapping[Any, list[Any]]) -> bool:
+    """Whether a node's output goes into batch norm, and nowhere else."""
+    found = users.get(node, [])
+    return bool(found) and all(
+        # A cast, as under autocast, keeps sums; everything else may weigh the examples differently.
+        (user in norms and user.next_functions[0][0] is node)
+        or (user.name() == "ToCopyBackward0" and _feeds_alone(user, norms, users))
+        for user in found
+    )
 
 
 def refuse_synchronised(model: nn.Module, name: str) -> None:

@@ -87,8 +87,8 @@ def estimate(
             two batches and must be in a list.
         approximation: A name of ``kronfac.approximations.APPROXIMATIONS``, such as ``"kfac"``, ``"tkfac"``,
             ``"ekfac"``, ``"diagonal"`` or ``"dense"``, or an object.
-        source: ``"sampled"`` (Fisher), ``"exact"`` (Gauss-Newton), ``"empirical"``, ``"forward_only"``,
-            ``"recursive"`` (KFRA) or an object.
+        source: ``"sampled"`` (Fisher), ``"root"`` (the same by random signs), ``"exact"`` (Gauss-Newton),
+            ``"empirical"``, ``"forward_only"``, ``"recursive"`` (KFRA) or an object.
         samples: Samples per example of the sampled source.
         sharing: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023).
         norm: ``"unitwise"`` or ``"full"`` blocks of normalisation layers.

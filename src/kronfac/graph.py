@@ -188,21 +188,23 @@ def used_elsewhere(
     """
     users, met = _users(outputs, empty)
 
-    def products(node: Node, calls: Collection[Node], shape: torch.Size) -> float:
-        # From a parameter on, past its casts and transposes, to the products that it is part of.
-        count = 0.0
-        for user in users.get(node, []):
-            if user not in calls and _is_function(user, shape):
-                return math.inf  # of which the layer's weight was made for this call
-            ends = user in calls or len(user.next_functions) > 1
-            count += 1 if ends else products(user, calls, shape)
-        return count
-
     def elsewhere(calls: Collection[Node], parameters: Iterable[Tensor]) -> bool:
         most = sum(node in met for node in calls)
-        return any(products(get_gradient_edge(p).node, calls, p.shape) > most for p in parameters)
+        return any(_products(get_gradient_edge(p).node, calls, p.shape, users) > most for p in parameters)
 
     return [name for name, (calls, parameters) in layers.items() if elsewhere(calls, parameters)]
+
+
+# No function within another: one that calls itself is a cycle, which keeps the graph until the next collection.
+def _products(node: Node, calls: Collection[Node], shape: torch.Size, users: Mapping[Node, list[Node]]) -> float:
+    """Count the products that a parameter is part of, past its casts and transposes; infinite for a function of it."""
+    count = 0.0
+    for user in users.get(node, []):
+        if user not in calls and _is_function(user, shape):
+            return math.inf
+        ends = user in calls or len(user.next_functions) > 1
+        count += 1 if ends else _products(user, calls, shape, users)
+    return count
 
 
 def _is_function(node: Node, shape: torch.Size) -> bool:

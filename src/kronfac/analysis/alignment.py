@@ -21,6 +21,7 @@ from kronfac.estimator import CoverageWarning
 from kronfac.forwards import batches_of
 from kronfac.layers import adapt_model
 from kronfac.likelihoods import Likelihood
+from kronfac.sources import DRAWN
 
 #: Layer name of the rows over all layers together.
 WHOLE = "all layers"
@@ -210,7 +211,7 @@ def _approximate(
             scene.batches,
             approximation=method.approximation,
             source=method.source,
-            samples=samples if method.source == "sampled" else 1,
+            samples=samples if method.source in DRAWN else 1,
             sharing=sharing,
             norm=norm,
             seed=seed,

@@ -16,7 +16,7 @@ from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.likelihoods import Likelihood
 from kronfac.measuring import apart_from_training, couples_examples, frozen_buffers
 from kronfac.operators.passes import same_random_state
-from kronfac.sources import SOURCES, Empirical, ForwardOnly, Source, get_source
+from kronfac.sources import DRAWN, SOURCES, Empirical, ForwardOnly, RootProbe, Source, get_source
 
 #: Sources that estimate another matrix than the Gauss-Newton.
 _OTHER_MATRICES = (Empirical, ForwardOnly)
@@ -161,11 +161,11 @@ def sources_of(sources: Sequence[str | Source] | str | Source | None, samples: i
         ValueError: One estimates another matrix.
     """
     if sources is None:
-        fitting = {name: kind for name, kind in SOURCES.items() if not issubclass(kind, _OTHER_MATRICES)}
+        fitting = {name: kind for name, kind in SOURCES.items() if not issubclass(kind, (*_OTHER_MATRICES, RootProbe))}
         sources = [name for _, name in sorted((not kind.exact, name) for name, kind in fitting.items())]
     if isinstance(sources, (str, Source)):
         sources = [sources]
-    found = [get_source(each, samples if each == "sampled" else 1) for each in sources]
+    found = [get_source(each, samples if each in DRAWN else 1) for each in sources]
     for source in found:
         if isinstance(source, _OTHER_MATRICES):
             raise ValueError(

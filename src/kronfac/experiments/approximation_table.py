@@ -14,8 +14,9 @@ from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.files import read_json, remove_leftovers, write_csv, write_json, write_text
 from kronfac.experiments.problems import get_problem
 from kronfac.experiments.problems.base import Data, Problem
-from kronfac.experiments.sources import ROOT, named_sources
+from kronfac.experiments.sources import named_sources
 from kronfac.experiments.subject import train_subject, training_settings
+from kronfac.sources import DRAWN
 
 Row = dict[str, Any]
 
@@ -177,7 +178,7 @@ def markdown(settings: TableSettings, rows: Sequence[Row], command: str) -> str:
     notes: list[str] = []
     headings = ["problem", "training", "approximation"]
     for source in settings.sources:
-        drawn = f"{source} ({settings.samples})" if source in ("sampled", ROOT) else source
+        drawn = f"{source} ({settings.samples})" if source in DRAWN else source
         headings += [f"{drawn}: error", "trace", "update", "whole"]
     lines = ["| " + " | ".join(headings) + " |", "| --- | --- | --- |" + " ---: |" * (4 * len(settings.sources))]
     for problem in settings.problems:

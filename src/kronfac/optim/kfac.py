@@ -54,8 +54,8 @@ class KFAC(Renewal):
         weight_decay: ``r``; adds ``rθ`` to the gradient and ``r`` to the damping, unless decoupled.
         approximation: A name of ``kronfac.approximations.APPROXIMATIONS``, such as ``"kfac"``, ``"tkfac"``, ``"prong"``
             or ``"diagonal"``, or an object.
-        source: ``"sampled"`` (true Fisher), ``"exact"``, ``"empirical"``, ``"forward_only"``,
-            ``"recursive"`` (KFRA's factors) or an object.
+        source: ``"sampled"`` (true Fisher), ``"root"`` (by random signs), ``"exact"``, ``"empirical"``,
+            ``"forward_only"``, ``"recursive"`` (KFRA's factors) or an object.
         damping_rule: ``"factored"``, ``"exact"``, ``"normal"``, ``"trace_restricted"`` or a rule.
         stats_every: Statistics period ``T_s`` in steps.
         invert_every: Inverse period ``T_f``; before it, inverses are also refreshed at steps 1, 2, 4, 8, … For EKFAC

@@ -8,9 +8,13 @@ from kronfac.sources.exact import Exact
 from kronfac.sources.forward_only import ForwardOnly
 from kronfac.sources.recursive import Recursive
 from kronfac.sources.sample import Sample, not_finite
-from kronfac.sources.sampled import Sampled
+from kronfac.sources.sampled import RootProbe, Sampled
 
-SOURCES: dict[str, type[Source]] = {kind.name: kind for kind in (Sampled, Exact, Empirical, ForwardOnly, Recursive)}
+SOURCES: dict[str, type[Source]] = {
+    kind.name: kind for kind in (Sampled, RootProbe, Exact, Empirical, ForwardOnly, Recursive)
+}
+#: Those that draw samples.
+DRAWN = (Sampled.name, RootProbe.name)
 
 
 def get_source(source: str | Source, samples: int = 1) -> Source:
@@ -18,7 +22,7 @@ def get_source(source: str | Source, samples: int = 1) -> Source:
 
     Args:
         source: A name, or a source object, which is returned as it is.
-        samples: Number of samples for ``"sampled"``.
+        samples: Number of samples of those that draw, ``"sampled"`` and ``"root"``.
 
     Returns:
         The source.
@@ -33,19 +37,22 @@ def get_source(source: str | Source, samples: int = 1) -> Source:
         raise TypeError(f"source must be a name or a kronfac.sources.Source, not {type(source).__name__}.")
     if source not in SOURCES:
         raise ValueError(f"source={source!r} is unknown; choose one of {sorted(SOURCES)}.")
-    if source == "sampled":
-        return Sampled(samples)
+    kind = SOURCES[source]
+    if issubclass(kind, Sampled):
+        return kind(samples)
     if samples != 1:
-        raise ValueError(f"samples={samples} applies to source='sampled' only, not to {source!r}.")
-    return SOURCES[source]()
+        raise ValueError(f"samples={samples} applies to source='sampled' and 'root', not to {source!r}.")
+    return kind()
 
 
 __all__ = [
+    "DRAWN",
     "SOURCES",
     "Empirical",
     "Exact",
     "ForwardOnly",
     "Recursive",
+    "RootProbe",
     "Sample",
     "Sampled",
     "Seed",

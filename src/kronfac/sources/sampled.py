@@ -51,3 +51,16 @@ class Sampled(Source):
         draw = likelihood.sample_cotangents if self.probe == "labels" else likelihood.probe_cotangents
         for _ in range(self.count):
             yield Seed(draw(outputs, targets, generator), 1.0 / self.count)  # type: ignore[arg-type]
+
+
+class RootProbe(Sampled):
+    """:class:`Sampled` with ``probe="root"``, by a name of its own.
+
+    Args:
+        samples: Number of pulls per forward pass.
+    """
+
+    name = "root"
+
+    def __init__(self, samples: int = 1) -> None:
+        super().__init__(samples, "root")

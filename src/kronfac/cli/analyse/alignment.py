@@ -28,8 +28,7 @@ from kronfac.experiments.errors import ExperimentError, need
 from kronfac.experiments.files import make_folder
 from kronfac.experiments.present import Table, number
 from kronfac.experiments.problems import get_problem
-from kronfac.experiments.sources import ROOT, named_sources
-from kronfac.sources import Sampled
+from kronfac.experiments.sources import named_sources
 
 if TYPE_CHECKING:
     from kronfac.analysis import Alignment, Method
@@ -132,20 +131,15 @@ def alignment(
 def _methods(text: str, samples: int) -> list[Method]:
     from kronfac.analysis import Method
 
-    found = []
-    for word in words(text, "--approximations"):
-        approximation, *others = (part.strip() for part in word.split(":"))
-        root = others[:1] == [ROOT]
-        try:
-            parsed = Method.parse(":".join([approximation, Sampled.name, *others[1:]]) if root else word)
-        except (ValueError, TypeError) as error:
-            raise ExperimentError(str(error)) from error
-        found.append((parsed, ROOT if root else str(parsed.source)))
-    if len({method.name + name for method, name in found}) < len(found):
+    try:
+        methods = [Method.parse(word) for word in words(text, "--approximations")]
+    except (ValueError, TypeError) as error:
+        raise ExperimentError(str(error)) from error
+    if len({method.name for method in methods}) < len(methods):
         raise ExperimentError(f"--approximations names one twice: {text}")
-    sources = named_sources(list(dict.fromkeys(name for _, name in found)), samples)
-    by_name = {source.name: source for source in sources}
-    return [replace(method, source=by_name[name]) for method, name in found]
+    names = dict.fromkeys(str(method.source) for method in methods)
+    by_name = {source.name: source for source in named_sources(list(names), samples)}
+    return [replace(method, source=by_name[str(method.source)]) for method in methods]
 
 
 def _summary(rows: list[Alignment]) -> Table:

@@ -200,8 +200,5 @@ def own_values(values: Mapping[str, object]) -> dict[str, Any]:
     Returns:
         Those that the optimiser's constructor takes.
     """
-    from kronfac.experiments.sources import ROOT, RootProbe
-
     shared = {option.name for option in (*COMMON, WARM_UP)}
-    own = {name: value for name, value in values.items() if name not in shared}
-    return own | {"source": RootProbe()} if own.get("source") == ROOT else own
+    return {name: value for name, value in values.items() if name not in shared}
