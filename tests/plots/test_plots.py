@@ -74,6 +74,13 @@ def test_bars_have_the_lengths_given() -> None:
         plots.bars(["a", "b"], [1.0])
 
 
+def test_bars_of_one_name_have_one_colour_in_several_axes() -> None:
+    among = ["a", "b", "c"]
+    first, second = (plots.bars(names, [1.0, 2.0], among=among) for names in (["a", "c"], ["b", "c"]))
+    assert first.patches[1].get_facecolor() == second.patches[1].get_facecolor()
+    assert first.patches[0].get_facecolor() != second.patches[0].get_facecolor()
+
+
 def test_a_grid_shows_best_points_and_divergence() -> None:
     table = pd.DataFrame({"lr": [0.1, 0.1, 1.0, 10.0], "final": [2.0, 1.0, 3.0, math.nan]})
     axes = plots.grid_profile(table, "lr")

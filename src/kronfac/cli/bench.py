@@ -277,6 +277,7 @@ def _draw(results: Results) -> Axes:
     from kronfac.plots import bars
     from kronfac.plots.panels import new_panels
 
+    among = list(dict.fromkeys(part for one in results.values() for part in one.rows if part != _FIRST))
     panels = new_panels(len(results), columns=len(results), width=5.2, height=4.2)
     for axes, (name, one) in zip(panels, results.items(), strict=True):
         rows = one.rows
@@ -289,5 +290,6 @@ def _draw(results: Results) -> Axes:
             x_label=f"over forward+backward ({rows[_FIRST].median:.0f} ms)",
             title=name,
             form="{:.2f}",
+            among=among,
         )
     return panels[0]

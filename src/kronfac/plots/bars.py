@@ -20,6 +20,7 @@ def bars(
     x_label: str = "",
     title: str | None = None,
     form: str = "{:.3g}",
+    among: Sequence[str] | None = None,
 ) -> Axes:
     """Draw a horizontal bar per name, the first on top, with its value written beside it.
 
@@ -31,6 +32,7 @@ def bars(
         x_label: Label of the horizontal axis.
         title: Title, if any.
         form: Format of the values.
+        among: All names of the picture, where bars of one name have the same colour in several axes.
 
     Returns:
         The axes.
@@ -43,7 +45,12 @@ def bars(
     axes = axes if axes is not None else new_axes(6.4, 1.2 + 0.4 * len(names))
     places = range(len(names))
     drawn = axes.barh(
-        places, values, xerr=errors, color=[colour_of(name, names) for name in names], height=0.6, ecolor="#444444"
+        places,
+        values,
+        xerr=errors,
+        color=[colour_of(name, among or names) for name in names],
+        height=0.6,
+        ecolor="#444444",
     )
     axes.bar_label(drawn, [form.format(value) if value == value else "" for value in values], padding=4)
     for place, value in zip(places, values, strict=True):
