@@ -195,11 +195,18 @@ def test_parameters_of_another_shape(saved: Path) -> None:
         load(saved, Model(classes=5))
 
 
-def test_frozen_parameters(saved: Path) -> None:
-    model = Model()
-    model.head.bias.requires_grad_(False)
-    with pytest.raises(StorageError, match="layer 'head'"):
-        load(saved, model)
+def test_parameters_that_were_frozen_since(saved: Path) -> None:
+    wanted = load(saved, Model())
+    for frozen in ("head.bias", ""):
+        model = Model()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen))
+        before = [parameter.requires_grad for parameter in model.parameters()]
+        found = load(saved, model)
+        assert [parameter.requires_grad for parameter in model.parameters()] == before
+        assert found.parameter_names == wanted.parameter_names
+        assert torch.equal(found.to_dense(), wanted.to_dense())
+        assert torch.equal(load(saved, nn.DataParallel(model)).to_dense(), wanted.to_dense())
 
 
 def _drop_tensor(tensors: dict[str, Tensor], metadata: dict[str, str], content: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from kronfac.blocks import KINDS, Block
 from kronfac.blocks.khatri_rao import KhatriRao
 from kronfac.curvature import BlockDiagonal
 from kronfac.curvature_coupled import CoupledCurvature
+from kronfac.eager import eager_root
 from kronfac.vectors import listed
 
 if TYPE_CHECKING:
@@ -67,9 +68,7 @@ def take_apart(curvature: Curvature) -> tuple[dict[str, Tensor], dict[str, Any]]
     if isinstance(curvature, CoupledCurvature) and isinstance(curvature.coupled, KhatriRao):
         coupled = curvature.coupled
     elif not isinstance(curvature, BlockDiagonal):
-        raise TypeError(
-            f"only a block-diagonal curvature, or that of KK-FAC, can be saved, got {type(curvature).__name__}"
-        )
+        raise TypeError(f"only block-diagonal curvature, or KK-FAC's, can be saved, got {type(curvature).__name__}")
     names = () if coupled is None else coupled.coupled_layers
     tensors = {
         f"{i}.{name}": tensor
@@ -123,7 +122,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> Curvature:
 
     Args:
         path: The file.
-        model: The model; only the names, kinds and shapes of its layers matter.
+        model: The model; only the names, kinds and shapes of its layers matter, and not what of it is trained.
 
     Returns:
         The curvature.
@@ -151,8 +150,9 @@ def put_together(
     Raises:
         StorageError: If the description is damaged or does not fit the model.
     """
-    from kronfac.layers import adapt_model  # imported here: files are read without it, and it imports every adapter
+    from kronfac.layers import adapt_model, trained_as  # imported here: it imports every adapter
 
+    model = eager_root(model)
     parameters = dict(model.named_parameters())
     try:
         options = {str(key): str(value) for key, value in content["options"].items()}
@@ -164,8 +164,10 @@ def put_together(
         raise StorageError(f"{path}: the description of the curvature is damaged (a layer is in it twice)")
     if unknown := sorted(options.keys() - {"sharing", "norm"}):
         raise StorageError(f"{path}: the curvature was saved with the unknown options {unknown}")
+    trained = {n: e["parameters"] if isinstance(e.get("parameters"), Mapping) else () for n, e in layers}
     try:
-        adapters: Mapping[str, LayerAdapter] = adapt_model(model, **options).adapters
+        with trained_as(model, trained):
+            adapters: Mapping[str, LayerAdapter] = adapt_model(model, **options).adapters
     except ValueError as error:
         raise StorageError(f"{path}: the model cannot be adapted as it was for saving: {error}") from error
     blocks: dict[str, Block] = {}

@@ -252,7 +252,7 @@ def test_sources_damping_rules_and_consumers_that_do_not_fit(tmp_path: Path) -> 
     with pytest.raises(torch.linalg.LinAlgError, match=r"damping 0: the input side of .* covariance of layer '0'"):
         dead.factorise(0.0)
     with pytest.raises(
-        TypeError, match="only a block-diagonal curvature, or that of KK-FAC, can be saved, got BlockTridiagonal"
+        TypeError, match="only block-diagonal curvature, or KK-FAC's, can be saved, got BlockTridiagonal"
     ):
         kf.save(curvature, tmp_path / "curvature.safetensors")
     with pytest.raises(ValueError, match=r"KFAC takes layers one by one.*'kfac_tridiagonal' couples them"):

@@ -84,11 +84,20 @@ def test_a_run_goes_on_with_other_threads_and_says_so(tmp_path: Path, monkeypatc
     assert "another number of threads than 2 (1)" in stdout
 
 
-def test_a_rate_beyond_all_numbers_diverges(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["kfac", "sgd", "adam"])
+def test_a_rate_beyond_all_numbers_is_refused(optimizer: str, tmp_path: Path) -> None:
     options = ["--steps", "3", "--set", "lr=1e300", "--out", str(tmp_path)]
-    code, stdout, _ = call("train", "digits-mlp", "--optimizer", "kfac", *options)
-    assert code == 1
-    assert "diverged" in stdout
+    code, _, stderr = call("train", "digits-mlp", "--optimizer", optimizer, *options)
+    assert code == 2
+    assert "3.4e+38 at most" in stderr
+
+
+@pytest.mark.parametrize(("clip", "code"), [("auto", 0), ("none", 1)])
+def test_a_rate_beyond_all_sense_is_clipped_or_diverges(clip: str, code: int, tmp_path: Path) -> None:
+    options = ["--steps", "3", "--set", "lr=1e30", "--set", f"kl_clip={clip}", "--out", str(tmp_path)]
+    found, stdout, _ = call("train", "digits-mlp", "--optimizer", "kfac", *options)
+    assert found == code
+    assert ("diverged" in stdout) == bool(code)
 
 
 def test_a_warm_up_ends_at_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +113,7 @@ def _load_quadratic(
 ) -> QuadraticPenalty:
     parts: list[Part] = []
     for p, part in enumerate(entry["parts"]):
-        with _trained_as_saved(model, part["curvature"]["layers"]):
-            curvature = put_together(path, _below(tensors, f"part.{p}."), part["curvature"], model)
+        curvature = put_together(path, _below(tensors, f"part.{p}."), part["curvature"], model)
         parts.append((float(part["weight"]), curvature))
         check_same(parts[0][1], parts[-1][1])
     if not parts:
@@ -129,28 +127,6 @@ def _load_quadratic(
     rest = _load_decay(path, _below(tensors, "rest."), entry["rest"], model) if "rest" in entry else None
     tasks = int(entry["tasks"])
     return QuadraticPenalty.from_parts(tuple(parts), anchor, strength=entry["strength"], tasks=tasks, rest=rest)
-
-
-@contextmanager
-def _trained_as_saved(model: nn.Module, layers: Iterable[Mapping[str, Any]]) -> Iterator[None]:
-    """Let the parameters that have curvature need a gradient, and no others of their layers.
-
-    Frozen layers have no blocks, but what was frozen or thawed since, as heads of earlier tasks are, is held as before.
-    """
-    live = dict(model.named_parameters())
-    before: dict[nn.Parameter, bool] = {}
-    try:
-        for layer in layers:
-            prefix = f"{layer['name']}." if layer["name"] else ""
-            for name, parameter in live.items():
-                own = name.startswith(prefix) and "." not in name[len(prefix) :]
-                if own and (parameter.is_floating_point() or parameter.is_complex()):
-                    before.setdefault(parameter, parameter.requires_grad)
-                    parameter.requires_grad_(name in layer["parameters"])
-        yield
-    finally:
-        for parameter, trained in before.items():
-            parameter.requires_grad_(trained)
 
 
 def _load_decay(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -99,6 +100,33 @@ def adapt_model(model: nn.Module, *, sharing: str = "expand", norm: str = "unitw
         except UnsupportedLayer as error:
             result.uncovered |= {key: str(error) for key in own if key in order}
     return result
+
+
+@contextmanager
+def trained_as(model: nn.Module, layers: Mapping[str, Collection[str]]) -> Iterator[None]:
+    """Let other parameters of some layers need a gradient within the block, to adapt the model as it was once.
+
+    Args:
+        model: The model.
+        layers: Names of the parameters that were trained, by layer; the others of these layers were not.
+
+    Yields:
+        Nothing.
+    """
+    live = dict(model.named_parameters())
+    before: dict[nn.Parameter, bool] = {}
+    try:
+        for layer, trained in layers.items():
+            prefix = f"{layer}." if layer else ""
+            for name, parameter in live.items():
+                own = name.startswith(prefix) and "." not in name[len(prefix) :]
+                if own and (parameter.is_floating_point() or parameter.is_complex()):
+                    before.setdefault(parameter, parameter.requires_grad)
+                    parameter.requires_grad_(name in trained)
+        yield
+    finally:
+        for parameter, needed in before.items():
+            parameter.requires_grad_(needed)
 
 
 def _require_ordinary(parameters: Iterable[nn.Parameter]) -> None:

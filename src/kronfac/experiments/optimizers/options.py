@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 #: Turns a value, or the text of one, into the value; raises ValueError saying what is accepted.
 Parser = Callable[[object], object]
 
@@ -30,8 +32,12 @@ class Option:
     later: bool = False
 
 
+#: The largest number in float32.
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def number(low: float = -math.inf, high: float = math.inf, open_low: bool = False, open_high: bool = False) -> Parser:
-    """Accept a finite number in an interval.
+    """Accept a number in an interval, no larger than float32 holds: parameters are multiplied by it.
 
     Args:
         low: Lower end.
@@ -57,6 +63,8 @@ def number(low: float = -math.inf, high: float = math.inf, open_low: bool = Fals
         below = result < high if open_high else result <= high
         if not (math.isfinite(result) and above and below):
             raise ValueError(wanted)
+        if abs(result) > _LARGEST:
+            raise ValueError(f"{wanted}, {_LARGEST:.1e} at most")
         return result
 
     return parse
