@@ -76,6 +76,8 @@ def estimate(
     of denominators, never averages averaged.  The model's mode is left as it is, running statistics are put back, and
     torch's random state is not touched.
 
+    In a distributed run every process must call it, with its own data: sums are over all of them.
+
     Approximations of several passes (EKFAC: factors, then the values in their eigenbasis) read the loader that often,
     and draw new labels each time.
 
