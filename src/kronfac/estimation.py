@@ -178,13 +178,12 @@ def _read(
 
 def _require_terms(estimator: Estimator, called: set[str]) -> None:
     """Refuse a mean over no rows at all, which a layer that was called has where no term of the loss counts."""
-    layers = list(estimator.adaptation.adapters if estimator.joint is not None else estimator.statistics)
-    if estimator.joint is not None:
-        flags = [estimator.joint.empty and called >= set(layers)] * len(layers)
+    layers, joint = list(estimator.adaptation.adapters), estimator.joint
+    if joint is not None:
+        flags = [joint.empty and called >= set(layers)] * len(layers)
     else:
-        flags = [name in called and statistic.empty for name, statistic in estimator.statistics.items()]
-    empty = [name for name, flag in zip(layers, estimator.in_any_process(flags), strict=True) if flag]
-    if empty:
+        flags = [name in called and estimator.statistics[name].empty for name in layers]
+    if empty := [name for name, flag in zip(layers, estimator.in_any_process(flags), strict=True) if flag]:
         raise ValueError(
             f"No statistics for layers {empty}: every target is ignored, or masked, or has weight 0, so that none of "
             "their inputs counts. Leave such data out, or check ignore_index, mask and class weights."

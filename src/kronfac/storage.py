@@ -150,7 +150,7 @@ def put_together(
     Raises:
         StorageError: If the description is damaged or does not fit the model.
     """
-    from kronfac.layers import adapt_model, trained_as  # imported here: it imports every adapter
+    from kronfac.layers.model import adapt_model, trained_as  # imported here: it imports every adapter
 
     model = eager_root(model)
     parameters = dict(model.named_parameters())

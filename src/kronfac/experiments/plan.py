@@ -245,10 +245,6 @@ def make_plan(
     return plan
 
 
-#: Hyper-parameters that do nothing but with, or without, a value of another one.
-_NEEDS = {"final_lr": ("schedule", "constant", False), "nu": ("scheme", "trace_restricted", True)}
-
-
 def _check_effect(plan: Plan, name: str, given: Mapping[str, object]) -> None:
     """Refuse what was asked for and would change nothing."""
     axes, values = plan.grid.get(name, {}), plan.hyperparameters[name]
@@ -257,10 +253,12 @@ def _check_effect(plan: Plan, name: str, given: Mapping[str, object]) -> None:
     points = plan.points(name)
     if any(point in points[:index] for index, point in enumerate(points)):
         raise ExperimentError(f"the grid of {name} names a value twice: {dict(axes)}")
-    for key in (key for key in (*given, *axes) if key in _NEEDS):
-        other, value, wanted = _NEEDS[key]
-        if other not in axes and (values[other] == value) is not wanted:
-            raise ExperimentError(f"{name}.{key} has no effect with {other}={values[other]}")
+    for option in get_optimizer(name).all_options:
+        if option.idle is None or option.name not in (*given, *axes):
+            continue
+        other, value = option.idle
+        if other not in axes and values[other] == value:
+            raise ExperimentError(f"{name}.{option.name} has no effect with {other}={value}")
     if "damping" in given and "factor_damping" in given and values["factor_damping"] is not None:
         raise ExperimentError(f"{name}.factor_damping takes the place of {name}.damping: give one of them")
 

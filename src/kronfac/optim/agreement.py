@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from kronfac.estimator import Estimator
 from kronfac.optim.gathering import Gatherer
 from kronfac.optim.options import several_processes
@@ -31,8 +29,8 @@ def agree(estimator: Estimator, gatherer: Gatherer) -> set[str]:
         return set()
     layers = estimator.statistics
     means = {(name, key): mean for name, statistic in layers.items() for key, mean in statistic.means().items()}
-    device = next(estimator.model.parameters()).device
     used, called, reached, missed, without, some = _anywhere(
+        estimator,
         [
             {key for key, mean in means.items() if mean.weight > 0.0},
             estimator._called,
@@ -42,7 +40,6 @@ def agree(estimator: Estimator, gatherer: Gatherer) -> set[str]:
             {name for name, statistic in layers.items() if not statistic.empty},
         ],
         [*layers, *means],
-        device,
     )
     for (name, key), mean in means.items():
         elsewhere = name in called and name not in estimator._called
@@ -59,17 +56,16 @@ def agree(estimator: Estimator, gatherer: Gatherer) -> set[str]:
     return partly
 
 
-def _anywhere(sets: list[set[Any]], known: list[Any], device: torch.device) -> list[set[Any]]:
+def _anywhere(estimator: Estimator, sets: list[set[Any]], known: list[Any]) -> list[set[Any]]:
     """Unite sets over all processes.
 
     Args:
+        estimator: What the processes have in common.
         sets: This process's.
         known: What they may hold, the same in all processes.
-        device: Of the tensors that the processes exchange.
 
     Returns:
         The unions.
     """
-    flags = torch.tensor([[one in members for one in known] for members in sets], dtype=torch.int32, device=device)
-    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-    return [{one for one, flag in zip(known, row, strict=True) if flag} for row in flags.tolist()]
+    flags = iter(estimator.in_any_process([one in members for members in sets for one in known]))
+    return [{one for one in known if next(flags)} for _ in sets]

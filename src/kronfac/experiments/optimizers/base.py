@@ -38,6 +38,11 @@ class OptimizerSpec:
     closure: bool = False
     library: tuple[str, str] | None = None
 
+    @property
+    def all_options(self) -> tuple[Option, ...]:
+        """Its own hyper-parameters, and those of `COMMON`."""
+        return (*self.options, *COMMON)
+
     def resolve(self, *layers: Mapping[str, object]) -> dict[str, object]:
         """Complete and check hyper-parameters.
 
@@ -50,7 +55,7 @@ class OptimizerSpec:
         Raises:
             ExperimentError: If a name is not this optimiser's, or a value is out of range; the message names it.
         """
-        options = {option.name: option for option in (*self.options, *COMMON)}
+        options = {option.name: option for option in self.all_options}
         values = {name: option.default for name, option in options.items()}
         for layer in layers:
             for name, value in layer.items():

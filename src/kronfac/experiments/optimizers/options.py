@@ -23,6 +23,7 @@ class Option:
         parse: Checks and converts a value.
         help: One line for people.
         later: Whether it came after runs had been published: a run with the default has the name that it had without.
+        idle: Another hyper-parameter and its value, with which this one does nothing.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Option:
     parse: Parser
     help: str
     later: bool = False
+    idle: tuple[str, object] | None = None
 
 
 #: The largest number in float32.
@@ -180,7 +182,13 @@ def number_or(word: str, parse: Parser) -> Parser:
 COMMON = (
     Option("batch_size", None, optional(integer(1)), "examples per step; none for the problem's own"),
     Option("schedule", "constant", choice("constant", "cosine", "exponential"), "how the learning rate falls"),
-    Option("final_lr", 0.1, number(0.0, 1.0), "with a schedule: last learning rate as a fraction of the first"),
+    Option(
+        "final_lr",
+        0.1,
+        number(0.0, 1.0),
+        "with a schedule: last learning rate as a fraction of the first",
+        idle=("schedule", "constant"),
+    ),
     Option(
         "average", 0.0, number(0.0, 1.0, open_high=True), "decay of the average of iterates that is evaluated; 0: none"
     ),

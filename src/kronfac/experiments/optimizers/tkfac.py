@@ -21,7 +21,13 @@ _OWN = (
         "which cotangents are pulled back; root: sampled, by random signs in place of labels",
     ),
     Option("scheme", "normal", choice("normal", "trace_restricted"), "how blocks are damped"),
-    Option("nu", 1e-2, number(0.0, open_low=True), "least trace of a block with scheme=trace_restricted"),
+    Option(
+        "nu",
+        1e-2,
+        number(0.0, open_low=True),
+        "least trace of a block with scheme=trace_restricted",
+        idle=("scheme", "normal"),
+    ),
     Option("printed_damping", False, flag, "with scheme=trace_restricted: (5.16) as it is printed", later=True),
 )
 _REPLACED = {"approximation", "damping_rule", "factor_damping", *(option.name for option in _OWN)}
