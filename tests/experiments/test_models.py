@@ -10,7 +10,7 @@ import kronfac as kf
 from kronfac.approximations.diagonal import DiagonalStatistic
 from kronfac.experiments.bench.workloads import make, prepared
 from kronfac.experiments.errors import ExperimentError
-from kronfac.experiments.models import gpt2, resnet50
+from kronfac.experiments.models import ResNet, gpt2, resnet50, vgg16
 from kronfac.optim import KFAC
 
 
@@ -20,6 +20,10 @@ def test_published_numbers_of_parameters() -> None:
         network = gpt2()
     assert sum(p.numel() for p in network.parameters()) == 163_037_184
     assert network.head.weight.numel() == 38_597_376
+    with torch.device("meta"):
+        assert sum(p.numel() for p in vgg16().parameters()) == 14_719_818
+        assert sum(p.numel() for p in vgg16(batch_norm=True).parameters()) == 14_724_042
+        assert sum(p.numel() for p in ResNet(5).parameters()) == 464_154
 
 
 def test_resnet50_has_its_strides_on_the_three_by_three() -> None:

@@ -3,12 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kronfac.experiments.augmentation import augmented
 from kronfac.experiments.averaging import IterateAverage
 from kronfac.experiments.batches import Batches
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers import OPTIMIZERS, get_optimizer
 from kronfac.experiments.problems import Data, get_problem
-from kronfac.experiments.schedules import factor
+from kronfac.experiments.schedules import Schedule
 from kronfac.optim.averaging import update_average
 
 
@@ -100,14 +101,62 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
         Batches(Data(rows, rows, rows, rows), 11, 0)
 
 
+def falling(kind: str, final: float = 0.1) -> Schedule:
+    return Schedule.of(get_optimizer("sgd").resolve({"schedule": kind, "final_lr": final, "lr_drop_epochs": 3}))
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "exponential"])
 def test_schedules_fall_from_one_to_the_final_factor(schedule: str) -> None:
-    values = [factor(schedule, step / 10, 0.1) for step in range(11)]
+    values = [falling(schedule).factor(step / 10, 0.0) for step in range(11)]
     assert values[0] == pytest.approx(1.0)
     assert values[-1] == pytest.approx(0.1)
     assert values == sorted(values, reverse=True)
-    assert factor("exponential", 0.5, 0.01) == pytest.approx(0.1)
-    assert factor("constant", 0.5, 0.01) == 1.0
+    assert falling("exponential", 0.01).factor(0.5, 0.0) == pytest.approx(0.1)
+    assert falling("constant").factor(0.5, 9.0) == 1.0
+
+
+def test_steps_of_the_learning_rate_come_at_their_epochs_whatever_the_budget() -> None:
+    assert [falling("step").factor(1.0, epoch) for epoch in (0, 2.99, 3, 5.9, 6)] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01]
+    )
+
+
+def test_crops_and_mirror_images_are_pieces_of_the_padded_image_and_repeat() -> None:
+    images = torch.arange(1.0, 2 * 3 * 4 * 5 + 1).reshape(2, 3, 4, 5)
+    generator = torch.Generator()
+    found = set()
+    for seed in range(60):
+        first = augmented(images, 1, True, generator.manual_seed(seed))
+        assert torch.equal(first, augmented(images, 1, True, generator.manual_seed(seed)))
+        padded = torch.nn.functional.pad(images, (1,) * 4)
+        for index, image in enumerate(first):
+            pieces = {
+                (top, left, turned): piece.flip(-1) if turned else piece
+                for top in range(3)
+                for left in range(3)
+                for turned in (False, True)
+                for piece in [padded[index, :, top : top + 4, left : left + 5]]
+            }
+            found |= {key for key, piece in pieces.items() if torch.equal(piece, image)}
+    assert len(found) == 18  # every crop, both ways round
+
+
+def test_augmented_batches_depend_on_seed_and_step_alone_and_leave_labels() -> None:
+    images, labels = torch.randn(10, 1, 6, 6), torch.arange(10)
+    data = Data(images, labels, images, labels)
+    plain, cropped = Batches(data, 5, 3), Batches(data, 5, 3, crop_padding=2, mirror=True)
+    later = Batches(data, 5, 3, crop_padding=2, mirror=True).at(4)
+    for step in range(5):
+        inputs, targets = cropped.at(step)
+        assert torch.equal(targets, plain.at(step)[1])
+        assert not torch.equal(inputs, plain.at(step)[0])
+    assert torch.equal(inputs, later[0])
+
+
+def test_only_images_are_cropped() -> None:
+    rows = torch.zeros(10, 4)
+    with pytest.raises(ExperimentError, match=r"crops and mirroring are for images .* \[5, 4\]: leave crop_padding"):
+        Batches(Data(rows, rows, rows, rows), 5, 0, mirror=True).at(0)
 
 
 def test_the_average_of_iterates_is_the_optimisers_own_and_is_swapped_out_again() -> None:

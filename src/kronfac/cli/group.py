@@ -13,7 +13,16 @@ from kronfac.experiments.errors import ExperimentError
 
 BAD_INPUT, INTERRUPTED = 2, 130
 #: The commands that keep what they have done; so does ``bench --scaling``, if it has a folder.
-_RESUMABLE = ("train", "compare", "sweep", "demo", "continual", "analyse table", "reproduce kld-wrm")
+_RESUMABLE = (
+    "train",
+    "compare",
+    "sweep",
+    "demo",
+    "continual",
+    "analyse table",
+    "reproduce kld-wrm",
+    "reproduce figure",
+)
 
 
 class OneLineErrors(TyperGroup):

@@ -256,9 +256,9 @@ def _check_effect(plan: Plan, name: str, given: Mapping[str, object]) -> None:
     for option in get_optimizer(name).all_options:
         if option.idle is None or option.name not in (*given, *axes):
             continue
-        other, value = option.idle
-        if other not in axes and values[other] == value:
-            raise ExperimentError(f"{name}.{option.name} has no effect with {other}={value}")
+        other, without = option.idle
+        if other not in axes and values[other] in without:
+            raise ExperimentError(f"{name}.{option.name} has no effect with {other}={values[other]}")
     if "damping" in given and "factor_damping" in given and values["factor_damping"] is not None:
         raise ExperimentError(f"{name}.factor_damping takes the place of {name}.damping: give one of them")
 

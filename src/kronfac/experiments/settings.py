@@ -92,7 +92,7 @@ class RunSettings:
     @property
     def folder_name(self) -> str:
         """A name that changes with every setting: runs with other settings never share a folder."""
-        later = {option.name: option.default for option in get_optimizer(self.optimizer).options if option.later}
+        later = {option.name: option.default for option in get_optimizer(self.optimizer).all_options if option.later}
         values = {k: v for k, v in self.hyperparameters.items() if k not in later or v != later[k]}
         content = json.dumps(asdict(self) | {"hyperparameters": values}, sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()

@@ -14,7 +14,7 @@ from kronfac.experiments.batches import Batches
 from kronfac.experiments.errors import ExperimentError
 from kronfac.experiments.optimizers import get_optimizer
 from kronfac.experiments.problems.base import Data, Problem
-from kronfac.experiments.schedules import factor
+from kronfac.experiments.schedules import Schedule
 from kronfac.experiments.settings import RunSettings
 
 
@@ -38,13 +38,14 @@ class Training:
         self._stopped = stopped
         values = settings.hyperparameters
         self.problem, self.settings, self.data = problem, settings, data
-        self.batches = Batches(data, int(values.get("batch_size") or problem.batch_size), settings.seed)  # type: ignore[call-overload]
+        size = int(values.get("batch_size") or problem.batch_size)  # type: ignore[call-overload]
+        self.batches = Batches(data, size, settings.seed, values["crop_padding"], values["mirror"])  # type: ignore[arg-type]
         self.model = problem.model(settings.seed).to(settings.device)
         self.generator = torch.Generator(settings.device).manual_seed(settings.seed)
         spec = get_optimizer(settings.optimizer)
         self.optimizer, self.closure = spec.build(self.model, problem, values, self.generator), spec.closure
         self.average = IterateAverage(self.model, float(values["average"]))  # type: ignore[arg-type]
-        self.schedule, self.final_lr = str(values["schedule"]), float(values["final_lr"])  # type: ignore[arg-type]
+        self.schedule = Schedule.of(values)
         self.first_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.step, self.seconds, self.batch_loss = 0, 0.0, math.nan
 
@@ -67,8 +68,8 @@ class Training:
         """
         start = time.perf_counter()
         inputs, targets = self.batches.at(self.step)
-        if self.schedule != "constant":
-            scale = factor(self.schedule, self.settings.budget.progress(self.step, self.seconds), self.final_lr)
+        if self.schedule.kind != "constant":
+            scale = self.schedule.factor(self.settings.budget.progress(self.step, self.seconds), self.epoch)
             for group, lr in zip(self.optimizer.param_groups, self.first_lrs, strict=True):
                 group["lr"] = lr * scale
         self.optimizer.zero_grad()

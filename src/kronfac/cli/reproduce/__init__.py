@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from kronfac.cli.reproduce import kld_wrm
+from kronfac.cli.reproduce import figures, kld_wrm
 
 app = typer.Typer(
-    help="Run a study of a paper again, and put its figures beside ours.",
+    help="Run what the source papers did again, and put their figures beside ours.",
     rich_markup_mode="rich",
 )
+app.command("figures")(figures.figures)
+app.command("figure", epilog=figures.EPILOG)(figures.figure)
 app.command("kld-wrm", epilog=kld_wrm.EPILOG)(kld_wrm.kld_wrm)
 
 

@@ -11,6 +11,7 @@ from kronfac.experiments.models.puiu import puiu_network
 from kronfac.experiments.models.resnet import ResNet
 from kronfac.experiments.models.small import perceptron, plain_convolutional, small_convolutional
 from kronfac.experiments.models.transformer import RowTransformer
+from kronfac.experiments.models.vgg import vgg16
 
 __all__ = [
     "ASKED",
@@ -27,4 +28,5 @@ __all__ = [
     "puiu_network",
     "resnet50",
     "small_convolutional",
+    "vgg16",
 ]

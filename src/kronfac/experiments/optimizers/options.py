@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from kronfac.experiments.schedules import KINDS
+
 #: Turns a value, or the text of one, into the value; raises ValueError saying what is accepted.
 Parser = Callable[[object], object]
 
@@ -23,7 +25,7 @@ class Option:
         parse: Checks and converts a value.
         help: One line for people.
         later: Whether it came after runs had been published: a run with the default has the name that it had without.
-        idle: Another hyper-parameter and its value, with which this one does nothing.
+        idle: Another hyper-parameter, and its values with which this one does nothing.
     """
 
     name: str
@@ -31,7 +33,7 @@ class Option:
     parse: Parser
     help: str
     later: bool = False
-    idle: tuple[str, object] | None = None
+    idle: tuple[str, tuple[object, ...]] | None = None
 
 
 #: The largest number in float32.
@@ -181,14 +183,38 @@ def number_or(word: str, parse: Parser) -> Parser:
 #: What every optimiser understands besides its own hyper-parameters.
 COMMON = (
     Option("batch_size", None, optional(integer(1)), "examples per step; none for the problem's own"),
-    Option("schedule", "constant", choice("constant", "cosine", "exponential"), "how the learning rate falls"),
+    Option("schedule", "constant", choice(*KINDS), "how the learning rate falls"),
     Option(
         "final_lr",
         0.1,
         number(0.0, 1.0),
-        "with a schedule: last learning rate as a fraction of the first",
-        idle=("schedule", "constant"),
+        "with a cosine or exponential schedule: last learning rate as a fraction of the first",
+        idle=("schedule", ("constant", "step")),
     ),
+    Option(
+        "lr_drop",
+        0.1,
+        number(0.0, 1.0, open_low=True),
+        "with schedule=step: what the learning rate is multiplied by at each step",
+        later=True,
+        idle=("schedule", ("constant", "cosine", "exponential")),
+    ),
+    Option(
+        "lr_drop_epochs",
+        40.0,
+        number(0.0, open_low=True),
+        "with schedule=step: epochs from one step to the next",
+        later=True,
+        idle=("schedule", ("constant", "cosine", "exponential")),
+    ),
+    Option(
+        "crop_padding",
+        0,
+        integer(0, 1024),
+        "images: random crops of the image with so many zeros on each side",
+        later=True,
+    ),
+    Option("mirror", False, flag, "images: half of them mirrored left to right", later=True),
     Option(
         "average", 0.0, number(0.0, 1.0, open_high=True), "decay of the average of iterates that is evaluated; 0: none"
     ),

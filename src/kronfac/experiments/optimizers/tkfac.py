@@ -26,7 +26,7 @@ _OWN = (
         1e-2,
         number(0.0, open_low=True),
         "least trace of a block with scheme=trace_restricted",
-        idle=("scheme", "normal"),
+        idle=("scheme", ("normal",)),
     ),
     Option("printed_damping", False, flag, "with scheme=trace_restricted: (5.16) as it is printed", later=True),
 )

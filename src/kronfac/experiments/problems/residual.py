@@ -1,4 +1,4 @@
-"""ResNet-20 on CIFAR-10 and CIFAR-100, without augmentation."""
+"""Residual networks and VGG-16 on CIFAR-10 and CIFAR-100; crops and mirror images are hyper-parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import partial
 
 from torch.nn import functional
 
-from kronfac.experiments.models import ResNet
+from kronfac.experiments.models import ResNet, vgg16
 from kronfac.experiments.problems.base import Problem
 from kronfac.experiments.problems.convolutional import standardised_images
 from kronfac.experiments.problems.losses import categorical, errors
@@ -28,4 +28,13 @@ FAMILY = (
     _on(
         name="cifar100-resnet20", description="CIFAR-100, ResNet-20", dataset="cifar100", build=partial(ResNet, 3, 100)
     ),
+    _on(name="cifar10-resnet32", description="CIFAR-10, ResNet-32", dataset="cifar10", build=partial(ResNet, 5, 10)),
+    _on(name="cifar10-vgg16", description="CIFAR-10, VGG-16", dataset="cifar10", build=vgg16),
+    _on(
+        name="cifar10-vgg16-bn",
+        description="CIFAR-10, VGG-16 with batch normalisation",
+        dataset="cifar10",
+        build=partial(vgg16, 10, True),
+    ),
+    _on(name="cifar100-vgg16", description="CIFAR-100, VGG-16", dataset="cifar100", build=partial(vgg16, 100)),
 )
