@@ -17,8 +17,8 @@ FENCE = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
 
 
-#: A tutorial: its blocks build on each other. Elsewhere each block stands for itself.
-TUTORIALS = {"docs/quickstart.md"}
+#: Tutorials, whose blocks build on each other. Elsewhere each block stands for itself.
+TUTORIALS = {"docs/quickstart.md", "docs/reinforcement.md"}
 
 
 def blocks(page: str) -> list[tuple[int, str]]:

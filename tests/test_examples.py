@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.exactness_helpers import double
+from tests.exactness_helpers import double, draw
 from torch import Tensor, nn
 
 import kronfac as kf
@@ -290,3 +290,50 @@ def test_weights_of_the_loss_need_rows_that_are_examples() -> None:
     with pytest.raises(ValueError, match=r"The loss Categorical.*layer 'first'.*a loss without weights"):
         kf.estimate(MeanOverTime(True), likelihood, (x, y))
     kf.estimate(MeanOverTime(True), kf.Categorical(), (x, y))
+
+
+class Neighbours(nn.Module):
+    """Nodes of a graph, which does not fit a part of them."""
+
+    def __init__(self, neighbours: Tensor) -> None:
+        super().__init__()
+        self.first, self.last, self.neighbours = nn.Linear(4, 5), nn.Linear(5, 3), neighbours
+        double(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.neighbours @ self.last(torch.tanh(self.neighbours @ self.first(x)))
+        return out
+
+
+CHAIN = (torch.eye(9) + torch.diag(torch.ones(8), 1)).double()
+NODES, CLASSES = draw(9, 4), torch.arange(9) % 3
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "targets", "options", "text"),
+    [
+        (kf.Categorical(), CLASSES, {"source": "exact"}, "source='exact'"),
+        (kf.Categorical(), CLASSES, {"approximation": "ekfac"}, "approximation='ekfac'"),
+        (kf.Categorical(), CLASSES, {"approximation": "diagonal"}, "approximation='diagonal'"),
+        (kf.Categorical(ignore_index=2), CLASSES, {}, "The loss Categorical.*a loss without weights"),
+        (kf.Categorical(), (CLASSES, CLASSES < 2), {}, "A mask.*a loss without weights"),
+    ],
+)
+def test_nodes_of_a_graph_are_no_examples(
+    likelihood: kf.Likelihood, targets: Any, options: dict[str, Any], text: str
+) -> None:
+    """A part of them cannot be tried; the derivatives of outputs in the rows of other nodes tell."""
+    with pytest.raises(ValueError, match=f"{text.split('.*')[0]}.*depend on the rows of others in layer 'first'"):
+        kf.estimate(Neighbours(CHAIN), likelihood, [(NODES, targets)], **options)
+    apart = Neighbours(torch.eye(9).double())
+    kf.estimate(apart, likelihood, [(NODES, targets)], **options)
+
+
+def test_nodes_that_are_masked_are_refused_in_training_too() -> None:
+    model, mask = Neighbours(CHAIN), CLASSES < 2
+    optimizer = kf.optim.KFAC(model, kf.Categorical(), lr=0.1)
+    with pytest.raises(ValueError, match="A mask needs the examples one by one"), optimizer.capture() as capture:
+        capture(model(NODES), (CLASSES, mask))
+    picked = kf.optim.KFAC(model, kf.Categorical(), lr=0.1, outputs=lambda out: out[mask])
+    torch.nn.functional.cross_entropy(model(NODES)[mask], CLASSES[mask]).backward()
+    picked.step()  # which says the same without a mask

@@ -28,7 +28,8 @@ FLOORS: list[set[str]] = [
     {"calls"},
     {"layers", "likelihoods", "plots"},
     {"linalg"},
-    {"_typing", "eager", "forwards", "graph", "measuring"},
+    {"_typing", "broadcasts", "eager", "forwards", "graph", "measuring", "processes"},
+    {"threads"},
 ]
 HEIGHTS = {name: len(FLOORS) - i for i, names in enumerate(FLOORS) for name in names}
 #: Neighbours on one floor that may nevertheless import each other in this one direction.

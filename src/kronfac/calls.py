@@ -7,13 +7,14 @@ examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
+from kronfac.broadcasts import meeting_of
 from kronfac.layers import LayerAdapter
 
 #: A layer's name and the number of its call.
@@ -35,6 +36,7 @@ class Call:
         output_shape: Shape of the output.
         version: The input's version at the call, to notice a later change in place.
         output: The output, detached, and its version, where a later change in place would cut the edge off.
+        met: Whether it had no dimension of examples, and is looked at where the output is broadcast over them.
     """
 
     adapter: LayerAdapter
@@ -43,6 +45,34 @@ class Call:
     output_shape: torch.Size
     version: int
     output: tuple[Tensor, int] | None = None
+    met: bool = False
+
+    def meet(self, batch: int, users: Mapping[Node, list[Node]]) -> Call:
+        """Look at the call where its output is broadcast over the examples, if it has none of its own.
+
+        Args:
+            batch: Number of examples.
+            users: For each node of the graph those that use it.
+
+        Returns:
+            The call with the input of each example; itself where there is no such place.
+        """
+        if self.lacks(batch) and (found := meeting_of(self.edge.node, self.output_shape, batch, users)) is not None:
+            edge, shape = found
+            inner = self.input.shape[len(self.output_shape) + 1 - len(shape) :]
+            return replace(self, input=self.input.expand(batch, *inner), edge=edge, output_shape=shape, met=True)
+        return self
+
+    def lacks(self, batch: int) -> bool:
+        """Whether its first dimension is that of positions: a product or a norm of others than the examples.
+
+        Args:
+            batch: Number of examples.
+
+        Returns:
+            True if so.
+        """
+        return self.adapter.join == "positions" and not self.met and tuple(self.input.shape[:1]) != (batch,)
 
     def check(self) -> None:
         """Refuse an input that was changed in place after the call, and an output that must not be.
@@ -93,6 +123,27 @@ class Calls:
         self.single[key] = call
         if self._whole.setdefault(name, call) is not call:
             self._stale.add(name)
+
+    def meet(self, batch: int, users: Callable[[], Mapping[Node, list[Node]]]) -> None:
+        """Look at calls that have no dimension of examples where their outputs are broadcast over these.
+
+        Args:
+            batch: Number of examples.
+            users: Says for each node of the graph which ones use it.
+        """
+        lacking = [key for key, call in self.single.items() if call.lacks(batch)]
+        graph = users() if lacking else {}
+        taken = {call.edge.node for call in self.single.values()}
+        for key in lacking:
+            call = self.single[key].meet(batch, graph)
+            if call.edge.node in taken:  # as before, or where another one is looked at
+                continue
+            taken.add(call.edge.node)
+            self.single[key] = call
+            if len(self._keys[key[0]]) == 1:
+                self._whole[key[0]] = call
+            else:
+                self._stale.add(key[0])
 
     def by_layer(self) -> dict[str, Call]:
         """All calls of each layer as one.
@@ -146,7 +197,8 @@ class Calls:
         # Entries that take no memory.
         outputs = [torch.empty(call.output_shape, device="meta") for call in calls]
         shape = adapter.joined(outputs, adapter.features[1]).shape
-        return Call(adapter, inputs, calls[0].edge, shape, inputs._version)
+        met = any(call.met for call in calls)
+        return Call(adapter, inputs, calls[0].edge, shape, inputs._version, met=met)
 
 
 def _check_shapes(name: str, first: Call, call: Call) -> None:

@@ -8,11 +8,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from kronfac import processes
 from kronfac.approximations import Approximation, JointApproximation
 from kronfac.curvature import BlockDiagonal
 from kronfac.curvature_coupled import CoupledCurvature
 from kronfac.eager import eager_root
-from kronfac.estimator import Estimator
+from kronfac.estimator import Estimator, sum_over_processes
 from kronfac.examples import check_examples
 from kronfac.forwards import batches_of, call_model, pick_outputs, with_progress
 from kronfac.likelihoods import Likelihood
@@ -129,6 +130,7 @@ def estimate(
     called: set[str] = set()
     for index in range(passes):
         if index:
+            _require_in_all(estimator)
             estimator.next_pass()
         # Labels of their own in every pass: values are unbiased if they are independent of their eigenbasis.
         estimator.generator = torch.Generator(device).manual_seed(_seed_of_pass(seed, index))
@@ -136,17 +138,18 @@ def estimate(
         count = _read(estimator, loader, outputs, progress, called, draws)
         if index and count != batches:
             raise ValueError(_readable(estimator.approximation, f"gave {batches} batches first and {count} afterwards"))
-        if count == 0:
+        if count == 0 and not processes.several():  # others would wait for one that has left, and may have some
             raise ValueError("loader is empty: no batch to estimate curvature from.")
         batches = count
     _require_terms(estimator, called)
+    # Each batch's sum counts with weight one; the loss is the sum over all of them.
+    whole = sum_over_processes(float(batches), device) if likelihood.reduction == "sum" else 1.0
     if estimator.joint is not None:
         coupled = estimator.coupled_curvature()
-        return coupled.scale(float(batches)) if likelihood.reduction == "sum" else coupled  # for the reason below
+        return coupled.scale(whole) if likelihood.reduction == "sum" else coupled
     curvature = estimator.curvature()
     if likelihood.reduction == "sum":
-        # Each batch's sum counted with weight one; the loss is the sum over all of them.
-        scaled = {name: block.scale(float(batches)) for name, block in curvature.blocks.items()}
+        scaled = {name: block.scale(whole) for name, block in curvature.blocks.items()}
         curvature = BlockDiagonal(
             scaled, estimator.adaptation.adapters, estimator.adaptation.order, options=estimator.options
         )
@@ -167,13 +170,27 @@ def _read(
         for inputs, targets in with_progress(batches_of(loader), loader, progress):
             with draws(), torch.enable_grad(), record(estimator.adaptation.adapters) as tape:
                 out = pick_outputs(call_model(estimator.model, inputs), outputs)
+            tape.meet(out)
             if not called:
-                check_examples(estimator, tape, inputs, len(out), outputs)
+                check_examples(estimator, tape, inputs, out, outputs, targets)
             tape.disposable = True
             estimator.update(tape, out, targets)
             called.update(tape.calls)
             count += 1
     return count
+
+
+def _require_in_all(estimator: Estimator) -> None:
+    """Refuse layers that only some processes have statistics of, before all of them agree on a basis."""
+    layers = estimator.statistics
+    some = estimator.in_any_process([not statistic.empty for statistic in layers.values()])
+    none = estimator.in_any_process([statistic.empty for statistic in layers.values()])
+    if partly := [name for name, has, lacks in zip(layers, some, none, strict=True) if has and lacks]:
+        raise RuntimeError(
+            f"The forward passes of some processes called layers {partly}, those of others never did, which "
+            f"approximation={estimator.approximation.name!r} cannot do with: call them in each process, freeze them "
+            "(requires_grad=False), or estimate in one process."
+        )
 
 
 def _require_terms(estimator: Estimator, called: set[str]) -> None:

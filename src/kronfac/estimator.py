@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kronfac import processes
 from kronfac.approximations import Approximation, JointApproximation, JointStatistic, Statistic, get_approximation
 from kronfac.approximations.joint import whole_pulls
 from kronfac.curvature import BlockDiagonal
 from kronfac.curvature_coupled import CoupledCurvature, coupled_curvature
+from kronfac.eager import require_whole
 from kronfac.layers import Adaptation, adapt_model
 from kronfac.likelihoods import Likelihood
 from kronfac.measuring import couples_examples
@@ -41,7 +43,8 @@ class Estimator:
 
     Raises:
         TypeError: ``model`` or ``likelihood`` is of another type.
-        ValueError: No layer has a block, or approximation and source do not fit.
+        ValueError: No layer has a block, processes hold parts of the parameters, or approximation and source do not
+            fit.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Estimator:
         self.approximation.check(self.source)
         self.options = {"sharing": sharing, "norm": norm}
         self.adaptation: Adaptation = adapt_model(model, sharing=sharing, norm=norm)
+        require_whole(model)
         if not self.adaptation.adapters:
             raise ValueError("No layer of the model has a curvature block: " + _reasons(self.adaptation.uncovered))
         self.source = self.source.bind(model)
@@ -233,8 +237,9 @@ class Estimator:
             )
         if missing := [name for name, some in zip(self.statistics, gathered, strict=True) if not some]:
             raise RuntimeError(
-                f"No statistics for layers {missing}: the forward pass never called them (freeze them, "
-                "requires_grad=False, or call them), or no term of the loss counted (every target ignored or masked)."
+                f"No statistics for layers {missing}: the forward pass never called them (call them, leave them out, "
+                "by kronfac.layers.without_curvature, or freeze them, requires_grad=False), or no term of the loss "
+                "counted (every target ignored or masked)."
             )
         blocks = {name: statistic.block() for name, statistic in self.statistics.items()}
         return BlockDiagonal(blocks, self.adaptation.adapters, self.adaptation.order, options=self.options)
@@ -248,11 +253,10 @@ class Estimator:
         Returns:
             What holds in any of them.
         """
-        distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()):
+        if not processes.together():
             return flags
         found = torch.tensor(flags, dtype=torch.int32, device=next(self.model.parameters()).device)
-        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        processes.largest(found)
         return [bool(flag) for flag in found.tolist()]
 
     def coupled_curvature(self) -> CoupledCurvature:
@@ -283,12 +287,24 @@ def mean_over_processes(value: float, device: torch.device) -> float:
     Returns:
         The mean, or the number itself outside of distributed runs.
     """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    return sum_over_processes(value, device) / processes.count() if processes.together() else value
+
+
+def sum_over_processes(value: float, device: torch.device) -> float:
+    """Sum of a number over all processes of a distributed run; each must call this.
+
+    Args:
+        value: This process's number.
+        device: Device of the tensors that the processes exchange.
+
+    Returns:
+        The sum, or the number itself outside of distributed runs.
+    """
+    if not processes.together():
         return value
     total = torch.tensor(value, dtype=torch.float64, device=device)
-    distributed.all_reduce(total)
-    return float(total) / distributed.get_world_size()
+    processes.add_up(total)
+    return float(total)
 
 
 def _reasons(uncovered: Mapping[str, str]) -> str:

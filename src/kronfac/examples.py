@@ -1,9 +1,9 @@
-"""Whether the rows that look like examples are examples: tried, by leaving one out."""
+"""Whether the rows that look like examples are examples: tried, by leaving one out, or by derivatives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kronfac.estimator import Estimator
-from kronfac.graph import saved_plainly
+from kronfac.graph import saved_plainly, without_sinks
 from kronfac.layers import LayerAdapter
-from kronfac.measuring import couples_examples
+from kronfac.measuring import couples_examples, frozen_buffers
 from kronfac.operators.passes import in_eval_mode, run
 from kronfac.sources import require_examples
 from kronfac.sources.part import first_of, rest_of, tensors_of
@@ -26,34 +26,73 @@ FEW = 4
 
 
 def check_examples(
-    estimator: Estimator, tape: Tape, inputs: Any, batch: int, pick: Callable[[Any], Tensor] | None
+    estimator: Estimator,
+    tape: Tape,
+    inputs: Any,
+    outputs: Tensor,
+    pick: Callable[[Any], Tensor] | None,
+    targets: Any = None,
 ) -> None:
     """Refuse rows that are as many as the examples by chance, where examples must be kept apart.
 
     Position indices ``[T, d]``, and sequences with time first, look like ``T`` examples where ``T`` is the batch.
     Of a few examples without the first, in eval mode, all layers must see as many rows, and the outputs must be what
-    they are with it. A model that does not take a part of its batch tells nothing, nor do the outputs of one that draws
-    random numbers in eval mode, too.
+    they are with it. Of a model that does not take a part of its batch (nodes of a graph), or draws random numbers in
+    eval mode, too, outputs of some examples must have no derivative in the others' rows.
 
     Args:
         estimator: What needs the examples, or does not.
         tape: A recorded forward pass; one that does not look as if rows were examples is left to the source.
         inputs: Its batch's arguments for the model, a pair ``(tuple, dict)`` among others.
-        batch: Number of the outputs it gave.
+        outputs: The outputs it gave, attached to the graph.
         pick: Picks the output tensor.
+        targets: Targets, where they are known: those with a mask give the rows of an example weights.
+
+    Rows that are no examples raise a `ValueError`.
+    """
+    what, batch = estimator.needs_examples, len(outputs)
+    weighted = estimator.likelihood.needs_targets
+    if what is None and _masked(estimator, outputs, targets):
+        what, weighted = "A mask", True
+    if what is None or any(call.adapter.positions(call.input)[0] != batch for call in tape.calls.values()):
+        return
+    instead = "a loss without weights" if weighted else "approximation='kfac' with source='sampled'"
+    coupled = couples_examples(estimator.model) or estimator.approximation.couples_examples
+    if not _told_by_parts(estimator, tape, inputs, batch, pick, what, instead, coupled) and not coupled:
+        with frozen_buffers(estimator.model):  # which what a checkpoint repeats may change
+            _check_derivatives(tape, outputs, what, instead)
+
+
+def _masked(estimator: Estimator, outputs: Tensor, targets: Any) -> bool:
+    with suppress(TypeError, ValueError):  # of targets that the source is going to refuse
+        return targets is not None and estimator.likelihood.row_weights(outputs.detach(), targets) is not None
+    return False
+
+
+def _told_by_parts(
+    estimator: Estimator,
+    tape: Tape,
+    inputs: Any,
+    batch: int,
+    pick: Callable[[Any], Tensor] | None,
+    what: str,
+    instead: str,
+    coupled: bool,
+) -> bool:
+    """Leave an example out, and refuse rows and outputs that are then others.
+
+    Returns:
+        Whether that tells anything.
 
     Raises:
-        ValueError: They are not.
+        ValueError: They are.
     """
-    what, model = estimator.needs_examples, estimator.model
-    if what is None or batch < LEAST or not any(t.ndim and len(t) == batch for t in tensors_of(inputs)):
-        return
-    if any(call.adapter.positions(call.input)[0] != batch for call in tape.calls.values()):
-        return
+    model = estimator.model
+    if batch < LEAST or not any(t.ndim and len(t) == batch for t in tensors_of(inputs)):
+        return False
+    meeting = {name for name, call in tape.calls.items() if call.met}
     size = min(FEW, batch)
     few = first_of(inputs, size, batch)
-    weighted = estimator.likelihood.needs_targets
-    instead = "a loss without weights" if weighted else "approximation='kfac' with source='sampled'"
     with in_eval_mode(model), saved_plainly():
         try:
             found = run(model, {}, _copied(few), pick)
@@ -61,22 +100,45 @@ def check_examples(
             with torch.set_grad_enabled(bool(tape.constants)), _inputs_of(estimator.adaptation.adapters) as seen:
                 others = run(model, {}, rest_of(_copied(few), size), pick).detach()
         except Exception:  # whatever a model says of a part that is none, or of eval mode
-            return
+            return False
         for adapter, rows in seen:
-            require_examples(adapter, rows, size - 1, what, instead)
+            if adapter.name not in meeting:  # has no examples, and meets them later
+                require_examples(adapter, rows, size - 1, what, instead)
         if not found.ndim or len(found) != size:
-            return
-        coupled = couples_examples(model) or estimator.approximation.couples_examples
+            return False
         precision = _precision(model, found)
         if others.shape == found[1:].shape and (coupled or _close(others, found[1:], precision)):
-            return
+            return True
         if not _close(run(model, {}, _copied(few), pick), found, precision):  # a random one tells nothing
-            return
+            return False
     raise ValueError(
         f"{what} needs the examples one by one, along the first dimension of inputs and outputs; but without the "
         "first of a few, the outputs of the others are not what they were. Put the batch first, before time, or "
         f"use {instead}."
     )
+
+
+def _check_derivatives(tape: Tape, outputs: Tensor, what: str, instead: str) -> None:
+    """Refuse layers in whose rows of some examples the outputs of others have a derivative."""
+    generator = torch.Generator().manual_seed(0)
+    silent = torch.randperm(len(outputs), generator=generator)[: len(outputs) // 2].to(outputs.device)
+    cotangent = torch.randn(outputs.shape, generator=generator).to(outputs)
+    cotangent[silent] = 0.0
+    met: list[str] = []
+
+    def receive(name: str, pulled: Tensor) -> None:
+        rows = pulled[silent]
+        if rows.any() and rows.isfinite().all():  # zero times infinity says nothing
+            met.append(name)
+
+    with without_sinks(outputs):
+        tape.stream(outputs, cotangent, receive)
+    if met:
+        raise ValueError(
+            f"{what} needs the examples one by one, along the first dimension of inputs and outputs; but outputs of "
+            f"some examples depend on the rows of others in layer {met[-1]!r}, as those of nodes of a graph do. Put "
+            f"the batch first, before time, or use {instead}."
+        )
 
 
 def pick_of(value: Any, outputs: Tensor) -> Callable[[Any], Tensor] | None:

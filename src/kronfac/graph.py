@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection, Hashable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch
@@ -195,6 +195,35 @@ def used_elsewhere(
     return [name for name, (calls, parameters) in layers.items() if elsewhere(calls, parameters)]
 
 
+@contextmanager
+def without_sinks(outputs: Tensor) -> Iterator[None]:
+    """Pull from outputs of `DistributedDataParallel` within the block without starting its exchange of gradients.
+
+    With ``static_graph=True`` the first backward through its outputs makes it reduce all gradients at the end, whatever
+    is differentiated; those of the loss would then never be.
+
+    Args:
+        outputs: What is pulled from, attached to the graph.
+
+    Yields:
+        Nothing.
+    """
+    sinks = [node for node in _users(outputs)[1] if node.name() == "_DDPSinkBackward"] if _distributed() else []
+    wrappers = {id(model): model for node in sinks if (model := node.ddp_weakref()) is not None}  # type: ignore[attr-defined]
+    waiting = [model for model in wrappers.values() if not model._static_graph_delay_allreduce_enqueued]
+    for model in waiting:
+        model._static_graph_delay_allreduce_enqueued = True
+    try:
+        yield
+    finally:
+        for model in waiting:
+            model._static_graph_delay_allreduce_enqueued = False
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 # No function within another: one that calls itself is a cycle, which keeps the graph until the next collection.
 def _products(node: Node, calls: Collection[Node], shape: torch.Size, users: Mapping[Node, list[Node]]) -> float:
     """Count the products that a parameter is part of, past its casts and transposes; infinite for a function of it."""
@@ -211,6 +240,19 @@ def _is_function(node: Node, shape: torch.Size) -> bool:
     """Whether a node makes another tensor of a parameter's shape out of it, entry by entry."""
     name = node.name().rstrip("0123456789").removesuffix("Backward")
     return name in _BY_ENTRY and sorted(node._input_metadata[0].shape) == sorted(shape)
+
+
+def users_of(outputs: Tensor, empty: Collection[Node] = ()) -> dict[Node, list[Node]]:
+    """For each node behind the outputs find those that use it.
+
+    Args:
+        outputs: A model's outputs, attached to the graph.
+        empty: Nodes of tensors without entries, which use nothing.
+
+    Returns:
+        The users, once for each use.
+    """
+    return _users(outputs, empty)[0]
 
 
 def _users(outputs: Tensor, empty: Collection[Node] = ()) -> tuple[dict[Node, list[Node]], set[Node]]:

@@ -8,8 +8,9 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 #: Whether forwards belong to a measurement and not to a training loop.
@@ -20,27 +21,39 @@ _APART: ContextVar[bool] = ContextVar("kronfac_apart_from_training", default=Fal
 def apart_from_training() -> Iterator[None]:
     """Mark forwards within the block as measurements, of which optimisers that watch the model gather nothing.
 
-    A forward with dual numbers raises a `NotImplementedError` where the model turns gradients off.
+    A forward with dual numbers holds the padding row of an embedding constant, as torch's backward does, and raises a
+    `NotImplementedError` where the model turns gradients off.
 
     Yields:
         Nothing.
     """
     token = _APART.set(True)
     try:
-        with _NoGradIsSeen() if forward_ad._current_level >= 0 else nullcontext():
+        with _AsBackward() if forward_ad._current_level >= 0 else nullcontext():
             yield
     finally:
         _APART.reset(token)
 
 
-class _NoGradIsSeen(TorchFunctionMode):
-    """Refuses `torch.no_grad` in a forward with dual numbers, whose tangents go on through what it holds constant."""
+class _AsBackward(TorchFunctionMode):
+    """Lets the tangents of dual numbers stop where torch's backward does, or refuses: rules of torch go on there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # From off to off: from on to off is the end of an enable_grad.
         if func is torch._C._set_grad_enabled and not args[0] and not torch.is_grad_enabled():
             raise NotImplementedError("Forward derivatives do not stop at torch.no_grad().")
+        if func is F.embedding:
+            return _embedded(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _embedded(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """`torch.nn.functional.embedding`, whose padding row has no tangent."""
+    output = F.embedding(input, weight, padding_idx, *args, **kwargs)
+    if padding_idx is None:
+        return output
+    padding = (input == padding_idx % len(weight)).unsqueeze(-1)
+    return torch.where(padding, output.detach(), output)
 
 
 def is_marked_apart() -> bool:
@@ -51,6 +64,11 @@ def is_marked_apart() -> bool:
 def is_apart_from_training() -> bool:
     """Whether the present forward is a measurement, or runs under a transform of `torch.func`."""
     return is_marked_apart() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def remembered_buffers(model: nn.Module) -> Callable[[], None]:

@@ -19,7 +19,17 @@ from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from kronfac.calls import Call, Calls, Key, TapeError
-from kronfac.graph import feeders_of, in_backward, in_function, last_of, output_edge, unreached, used_elsewhere
+from kronfac.eager import eagerly
+from kronfac.graph import (
+    feeders_of,
+    in_backward,
+    in_function,
+    last_of,
+    output_edge,
+    unreached,
+    used_elsewhere,
+    users_of,
+)
 from kronfac.layers import LayerAdapter
 from kronfac.measuring import apart_from_training, is_marked_apart
 
@@ -66,6 +76,16 @@ class Tape:
                 f"{what} does not take layers that a forward pass calls several times, here {repeated}: use "
                 "approximation='kfac' with source='sampled' and sharing='expand', or one module for each call."
             )
+
+    def meet(self, outputs: Tensor) -> None:
+        """Look at calls without examples, of embeddings of positions, where what they gave is broadcast over these.
+
+        Args:
+            outputs: The model's outputs, attached to the graph; examples first.
+        """
+        if outputs.ndim:
+            self._calls.meet(len(outputs), lambda: users_of(outputs, self._empty))
+            self._last = None  # of where they were looked at before
 
     @property
     def empty(self) -> bool:
@@ -118,7 +138,7 @@ class Tape:
                 raise TapeError(
                     f"Layer {name!r} is used more than once in a forward pass. Declare that it shares its weight "
                     "between calls, by kronfac.layers.called_repeatedly(layer); or use one module per call, or leave "
-                    "the layer out by freezing it (requires_grad=False) while its curvature is gathered."
+                    "the layer out, by kronfac.layers.without_curvature(layer) or by freezing it (requires_grad=False)."
                 )
             if len(values) != 1 or not isinstance(values[0], Tensor):
                 raise TapeError(f"Layer {name!r} must be called with one tensor, the input, to gather its curvature.")
@@ -247,14 +267,20 @@ class Tape:
             name: (nodes[name], [p for p in call.adapter.parameters.values() if p.requires_grad])
             for name, call in self.calls.items()
         }
+        for name, adapter in self.adapters.items():
+            if name not in layers:  # that it was not called says nothing of its parameters
+                layers[name] = ([], [p for p in adapter.parameters.values() if p.requires_grad])
         used = used_elsewhere(outputs, layers, self._empty)
         if used:
             raise TapeError(
                 f"The model's outputs depend on the parameters of layers {used} in another way than through their "
-                "calls (such as F.linear(h, layer.weight), a state that an earlier forward left without detach(), or "
-                "derivatives of the network among its outputs), which one block for each layer cannot hold. Where a "
+                "calls (such as F.linear(h, layer.weight), a state that an earlier forward left without detach(), "
+                "derivatives of the network among its outputs, or code that was compiled before), which one block for "
+                "each layer cannot hold. Where a "
                 "second layer uses the same weight, make it a module whose weight is that parameter: tied weights are "
-                "left out of the curvature, by name. Or freeze the layers (requires_grad=False)."
+                "left out of the curvature, by name. Or leave the layers out yourself, by "
+                "kronfac.layers.without_curvature(layer), or freeze them (requires_grad=False). What needs no "
+                "blocks takes every use: kronfac.GaussNewtonOperator, kronfac.optim.HessianFree(precondition=False)."
             )
 
     def unreached(self, outputs: Tensor) -> set[str]:
@@ -292,7 +318,7 @@ def record(adapters: Mapping[str, LayerAdapter]) -> Iterator[Tape]:
         The tape; pull from it inside the block or after it.
     """
     tape = Tape(adapters)
-    with apart_from_training():
+    with apart_from_training(), eagerly():
         tape.open()
         try:
             yield tape

@@ -1,4 +1,4 @@
-"""The plugin on a stand-in of Avalanche's documented interface: hooks, ``loss``, ``model``, ``experience``."""
+"""The plugin on a stand-in of Avalanche 0.6's interface."""
 
 from __future__ import annotations
 
@@ -6,40 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.continual.avalanche_standin import Data, Naive
 from torch import Tensor, nn
 
 import kronfac as kf
 from kronfac.continual import AvalanchePlugin, PenaltySum, QuadraticPenalty
-
-
-class Naive:
-    """Trains one experience after the other and calls plugins by the names of their hooks, as Avalanche does."""
-
-    train_mb_size = 10
-
-    def __init__(self, model: nn.Module, plugins: list[object], lr: float = 0.02) -> None:
-        self.model, self.plugins = model, plugins
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-        self.loss, self.experience = torch.zeros(()), None
-
-    def trigger(self, event: str) -> None:
-        for plugin in self.plugins:
-            if hasattr(plugin, event):
-                getattr(plugin, event)(self)
-
-    def train(self, experience: SimpleNamespace, steps: int = 40) -> None:
-        self.experience = experience
-        self.model.train()
-        self.trigger("before_training_exp")
-        data = experience.dataset
-        x, y = torch.stack([item[0] for item in data]), torch.tensor([item[1] for item in data])
-        for _ in range(steps):
-            self.optimizer.zero_grad()
-            self.loss = nn.functional.cross_entropy(self.model(x), y)
-            self.trigger("before_backward")
-            self.loss.backward()
-            self.optimizer.step()
-        self.trigger("after_training_exp")
 
 
 def experiences() -> list[SimpleNamespace]:
@@ -48,7 +19,7 @@ def experiences() -> list[SimpleNamespace]:
     for task in range(2):
         x = torch.randn(61, 6)  # the last batch has one example
         y = (x[:, task] > 0).long()
-        found.append(SimpleNamespace(dataset=[(x[i], int(y[i]), task) for i in range(61)]))
+        found.append(SimpleNamespace(dataset=Data((x[i], int(y[i]), task) for i in range(61))))
     return found
 
 

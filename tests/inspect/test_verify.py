@@ -385,14 +385,14 @@ def test_labels_need_not_be_enumerable() -> None:
 
 
 class Positions(nn.Module):
-    """Position embeddings are looked up once for all examples, so that cotangents of examples add up in them."""
+    """Embeddings of positions scale all examples, so that cotangents of examples add up in them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table, self.place, self.head = nn.Embedding(9, 4), nn.Embedding(5, 4), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.table(x) + self.place(torch.arange(x.shape[1])))).mean(1)
+        return self.head(torch.tanh(self.table(x) * self.place(torch.arange(x.shape[1])))).mean(1)
 
 
 def test_examples_mixed_by_a_layer_are_found() -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kronfac as kf
+from kronfac.operators.gauss_newton import ggn_gram
 from kronfac.operators.passes import push_forward
 
 LABELS = torch.arange(12) % 3
@@ -26,6 +27,36 @@ def test_group_norm_with_channels_last() -> None:
     found = push_forward(model, x.to(memory_format=torch.channels_last), vector, None)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding", [1, -1])
+def test_padding_rows_have_no_tangent(padding: int) -> None:
+    """As they have no gradient: what passes forward and back is one symmetric matrix."""
+    model = double(nn.Sequential(nn.Embedding(4, 3, padding_idx=padding), nn.Flatten(), nn.Linear(6, 3)))
+    x = torch.arange(24).reshape(12, 2) % 4
+    operator = kf.GaussNewtonOperator(model, kf.Categorical(), (x, None))
+    wanted = kf.reference.ggn(model, kf.Categorical(), x)
+    torch.testing.assert_close(operator.to_dense(), wanted, rtol=1e-10, atol=1e-12)
+    vectors = [{n: draw(*p.shape, seed=seed) for n, p in model.named_parameters()} for seed in range(2)]
+    flat = torch.stack([torch.cat([t.flatten() for t in vector.values()]) for vector in vectors])
+    gram = ggn_gram(model, kf.Categorical(), x, vectors)
+    torch.testing.assert_close(gram, flat @ wanted @ flat.T, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(operator.quadratic_form(vectors[0]), gram[0, 0], rtol=1e-10, atol=1e-12)
+
+
+def test_a_tied_padding_row_has_the_tangent_of_its_other_use() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(4, 3, padding_idx=0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.table(x)).mean(1) @ self.table.weight.T
+
+    model, x = double(Tied()), torch.arange(24).reshape(12, 2) % 4
+    found = kf.GaussNewtonOperator(model, kf.Categorical(), (x, None)).to_dense()
+    wanted = kf.reference.ggn(model, kf.Categorical(), x)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_what_has_neither_derivative_says_what_does_without() -> None:

@@ -11,6 +11,7 @@ import torch
 from tests.exactness_helpers import draw
 from tests.optim.hand_kfac import network
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import kronfac as kf
@@ -135,6 +136,87 @@ def experts(rank: int) -> dict[str, Any]:
     return found
 
 
+def wrapped_otherwise(rank: int) -> dict[str, dict[str, Tensor]]:
+    """Train under other settings of the wrapper, which are the same training."""
+    found, exact = {}, RUNS["exact"]
+    model = network()
+    found["static graph"] = train(model, nn.parallel.DistributedDataParallel(model, static_graph=True), rank, **exact)
+    model = network()
+    called = nn.parallel.DistributedDataParallel(model, static_graph=True)
+    optimizer = kf.optim.KFAC(called, kf.Categorical(), lr=0.1, damping=0.1, source="exact", momentum=0.5, **exact)
+    for step in range(STEPS):
+        x, y = share(step, rank)
+        optimizer.zero_grad()
+        with optimizer.capture() as capture:
+            outputs = called(x)
+            capture(outputs, y)
+        F.cross_entropy(outputs, y).backward()
+        optimizer.step()
+    found["static graph, captured"] = result(model, optimizer)
+    return found
+
+
+def apart(rank: int) -> dict[str, Tensor]:
+    """Train a network of its own in each process, which is a group by itself; one takes more steps than the other."""
+    groups = [distributed.new_group([other]) for other in range(WORLD)]
+    model = network(seed=rank)
+    called = nn.parallel.DistributedDataParallel(model, process_group=groups[rank])
+    return train_apart(model, called, rank)
+
+
+def train_apart(model: nn.Module, called: nn.Module, rank: int) -> dict[str, Tensor]:
+    optimizer = kf.optim.EKFAC(called, kf.Categorical(), lr=0.1, damping=0.1, source="exact", kl_clip=1e-4)
+    for step in range(2 + rank):
+        x, y = share(step, rank)
+        optimizer.zero_grad()
+        F.cross_entropy(called(x), y).backward()
+        optimizer.step()
+    optimizer.consolidate_state_dict()
+    optimizer.load_state_dict(optimizer.state_dict())
+    return result(model, optimizer)
+
+
+def estimates(rank: int | None) -> dict[str, Tensor]:
+    """Estimate from three batches, of which the second process has one, and then none."""
+    batches, found = [batch(step) for step in range(3)], {}
+    for name, first in (("one", 2), ("none", 3)):
+        mine = batches if rank is None else (batches[:first], batches[first:])[rank]
+        for reduction in ("mean", "sum"):
+            curvature = kf.estimate(network(), kf.Categorical(reduction=reduction), mine, source="exact")
+            found[f"{name}, {reduction}"] = curvature.to_dense()
+    return found
+
+
+def refused(rank: int) -> dict[str, str]:
+    """Ask for what no process may begin."""
+    found = {}
+    model = network()
+    called = nn.parallel.DistributedDataParallel(model)
+    optimizer = kf.optim.KFAC(called, kf.Categorical(), lr=0.1)
+    with called.join():
+        F.cross_entropy(called(batch(0)[0]), batch(0)[1]).backward()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            found["join"] = str(error)
+    try:
+        kf.estimate(network(), kf.Categorical(), [batch(0)][rank:], approximation="ekfac", source="exact")
+    except RuntimeError as error:
+        found["basis"] = str(error)
+    sharded = fully_shard(network())
+    makers = {
+        "optimiser": lambda: kf.optim.KFAC(sharded, kf.Categorical(), lr=0.1),
+        "estimate": lambda: kf.estimate(sharded, kf.Categorical(), batch(0)),
+        "operator": lambda: kf.GaussNewtonOperator(sharded, kf.Categorical(), batch(0)),
+    }
+    for name, make in makers.items():
+        try:
+            make()
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
@@ -147,6 +229,10 @@ def work(rank: int, folder: str) -> None:
             found[name] = train(model, nn.parallel.DistributedDataParallel(model), rank, **options)
         found |= resume(rank)
         found["experts"] = experts(rank)
+        found |= wrapped_otherwise(rank)
+        found |= {"apart": apart(rank), "estimates": estimates(rank), "refused": refused(rank)}
+        if rank == 0:  # by itself, of its own batch
+            kf.verify(network(), kf.Categorical(), share(0, rank)).raise_if(scale=1e-6)
         torch.save(found, Path(folder) / f"{rank}.pt")
         distributed.barrier()  # who leaves first closes connections that the other one may still be at
     finally:

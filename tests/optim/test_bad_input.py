@@ -70,7 +70,7 @@ def test_options_are_checked_at_construction(options: dict[str, Any], error: typ
 
 
 def test_models_and_likelihoods_are_checked_at_construction() -> None:
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, not generator"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, .*not generator: give KFAC the model"):
         unclipped(network().parameters(), CATEGORICAL, lr=0.1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"not CrossEntropyLoss; kronfac\.likelihood_of"):
         unclipped(network(), nn.CrossEntropyLoss(), lr=0.1)  # type: ignore[arg-type]
@@ -262,3 +262,8 @@ def test_a_factor_that_overflowed_is_named_at_the_refresh(side: str) -> None:
     with pytest.raises(FloatingPointError, match=f"The {side} factor of layer '2' overflowed"):
         optimizer.step()
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_parameters_in_place_of_the_model_are_told_apart() -> None:
+    with pytest.raises(TypeError, match=r"not generator: give KFAC the model in place of model\.parameters\(\)"):
+        kf.optim.KFAC(network().parameters(), CATEGORICAL, lr=0.1)  # type: ignore[arg-type]

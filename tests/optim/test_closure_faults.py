@@ -160,6 +160,35 @@ def test_groups_have_no_settings_of_their_own(kind: str, own: dict[str, float]) 
     assert len(optimizer.param_groups) == 2
 
 
+@pytest.mark.parametrize("schedule", ["StepLR", "OneCycleLR"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scheduler_is_told_that_it_has_no_effect(kind: str, schedule: str) -> None:
+    model = network()
+    optimizer = make(kind, model)
+    if schedule == "StepLR":
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        train(optimizer, model, 1)
+        scheduler.step()
+    else:
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 5.0, 10)  # the momentum, too
+    before = copies(model)
+    with pytest.raises(ValueError, match=r"chooses its own step size.*lr=.*no effect.*scheduler"):
+        train(optimizer, model, 1)
+    assert same(model, before)
+
+
+def test_a_state_does_not_change_settings_that_the_constructor_fixes() -> None:
+    models = [network() for _ in range(2)]
+    first, second = make("AdaptiveKFAC", models[0], damping=3.0), make("AdaptiveKFAC", models[1], damping=7.0)
+    train(first, models[0], 2)
+    models[1].load_state_dict(models[0].state_dict())
+    second.load_state_dict(first.state_dict())
+    for optimizer, model in zip((first, second), models, strict=True):
+        train(optimizer, model, 2)
+    assert same(models[0], copies(models[1]))
+    assert second.param_groups[0]["damping"] == 7.0
+
+
 # -------------------------------------------------------------------- frozen layers
 @pytest.mark.parametrize("taken", [0, 3])
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from tests.optim.hand_kfac import network
-from tests.optim.loops import batch, close, train
+from tests.optim.loops import MAKERS, Mixed, batch, close, train
 from tests.optim.unclipped import unclipped
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -188,3 +188,55 @@ def test_frozen_parameters_are_neither_gathered_nor_moved() -> None:
     assert torch.equal(model[0].weight, before[0].weight)
     assert torch.equal(model[2].bias, before[2].bias)
     assert not torch.equal(model[2].weight, before[2].weight)
+
+
+# ---------------------------------------------------------------------------------------------- steps left out
+SKIPPED = "left no gradients and returned no loss that has any: the step was left out"
+
+
+@pytest.mark.parametrize("kind", ["KFAC", "EKFAC", "TKFAC", "so", "q"])
+@pytest.mark.parametrize("forward", [False, True])
+def test_a_closure_with_nothing_to_step_in_leaves_the_step_out(kind: str, forward: bool) -> None:
+    """As frameworks pass one for a batch that ``training_step`` skips, and for a pass that renews batch norm alone."""
+    models = [network() for _ in range(2)]
+    if kind in ("so", "q"):
+        optimizers = [kf.optim.KLDWRM(m, kf.Categorical(), 5.0, variant=kind, source="exact") for m in models]
+    else:
+        optimizers = [getattr(kf.optim, kind)(m, kf.Categorical(), lr=0.1, source="exact") for m in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 2)
+    (model, twin), (optimizer, other) = models, optimizers
+
+    def closure() -> Tensor | None:
+        loss = F.cross_entropy(model(batch(7)[0]), batch(7)[1]) if forward else None
+        optimizer.zero_grad()
+        return None if loss is None else loss.detach()
+
+    steps = optimizer._steps
+    with pytest.warns(RuntimeWarning, match=SKIPPED):
+        assert (optimizer.step(closure) is None) == (not forward)
+    assert optimizer._steps == steps
+    close(model, twin, 0.0)
+    if forward and kind not in ("so", "q"):  # its statistics stay in the running averages, as of any forward
+        return
+    for m, o in ((model, optimizer), (twin, other)):
+        train(m, o, 4, first=2)
+    close(model, twin, 0.0)
+
+
+def test_what_only_the_fallback_moves_is_a_step() -> None:
+    model = Mixed()
+    with pytest.warns(kf.CoverageWarning):
+        optimizer = kf.optim.KFAC(model, kf.Categorical(), lr=0.1, burn_in=0, fallback=MAKERS["sgd"])
+    train(model, optimizer, 1)
+    model.layer.requires_grad_(False)
+    before = model.bilinear.weight.detach().clone()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(batch(0)[0]), batch(0)[1])
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert not torch.equal(before, model.bilinear.weight)

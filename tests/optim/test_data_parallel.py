@@ -42,6 +42,22 @@ def test_two_processes_are_as_good_as_one(tmp_path: Path) -> None:
             torch.testing.assert_close(part["experts"][run], alone, rtol=1e-9, atol=1e-12)
     for part in found:
         assert "Layers ['experts.0', 'experts.1'] were called in some processes" in part["experts"]["refused"]
+    # The wrapper in another mode; processes that have nothing to do with each other; one with fewer batches, or none.
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[0]["static graph"][name], tensor, rtol=1e-10, atol=1e-12)
+    for run in ("static graph", "static graph, captured"):
+        for name, tensor in found[0][run].items():
+            assert torch.equal(found[1][run][name], tensor), f"{run}: the processes parted at {name}"
+    for rank, part in enumerate(found):
+        alone = data_parallel.train_apart(model := network(seed=rank), model, rank)
+        for name in (name for name in alone if name.startswith("parameter")):
+            torch.testing.assert_close(part["apart"][name], alone[name], rtol=1e-9, atol=1e-12)
+        for name, curvature in data_parallel.estimates(None).items():
+            torch.testing.assert_close(part["estimates"][name], curvature, rtol=1e-10, atol=1e-12)
+        assert "join(throw_on_early_termination=True)" in part["refused"]["join"]
+        assert "approximation='ekfac' cannot do with" in part["refused"]["basis"]
+        for name in ("optimiser", "estimate", "operator"):
+            assert "are distributed over processes (fully_shard" in part["refused"][name]
     assert not torch.equal(found[0]["clipped"]["parameter 0.weight"], found[0]["exact"]["parameter 0.weight"])
 
 

@@ -82,8 +82,6 @@ def check_alone(model: nn.Module, x: Tensor, m: int, likelihood: kf.Likelihood, 
 def test_a_forward_of_its_own_is_the_estimate_of_the_first_examples(case: str, reduction: str, source: str) -> None:
     """With the labels that the same generator gives, too."""
     build, data, options = MODELS[case]
-    if case == "shared" and source == "exact":
-        pytest.skip("columns of a root need the examples apart, which the table of positions does not keep")
     check_alone(build(), data(), APART, LIKELIHOODS[reduction], source=source, **options)
 
 

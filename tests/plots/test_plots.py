@@ -126,3 +126,25 @@ def test_correlations_are_drawn_on_one_scale() -> None:
     assert [axes.get_title(loc="left") for axes in figure.axes[:4]] == ["a", "", "", ""]
     with pytest.raises(ValueError, match=r"2 images in each row, got \[1\]"):
         plots.correlation_images([plots.ImageRow("x", [None])], ["a", "b"])
+
+
+def test_names_that_share_a_colour_have_other_lines() -> None:
+    names = [f"method {i}" for i in range(9)]
+    table = pd.concat([TABLE[TABLE["optimizer"] == "KFAC"].assign(optimizer=name) for name in names])
+    lines = plots.training_curves(table).get_lines()
+    assert lines[0].get_color() == lines[7].get_color()
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 9
+
+
+def test_a_run_with_one_evaluation_is_seen() -> None:
+    assert plots.training_curves(TABLE[TABLE["step"] == 0]).get_lines()[0].get_marker() == "o"
+    assert plots.training_curves(TABLE).get_lines()[0].get_marker() in ("", "None")
+
+
+def test_a_grid_has_the_values_tried_on_its_axis() -> None:
+    table = pd.DataFrame({"lr": [0.05, 0.1, 0.3], "train_loss": [1.0, 2.0, 3.0]})
+    axes = plots.grid_profile(table, "lr", "train_loss")
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.05", "0.1", "0.3"]
+    assert list(axes.get_xticks(minor=True)) == []
+    signed = plots.grid_profile(table.assign(lr=[0.0, 0.1, 0.3]), "lr", "train_loss")
+    assert signed.get_xscale() == "linear"

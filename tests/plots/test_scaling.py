@@ -45,3 +45,11 @@ def test_nothing_measured_is_an_empty_panel_and_no_rows_are_refused() -> None:
     assert not axes.get_lines()
     with pytest.raises(ValueError, match="at least one row"):
         scaling_panels([])
+
+
+def test_the_legend_is_no_wider_than_a_picture_of_one_panel() -> None:
+    rows = [row("width", 4, 1.0, 4.0) | {"part": part} for part in ("statistics", "inverse", "precondition")]
+    figure = scaling_panels(rows)[0].figure
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width

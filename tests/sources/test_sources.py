@@ -301,17 +301,18 @@ def test_weights_of_one_are_none_so_that_fast_paths_stay_open() -> None:
 
 
 class Positioned(nn.Module):
-    """Embeddings of positions are looked up once for all examples, unless they are expanded."""
+    """Embeddings of positions are looked up once for all examples, unless expanded, and scale or shift them."""
 
-    def __init__(self, expanded: bool) -> None:
+    def __init__(self, expanded: bool, scale: bool = True) -> None:
         super().__init__()
         self.tokens, self.positions, self.head = nn.Embedding(5, 3), nn.Embedding(4, 3), nn.Linear(3, 2)
-        self.expanded = expanded
+        self.expanded, self.scale = expanded, scale
         double(self)
 
     def forward(self, x: Tensor) -> Tensor:
         index = torch.arange(x.shape[1])
-        return self.head(self.tokens(x) + self.positions(index.expand_as(x) if self.expanded else index)).mean(1)
+        tokens, positions = self.tokens(x), self.positions(index.expand_as(x) if self.expanded else index)
+        return self.head(tokens * positions if self.scale else tokens + positions).mean(1)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +330,10 @@ def test_layers_that_sum_over_examples_are_refused_where_that_matters(options: d
         kf.estimate(Positioned(False), kf.Gaussian(), (x, y), **options)
     kf.estimate(Positioned(False), kf.Gaussian(), (x, y))
     kf.estimate(Positioned(True), kf.Gaussian(), (x, y), **options)
+    shared, apart = Positioned(False, scale=False), Positioned(True, scale=False)
+    apart.load_state_dict(shared.state_dict())
+    found, wanted = (kf.estimate(model, kf.Gaussian(), (x, y), **options).to_dense() for model in (shared, apart))
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)
 
 
 # ---------------------------------------------------------------------------------------------------- arguments

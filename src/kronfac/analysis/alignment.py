@@ -21,6 +21,7 @@ from kronfac.estimator import CoverageWarning
 from kronfac.forwards import batches_of
 from kronfac.layers import adapt_model
 from kronfac.likelihoods import Likelihood
+from kronfac.processes import alone
 from kronfac.sources import DRAWN
 
 #: Layer name of the rows over all layers together.
@@ -192,6 +193,7 @@ def alignment_during_training(
     return along_training(advance, steps, every, measure)
 
 
+@alone()  # as are the exact products that it is compared with
 def _approximate(
     scene: Scene,
     method: Method,

@@ -23,6 +23,7 @@ from kronfac.estimation import estimate
 from kronfac.estimator import CoverageWarning
 from kronfac.inspect.comparison import Roots, compare
 from kronfac.likelihoods import Likelihood
+from kronfac.processes import alone
 from kronfac.sources import Sampled, Source
 
 #: The ``layer`` of rows that stand for all layers together.
@@ -117,6 +118,7 @@ def approximation_error(
     return [{"layer": row.pop("layer"), **row} for row in rows]
 
 
+@alone()  # as is the exact matrix that it is compared with
 def estimate_quietly(scene: Scene, method: Approximation, source: Source, seed: int) -> BlockDiagonal:
     """Estimate the scene's curvature, without the warning that was given already.
 

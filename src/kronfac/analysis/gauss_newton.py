@@ -15,6 +15,7 @@ from kronfac.estimation import estimate
 from kronfac.estimator import CoverageWarning
 from kronfac.linalg.conjugate_gradient import conjugate_gradient
 from kronfac.operators import GaussNewtonOperator
+from kronfac.processes import alone
 from kronfac.vectors import Layout
 
 
@@ -129,6 +130,7 @@ class Solver:
         return Update(found.solution, found.iterations, found.residual, found.converged)
 
 
+@alone()  # as are the products that it is for
 def kfac_preconditioner(scene: Scene, damping: float, sharing: str, norm: str, seed: int) -> CurvatureInverse:
     """A KFAC inverse, with which conjugate gradients need about half the iterations for a layer's block.
 

@@ -16,6 +16,7 @@ from kronfac.forwards import call_model, pick_outputs
 from kronfac.likelihoods import Likelihood
 from kronfac.measuring import frozen_buffers
 from kronfac.operators.passes import RandomStream
+from kronfac.processes import alone
 from kronfac.sources import Source
 from kronfac.sources.part import Part
 from kronfac.tape import record
@@ -102,6 +103,7 @@ def _check_sizes(sizes: list[int], most: int) -> list[int]:
     return sizes
 
 
+@alone()
 def _tensors(estimator: Estimator) -> dict[tuple[str, str], Tensor]:
     blocks = estimator.curvature().blocks
     return {(name, key): tensor for name, block in blocks.items() for key, tensor in block.tensors().items()}

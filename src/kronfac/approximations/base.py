@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from kronfac import processes
 from kronfac.blocks import Block
 from kronfac.layers import LayerAdapter
 from kronfac.linalg.symmetric import all_finite, with_even_rows
@@ -66,28 +67,26 @@ class Mean:
 
     def parts(self) -> tuple[Tensor, float]:
         """Return two factors of :meth:`value`, the first of which is the sum itself outside of distributed runs."""
-        distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()):
+        if not processes.together():
             return self.total, self.scale / self.weight
         total, weight = self.total * self.scale, self.total.new_tensor(self.weight, dtype=torch.float64)
-        distributed.all_reduce(total)
-        distributed.all_reduce(weight)
+        processes.add_up(total)
+        processes.add_up(weight)
         return total.div_(weight.item()), 1.0
 
     def consolidate(self) -> None:
         """Give every process of a distributed run the same share of the sums; :meth:`value` stays what it is."""
-        distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()):
+        if not processes.together():
             return
         weight = self.total.new_tensor(self.weight, dtype=torch.float64)
         if is_blank(self.total):  # another process may have added to its own
             self.total = self.total.contiguous()
         self.total.mul_(self.scale)
         total = self.total.contiguous()
-        distributed.all_reduce(total)
-        distributed.all_reduce(weight)
-        self.total.copy_(total.div_(distributed.get_world_size()))
-        self.weight, self.scale = weight.item() / distributed.get_world_size(), 1.0
+        processes.add_up(total)
+        processes.add_up(weight)
+        self.total.copy_(total.div_(processes.count()))
+        self.weight, self.scale = weight.item() / processes.count(), 1.0
 
 
 class Statistic(ABC):

@@ -7,6 +7,7 @@ from torch import Tensor
 from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, require_no_moment, zeros
 from kronfac.blocks import Block, Dense
 from kronfac.layers import LayerAdapter
+from kronfac.layers.norm import NormAdapter
 from kronfac.linalg.symmetric import add_gram_, all_finite, mirror_
 from kronfac.sources import Sample, not_finite, require_examples
 
@@ -55,6 +56,8 @@ class DenseStatistic(Statistic):
         """Those of the examples, refused if they are not finite: of units they are fewer numbers than the cotangent."""
         if not self.layer.unit_wise:
             require_finite(sample)
+        if isinstance(self.layer, NormAdapter):  # whose block is dense in every approximation
+            require_examples(self.layer, sample.inputs, sample.batch, "The block of a normalisation layer", None)
         require_examples(self.layer, sample.inputs, sample.batch, "A dense block")
         gradients = self.layer.per_example_gradients(sample.inputs, cotangents)
         if self.layer.unit_wise and not sample.checked and not all_finite(gradients):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from kronfac import processes
 from kronfac.approximations.base import Approximation, Mean, Statistic, require_finite, zeros
 from kronfac.approximations.joint import JointApproximation
 from kronfac.approximations.kfac import KFAC
@@ -269,7 +270,6 @@ def _projected(a: Tensor, c: Tensor, output: Tensor, input: Tensor, depth: int) 
 def _agreed(basis: Tensor) -> Tensor:
     """The first process's basis: eigenvectors of the same matrix may differ in sign and within degenerate spaces."""
     basis = basis.contiguous()
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.broadcast(basis, 0)
+    if processes.together():
+        processes.agree_on(basis)
     return basis

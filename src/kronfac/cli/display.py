@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table as RichTable
 
+from kronfac.cli.fitting import fit
 from kronfac.experiments.present import Table
 from kronfac.experiments.progress import Progress
 from kronfac.experiments.settings import RunSettings
@@ -219,20 +221,27 @@ def print_table(table: Table, title: str = "") -> None:
     """
     console = Console()
     if console.is_terminal:
-        drawn = RichTable(title=title or None, title_justify="left", title_style="bold")
-        for index, column in enumerate(table.columns):
-            drawn.add_column(escape(column), justify="left" if index in table.words else "right")
-        styles = {"chosen": "bold green", "bad": "red"}
-        for index, row in enumerate(table.rows):
-            drawn.add_row(*map(escape, row), style=styles.get(table.marks.get(index, "")))
-        console.print(drawn)
+        for index, (part, widths) in enumerate(fit(table, console.width)):
+            console.print(_drawn(part, widths, "" if index else title))
         return
     if title:
         print(title)
-    widths = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
+    widths = [max(map(cell_len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
     for row in (table.columns, *table.rows):
+        spaces = (" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
         cells = (
-            cell.ljust(width) if index in table.words else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell + space if index in table.words else space + cell
+            for index, (cell, space) in enumerate(zip(row, spaces, strict=True))
         )
         print("  ".join(cells).rstrip())
+
+
+def _drawn(table: Table, widths: Sequence[int], title: str) -> RichTable:
+    drawn = RichTable(title=escape(title) or None, title_justify="left", title_style="bold")
+    for index, (column, width) in enumerate(zip(table.columns, widths, strict=True)):
+        side: JustifyMethod = "left" if index in table.words else "right"
+        drawn.add_column(escape(column), justify=side, width=width, overflow="fold")
+    styles = {"chosen": "bold green", "bad": "red"}
+    for index, row in enumerate(table.rows):
+        drawn.add_row(*map(escape, row), style=styles.get(table.marks.get(index, "")))
+    return drawn

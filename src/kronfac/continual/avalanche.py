@@ -6,15 +6,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kronfac.approximations import get_approximation
-from kronfac.continual.base import Penalty, check_strength
-from kronfac.continual.combine import COMBINE, combined
+from kronfac.continual.base import Penalty, check_strength, live_parameters
+from kronfac.continual.combine import COMBINE, Curvature, combined
+from kronfac.continual.experiences import batches_of, data_of, without_unused
+from kronfac.continual.growing import on_all_layers, on_old_entries
 from kronfac.continual.quadratic import QuadraticPenalty
+from kronfac.curvature_coupled import CoupledCurvature
 from kronfac.estimation import estimate
 from kronfac.likelihoods import Gaussian, Likelihood
-from kronfac.measuring import couples_examples
+from kronfac.vectors import listed
 
 
 class AvalanchePlugin:
@@ -28,7 +31,12 @@ class AvalanchePlugin:
     Avalanche calls plugins by the names of its hooks; this one has ``before_backward``, where it adds to
     ``strategy.loss``, and ``after_training_exp``, where it estimates the curvature of ``strategy.model`` on
     ``strategy.adapted_dataset`` (or ``strategy.experience.dataset``), whose items are ``(input, target, …)``. Whatever
-    mode the model is in is the mode of the curvature: train mode, as Avalanche leaves it.
+    mode the model is in is the mode of the curvature: train mode, as Avalanche leaves it. Data of earlier experiences
+    that a strategy trains on again is not taken in a second time.
+
+    Models may grow between experiences. Multi-task models are given task labels; heads that an experience does not
+    pass through have no curvature from it. Of a layer that has become larger, as ``IncrementalClassifier``, the
+    leading entries are held, and what was added is free until an experience was learned with it.
 
     Args:
         likelihood: The loss, as for `kronfac.estimate`.
@@ -86,6 +94,28 @@ class AvalanchePlugin:
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.penalty: Penalty | None = None
         self._seen = 0
+        self._trained: dict[str, torch.Size] = {}
+
+    def before_training_exp(self, strategy: Any, **_: object) -> None:
+        """Refuse now what could not be taken in once the experience was learned.
+
+        Args:
+            strategy: The strategy.
+
+        Raises:
+            NotImplementedError: If the model changed, and curvature that couples layers is to be added up.
+        """
+        penalty = self.penalty
+        if not (self.online and self._trained and isinstance(penalty, QuadraticPenalty)):
+            return
+        known, now = self._trained, _trained(strategy.model)
+        changed = [name for name in (*known, *now) if known.get(name) != now.get(name)]
+        if changed and isinstance(penalty.parts[0][1], CoupledCurvature):
+            raise NotImplementedError(
+                f"approximation={self.approximation!r} couples layers, and cannot be used online where parameters "
+                f"appear, vanish or change their shape: {listed(list(dict.fromkeys(changed)))}; pass online=False, "
+                "which keeps an anchor for each experience"
+            )
 
     def before_backward(self, strategy: Any, **_: object) -> None:
         """Add the penalty to the strategy's loss.
@@ -94,7 +124,7 @@ class AvalanchePlugin:
             strategy: The strategy.
         """
         if self.penalty is not None:
-            strategy.loss = strategy.loss + self.penalty(strategy.model)
+            strategy.loss = strategy.loss + on_old_entries(self.penalty, live_parameters(strategy.model))
 
     def after_training_exp(self, strategy: Any, **_: object) -> None:
         """Estimate the curvature at the experience's optimum.
@@ -103,35 +133,36 @@ class AvalanchePlugin:
             strategy: The strategy.
         """
         seed = self.seed + self._seen
+        batches = list(self._batches(strategy, seed))
         self._seen += 1
-        curvature = estimate(
-            strategy.model,
-            self.likelihood,
-            list(self._batches(strategy, seed)),
-            approximation=self.approximation,
-            source="sampled",
-            seed=seed,
-        )
+        self._trained = _trained(strategy.model)
+        with without_unused(strategy.model, batches):
+            curvature = estimate(
+                strategy.model,
+                self.likelihood,
+                batches,
+                approximation=self.approximation,
+                source="sampled",
+                seed=seed,
+            )
         if self.online and isinstance(self.penalty, QuadraticPenalty):
-            self.penalty = self.penalty.update(curvature, decay=1.0, combine=self.combine)
+            self.penalty = self._updated(self.penalty, curvature, strategy.model)
             return
         term = QuadraticPenalty(curvature, strength=self.strength)
         self.penalty = term if self.penalty is None else self.penalty + term
 
-    def _batches(self, strategy: Any, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        adapted = getattr(strategy, "adapted_dataset", None)
-        dataset = strategy.experience.dataset if adapted is None else adapted
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[: self.examples]
-        device = _device(strategy.model)
+    def _updated(self, penalty: QuadraticPenalty, curvature: Curvature, model: nn.Module) -> QuadraticPenalty:
+        """One anchor at the parameters of now, with the sum of all curvatures over the layers of all."""
+        live = live_parameters(model)
+        parts, curvature = on_all_layers(penalty.parts, curvature, list(live))
+        before = QuadraticPenalty.from_parts(
+            parts, penalty.anchor_matrices, strength=penalty.strength, tasks=penalty.tasks, rest=penalty.rest
+        )
+        return before.update(curvature, live, decay=1.0, combine=self.combine)
+
+    def _batches(self, strategy: Any, seed: int) -> Iterator[tuple[Any, Any]]:
         size = self.batch_size or strategy.train_mb_size
-        # Batch norm in train mode has no function of one example. Where all batches have one, torch says so itself.
-        skips = 1 < size < len(order) and couples_examples(strategy.model)
-        for rows in order.split(size):
-            if skips and len(rows) == 1:
-                continue
-            items = [dataset[int(row)] for row in rows]
-            inputs = torch.stack([torch.as_tensor(item[0]) for item in items])
-            yield inputs.to(device), torch.stack([torch.as_tensor(item[1]) for item in items]).to(device)
+        return batches_of(data_of(strategy, first=self.penalty is None), strategy.model, self.examples, size, seed)
 
 
 def _check_combines(approximation: str, combine: str) -> None:
@@ -162,5 +193,5 @@ def _check_combines(approximation: str, combine: str) -> None:
         ) from error
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def _trained(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in live_parameters(model).items() if p.requires_grad}

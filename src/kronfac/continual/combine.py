@@ -112,6 +112,8 @@ def _added(u: float, first: Block, v: float, second: Block, how: str) -> Block:
     a, g, b, h = first.input, _output(first), second.input, _output(second)
     product = DiagonalKronecker if a.ndim == g.ndim - 1 else Kronecker
     if how == "factors":
+        # Nothing is no product of any factors: averaged with its own, the other's would be smaller.
+        u, v = (weight * bool(output.any()) for weight, output in ((u, g), (v, h)))
         return product(u * a + v * b, g) if u + v == 0 else product((u * a + v * b) / (u + v), u * g + v * h)
     stack = g.ndim - 2
     input, output = nearest_sum((a.flatten(stack), b.flatten(stack)), (g.flatten(stack), h.flatten(stack)), (u, v))

@@ -13,6 +13,7 @@ from kronfac.continual.combine import Curvature, Part, combined
 from kronfac.continual.decay import RecentredDecay, snapshot
 from kronfac.curvature import BlockDiagonal
 from kronfac.curvature_coupled import CoupledCurvature
+from kronfac.measuring import is_transformed
 from kronfac.vectors import listed
 
 
@@ -248,7 +249,8 @@ def _half_forms(parts: tuple[Part, ...], deltas: Mapping[str, Tensor]) -> Tensor
                 product = torch.add(product, block.matmul(vector), alpha=weight)
             return product
 
-        values.append(_HalfForm.apply(delta, matmul)[0])
+        # Transforms of torch.func, and dual numbers, go through plain operations alone.
+        values.append(0.5 * (matmul(delta) * delta).sum() if is_transformed() else _HalfForm.apply(delta, matmul)[0])
     for weight, curvature in parts:
         if isinstance(curvature, CoupledCurvature):
             products = curvature.coupled.matmul(deltas)
@@ -258,10 +260,8 @@ def _half_forms(parts: tuple[Part, ...], deltas: Mapping[str, Tensor]) -> Tensor
 
 def _check_curvature(curvature: object) -> None:
     if not isinstance(curvature, BlockDiagonal | CoupledCurvature):
-        raise TypeError(
-            "curvature must be what kronfac.estimate or kronfac.load gives, a BlockDiagonal or a CoupledCurvature, not "
-            f"{type(curvature).__name__}"
-        )
+        kinds = "what kronfac.estimate or kronfac.load gives, a BlockDiagonal or a CoupledCurvature"
+        raise TypeError(f"curvature must be {kinds}, not {type(curvature).__name__}")
 
 
 def _anchored(curvature: Curvature, model: Parameters | None) -> dict[str, Tensor]:

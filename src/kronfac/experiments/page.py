@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -12,8 +12,12 @@ from pathlib import Path
 from kronfac.experiments.environment import warning
 from kronfac.experiments.errors import need
 from kronfac.experiments.present import Table, environment_table
+from kronfac.plots.style import line_of
 
 _LIBRARY = "charts.js"
+_DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
+#: Characters from which on a cell is broken into lines, where other cells are kept whole and the table scrolls.
+_LONG = 60
 
 
 def page_html(title: str, parts: Iterable[str], data: Mapping[str, object], script: str) -> str:
@@ -55,6 +59,19 @@ def page_html(title: str, parts: Iterable[str], data: Mapping[str, object], scri
 """
 
 
+def dash_of(name: str, names: Sequence[str]) -> str:
+    """Give a name the dashes of its place in a list, so that names that share a colour are told apart.
+
+    Args:
+        name: The name.
+        names: All names of the chart, in order.
+
+    Returns:
+        What plotly calls the style.
+    """
+    return _DASHES[line_of(name, names)]
+
+
 def heading_html(title: str, lead: str, told: Iterable[str] = ()) -> str:
     """Make the top of a page.
 
@@ -81,10 +98,8 @@ def origin_html(environment: Mapping[str, object], command: str) -> str:
     Returns:
         HTML with two headings of the second order.
     """
-    return (
-        f"<h2>Environment</h2>\n{table_html(environment_table(environment))}\n{note_html(warning(environment))}\n"
-        f"<h2>Command</h2>\n<pre>{escape(command)}</pre>"
-    )
+    facts, remark = table_html(environment_table(environment)), note_html(_sentence(warning(environment)))
+    return f"<h2>Environment</h2>\n{facts}\n{remark}\n<h2>Command</h2>\n<pre>{escape(command)}</pre>"
 
 
 def note_html(text: str) -> str:
@@ -108,14 +123,16 @@ def table_html(table: Table) -> str:
     Returns:
         HTML; it scrolls by itself where the window is narrow.
     """
-    kinds = [' class="text"' if index in table.words else "" for index in range(len(table.columns))]
-    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, table.columns, strict=True))
+    kinds = ["text" if index in table.words else "" for index in range(len(table.columns))]
     body = []
     for index, row in enumerate(table.rows):
-        mark = f' class="{table.marks[index]}"' if table.marks.get(index) else ""
-        cells = "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
-        body.append(f"<tr{mark}>{cells}</tr>")
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+        cells = "".join(_cell(cell, kind) for kind, cell in zip(kinds, row, strict=True))
+        body.append(f"<tr{_class(table.marks.get(index, ''))}>{cells}</tr>")
+    head = "".join(
+        f'<th scope="col"{_class(kind)}>{escape(name)}</th>' for kind, name in zip(kinds, table.columns, strict=True)
+    )
+    shown = f"<thead><tr>{head}</tr></thead>" if any(table.columns) else ""
+    return f'<div class="scroll"><table>{shown}<tbody>{"".join(body)}</tbody></table></div>'
 
 
 def pictures_html(paths: Iterable[Path]) -> str:
@@ -134,9 +151,21 @@ def pictures_html(paths: Iterable[Path]) -> str:
     return f'<div class="pictures">{"".join(images)}</div>'
 
 
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _cell(text: str, kind: str) -> str:
+    return f"<td{_class(f'{kind} long'.strip() if len(text) > _LONG else kind)}>{escape(text)}</td>"
+
+
+def _class(names: str) -> str:
+    return f' class="{names}"' if names else ""
+
+
 def _asset(name: str) -> str:
     return (resources.files("kronfac.experiments") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _numbers(value: object) -> str:
-    return json.dumps(value, allow_nan=False).replace("</", "<\\/")
+    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")  # no name in it begins or ends an element

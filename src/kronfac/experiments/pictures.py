@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kronfac.experiments.errors import need
 from kronfac.experiments.files import replace_atomically
 from kronfac.experiments.optimizers import get_optimizer
 from kronfac.experiments.results import Results
 from kronfac.experiments.tables import curves, grid_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: Horizontal axes, by the word in the pictures' file names.
 AXES = {"steps": "step", "seconds": "seconds", "epochs": "epoch"}
@@ -26,8 +31,8 @@ def write_pictures(results: Results) -> list[Path]:
     need("matplotlib", "experiments")
     from kronfac import plots
 
-    table, plan = curves(results), results.plan
-    names = [get_optimizer(name).title for name in plan.optimizers]
+    plan = results.plan
+    table, names = _drawn(results)
     counterpart = plan.metric.replace("train_", "test_") if plan.metric.startswith("train_") else "train_loss"
     written = []
     for metric in (plan.metric, counterpart):
@@ -44,6 +49,26 @@ def write_pictures(results: Results) -> list[Path]:
             axes = plots.grid_profile(points, name, plan.metric, searched=searched, title=title)
             written.append(save_figure(axes, results.folder / f"grid-{optimizer}-{name}.png"))
     return written
+
+
+def _drawn(results: Results) -> tuple[pd.DataFrame, list[str]]:
+    """Curves of finished runs, and a label for each optimiser.
+
+    A mean goes as far as all its runs do: one that diverged, or has only begun, would cut the others short. It is left
+    to pictures of an optimiser of which no run has finished, and the label says how many are in the mean.
+
+    Returns:
+        A row per evaluation, and the labels in the order of the optimisers.
+    """
+    runs, labels = [], {}
+    for name in results.plan.optimizers:
+        own, title = results.of(name), get_optimizer(name).title
+        kept = [run for run in own if run.status == "done"] or own
+        runs += kept
+        labels[title] = title if len(kept) == len(own) else f"{title} ({len(kept)} of {len(own)} seeds)"
+    table = curves(replace(results, runs=runs))
+    table["optimizer"] = table["optimizer"].map(labels)
+    return table, list(labels.values())
 
 
 def save_figure(axes: object, path: Path) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from kronfac.experiments.optimizers import get_optimizer
 from kronfac.experiments.problems import get_problem
 from kronfac.experiments.results import Results, at_edge, best_point
-from kronfac.experiments.tables import grid_table, reaches, summary
+from kronfac.experiments.tables import grid_table, in_percent, reaches, summary
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,30 @@ def number(value: object, form: str = ".4g") -> str:
     return str(value)
 
 
+def ratio(value: float) -> str:
+    """Word a ratio.
+
+    Args:
+        value: The ratio.
+
+    Returns:
+        The text; a dash for NaN, which is what is over nothing.
+    """
+    return "–" if value != value else f"{value:.2f}×"
+
+
+def heading(metric: str) -> str:
+    """Word a metric as the heading of a column.
+
+    Args:
+        metric: Its name.
+
+    Returns:
+        The words, with the unit of those that have one.
+    """
+    return metric.replace("_", " ") + (" [%]" if in_percent(metric) else "")
+
+
 def as_markdown(table: Table) -> str:
     """Write a table as Markdown.
 
@@ -70,8 +94,8 @@ def summary_view(results: Results) -> Table:
     metrics = [results.plan.metric, *(metric for metric in metrics if metric != results.plan.metric)]
     frame = summary(results)
     shared = frame["equal_seconds"].dropna()
-    at = f"{results.plan.metric.replace('_', ' ')} at {shared.mean():.3g} s" if len(shared) else "at equal seconds"
-    columns = ["optimiser", "status", *(metric.replace("_", " ") for metric in metrics), at]
+    at = f"{heading(results.plan.metric)} at {shared.mean():.3g} s" if len(shared) else "at equal seconds"
+    columns = ["optimiser", "status", *map(heading, metrics), at]
     columns += ["steps", "epochs", "seconds", "ms / step"]
     rows, marks = [], {}
     for index, row in enumerate(frame.to_dict("records")):
@@ -104,9 +128,8 @@ def reach_view(results: Results) -> Table:
     for row in reaches(results).to_dict("records"):
         cells = [row["optimizer"], f"{row['target_of']}'s {number(row['target'])}"]
         if row["reached"] == row["seeds"]:
-            cells += [number(row["steps"], ".0f"), number(row["steps_ratio"], ".2f") + "×"]
-            cells += [number(row["epochs_ratio"], ".2f") + "×"]
-            cells += [number(row["seconds"], ".2f"), number(row["seconds_ratio"], ".2f") + "×"]
+            cells += [number(row["steps"], ".0f"), ratio(row["steps_ratio"]), ratio(row["epochs_ratio"])]
+            cells += [number(row["seconds"], ".2f"), ratio(row["seconds_ratio"])]
         else:
             cells += ["not reached" if row["reached"] == 0 else f"{row['reached']} of {row['seeds']} seeds", *["–"] * 4]
         rows.append(cells)
@@ -139,8 +162,27 @@ def grid_view(results: Results, optimizer: str) -> Table:
             marks[index] = "chosen"
         elif row["status"] != "done":
             marks[index] = "bad"
-        rows.append([*(number(row[name], "g") for name in names), number(row["final"]), note])
-    return Table([*names, f"final {results.plan.metric.replace('_', ' ')}", ""], rows, marks, words=(len(names) + 1,))
+        tried = ("none" if row[name] is None or row[name] != row[name] else number(row[name], "g") for name in names)
+        rows.append([*tried, number(row["final"]), note])
+    worded = [place for place, name in enumerate(names) if any(isinstance(value, str) for value in frame[name])]
+    columns = [*names, f"final {heading(results.plan.metric)}", ""]
+    return Table(columns, rows, marks, words=(*worded, len(names) + 1))
+
+
+def endings_table(results: Results) -> Table:
+    """Show why runs diverged.
+
+    Args:
+        results: The comparison.
+
+    Returns:
+        A row per final run that did.
+    """
+    failed = [run for run in results.runs if run.status == "diverged"]
+    rows = [
+        [get_optimizer(run.settings.optimizer).title, str(run.settings.seed), run.note or run.status] for run in failed
+    ]
+    return Table(["optimiser", "seed", "how it ended"], rows, dict.fromkeys(range(len(rows)), "bad"), words=(0, 2))
 
 
 def settings_table(results: Results) -> Table:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from kronfac.experiments.files import without_nan, write_text
 from kronfac.experiments.optimizers import get_optimizer
-from kronfac.experiments.page import heading_html, note_html, origin_html, page_html, pictures_html, table_html
+from kronfac.experiments.page import dash_of, heading_html, note_html, origin_html, page_html, pictures_html, table_html
 from kronfac.experiments.pictures import write_pictures
-from kronfac.experiments.present import grid_view, reach_view, settings_table, summary_view
+from kronfac.experiments.present import endings_table, grid_view, heading, reach_view, settings_table, summary_view
 from kronfac.experiments.problems import get_problem
 from kronfac.experiments.results import Results
 from kronfac.experiments.tables import headlines, reaches, summary
@@ -70,18 +70,14 @@ def as_json(results: Results) -> dict[str, object]:
 def _page(results: Results, grid_pictures: Iterable[Path]) -> str:
     plan, problem = results.plan, get_problem(results.plan.problem)
     seeds = f"{len(plan.seeds)} seed{'s' if len(plan.seeds) > 1 else ''}"
-    lead = f"{problem.description} · {seeds} · compared by {plan.metric.replace('_', ' ')}"
+    lead = f"{problem.description} · {seeds} · compared by {heading(plan.metric)}"
     parts = [
         heading_html(plan.problem, lead, headlines(results)),
         f"<h2>Results</h2>\n{table_html(summary_view(results))}",
-        _targets(results),
-        f"<h2>When each optimiser reaches what another has in the end</h2>\n{table_html(reach_view(results))}",
-        note_html(
-            "Ratios are to the steps and seconds at which the other optimiser first had that value itself. Seconds "
-            "are those of training: evaluation is not counted. Both are read at the first evaluation at or below the "
-            "target."
-        ),
+        _endings(results),
         _CURVES,
+        _targets(results),
+        _reaches(results),
         _grids(results, grid_pictures),
         f"<h2>Hyper-parameters of the runs above</h2>\n{table_html(settings_table(results))}",
         note_html(
@@ -93,13 +89,32 @@ def _page(results: Results, grid_pictures: Iterable[Path]) -> str:
     return page_html(plan.problem, parts, {"curves": _curve_data(results)}, "report.js")
 
 
+def _endings(results: Results) -> str:
+    table = endings_table(results)
+    if not table.rows:
+        return ""
+    note = note_html("They enter no mean. In the charts a cross marks the last evaluation before.")
+    return f"<h3>Runs that diverged</h3>\n{table_html(table)}\n{note}"
+
+
+def _reaches(results: Results) -> str:
+    table = reach_view(results)
+    if not table.rows:  # nobody to be compared with
+        return ""
+    note = note_html(
+        "Ratios are to the steps and seconds at which the other optimiser first had that value itself. Seconds are "
+        "those of training: evaluation is not counted. Both are read at the first evaluation at or below the target."
+    )
+    return f"<h2>When each optimiser reaches what another has in the end</h2>\n{table_html(table)}\n{note}"
+
+
 def _targets(results: Results) -> str:
     if not results.plan.targets:
         return ""
-    what = escape(results.plan.metric.replace("_", " "))
+    what = escape(heading(results.plan.metric))
     note = note_html(
         "At the first evaluation at or below the value, in seconds of training; means over seeds, least and greatest "
-        "in brackets."
+        "in brackets. The last column is the lowest value of all evaluations and the seconds of the whole run."
     )
     return f"<h2>When each optimiser reaches a stated {what}</h2>\n{table_html(target_view(results))}\n{note}"
 
@@ -114,9 +129,22 @@ def _curve_data(results: Results) -> dict[str, object]:
         title = get_optimizer(run.settings.optimizer).title
         columns = {key: [record[key] for record in run.evaluations] for key in ("step", "epoch", "seconds", *metrics)}
         runs.append(
-            {"optimizer": title, "seed": run.settings.seed, "colour": colour_of(title, titles), "columns": columns}
+            {
+                "optimizer": title,
+                "seed": run.settings.seed,
+                "diverged": run.status == "diverged",
+                "colour": colour_of(title, titles),
+                "dash": dash_of(title, titles),
+                "columns": columns,
+            }
         )
-    return {"metrics": metrics, "metric": results.plan.metric, "seeds": len(results.plan.seeds), "runs": runs}
+    return {
+        "metrics": metrics,
+        "labels": {metric: heading(metric) for metric in metrics},
+        "metric": results.plan.metric,
+        "seeds": len(results.plan.seeds),
+        "runs": runs,
+    }
 
 
 def _grids(results: Results, pictures: Iterable[Path]) -> str:

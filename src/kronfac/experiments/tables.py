@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 EXTENT = {"steps": "step", "epochs": "epoch", "seconds": "seconds"}
 
 
+def in_percent(metric: str) -> bool:
+    """Tell which figures of an evaluation are percentages: errors that are counted, not measured.
+
+    Args:
+        metric: The name of a metric.
+
+    Returns:
+        Whether it is one.
+    """
+    return metric.endswith("_error") and not metric.endswith("squared_error")
+
+
 def curves(results: Results) -> pd.DataFrame:
     """List every evaluation of every final run.
 
@@ -166,6 +178,7 @@ def _sentences(results: Results) -> list[str]:
         return []
     best = table.sort_values(results.plan.metric).iloc[0]["optimizer"]
     what = results.plan.metric.replace("_", " ").replace("train", "training")
+    unit = " %" if in_percent(results.plan.metric) else ""
     sentences = []
     for row in reaches(results).to_dict("records"):
         if row["optimizer"] != best or row["target_of"] not in set(table["optimizer"]):
@@ -174,10 +187,12 @@ def _sentences(results: Results) -> list[str]:
         if row["reached"] < row["seeds"]:
             sentences.append(f"{reached} for {row['reached']} of {row['seeds']} seeds")
         elif math.isnan(row["steps_ratio"]):
-            sentences.append(f"{reached} ({row['target']:.4g}), which {row['target_of']} had before its first step")
+            sentences.append(
+                f"{reached} ({row['target']:.4g}{unit}), which {row['target_of']} had before its first step"
+            )
         else:
             sentences.append(
-                f"{reached} ({row['target']:.4g}) in {row['steps_ratio']:.2f} of its steps and "
+                f"{reached} ({row['target']:.4g}{unit}) in {row['steps_ratio']:.2f} of its steps and "
                 f"{row['seconds_ratio']:.2f} of its seconds"
             )
     return sentences

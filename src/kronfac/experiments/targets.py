@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kronfac.experiments.errors import need
 from kronfac.experiments.files import write_csv, write_text
 from kronfac.experiments.optimizers import get_optimizer
-from kronfac.experiments.present import Table, as_markdown, number
+from kronfac.experiments.present import Table, as_markdown, heading, number, ratio
 from kronfac.experiments.results import Results, RunResult
 from kronfac.experiments.tables import EXTENT, first_at, mean
 
@@ -86,15 +86,22 @@ def target_view(results: Results) -> Table:
             several = row["seeds"] > 1
             spread = f" ({row['seconds_low']:.2f} to {row['seconds_high']:.2f})" if several else ""
             cells += [number(row["steps"], ".0f"), number(row["epochs"], ".2f"), number(row["seconds"], ".2f") + spread]
-            cells += [number(row["over_fastest"], ".2f") + "×"]
+            cells += [ratio(row["over_fastest"])]
         else:
             marks[len(rows)] = "bad"
             partly = f"{row['reached']} of {row['seeds']} seeds"
             cells += [partly if row["reached"] else "not reached", "–", "–", "–"]
         cells += [f"{number(row['best'])} in {number(row['trained_seconds'], '.1f')} s"]
         rows.append(cells)
-    metric = results.plan.metric.replace("_", " ")
-    columns = [metric, "optimiser", "steps", "epochs", "seconds", "of the fastest", "best of the run"]
+    columns = [
+        heading(results.plan.metric),
+        "optimiser",
+        "steps",
+        "epochs",
+        "seconds",
+        "of the fastest",
+        "best of the whole run",
+    ]
     return Table(columns, rows, marks, words=(1,))
 
 

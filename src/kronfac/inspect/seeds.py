@@ -93,7 +93,7 @@ def check(source: Source, likelihood: Likelihood, outputs: Tensor, targets: Any,
         The comparison.
     """
     with torch.no_grad():
-        roots = reference.per_example_roots(_Outputs(outputs), likelihood, (), targets)
+        roots = reference.per_example_roots(_Outputs(outputs), likelihood, (), targets, expected=True)
         denominator = float(likelihood.denominator(outputs, targets))
     exact = float(roots.double().square().sum()) * denominator
     if source.exact:

@@ -29,6 +29,7 @@ from kronfac.inspect.verified import LayerCheck, VerificationReport
 from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.likelihoods import Likelihood
 from kronfac.measuring import apart_from_training, couples_examples, frozen_buffers, refuse_inference_mode
+from kronfac.processes import alone
 from kronfac.sources import Empirical, ForwardOnly, Recursive, Sampled, Seed, Source, align_weights, get_source
 from kronfac.tape import Tape, record
 
@@ -57,7 +58,9 @@ def verify(
     The model is compared in the mode it is in. Batch norm in train mode couples the examples: ``F`` then
     differentiates through the whole batch, while the blocks treat examples as independent, and the report shows the
     difference; ``verify(model.eval(), ...)`` is without it. A model whose forward is random (dropout in train mode) is
-    refused, and so are sources that estimate another matrix, and batches beyond `memory_limit`.
+    refused, and so are sources that estimate another matrix, and batches beyond `memory_limit`. Where the Hessian in
+    the outputs depends on the label (a predicted variance), ``H_n`` is its expectation, by the likelihood's
+    ``label_atoms``.
 
     Args:
         model: The model.
@@ -82,7 +85,7 @@ def verify(
     adaptation = adapt_model(model, sharing=sharing, norm=norm)
 
     def curvature_from(origin: Source, number: int) -> BlockDiagonal:
-        with _quiet():
+        with _quiet(), alone():
             return estimate(
                 model,
                 likelihood,
@@ -109,6 +112,7 @@ def verify(
     with frozen_buffers(model), torch.enable_grad(), record(adaptation.adapters) as tape:
         graph = run()
         tape.close()
+        tape.meet(graph)
         parts = {name: part_of(method, tape.adapters[name]) for name in one.blocks}
         factored = [name for name, block in one.blocks.items() if _factored(parts[name], block)]
         known = bool(factored) and not _averages(drawn, values)
@@ -127,7 +131,9 @@ def verify(
         wanted = {name for layer in layers for name in curvature.layouts[layer].parameter_names}
         names = [name for name in adaptation.order if name in wanted]
         with torch.no_grad():
-            roots = reference.per_example_roots(model, likelihood, inputs, targets, names, outputs=outputs)
+            roots = reference.per_example_roots(
+                model, likelihood, inputs, targets, names, outputs=outputs, expected=True
+            )
         for layer in layers:
             block, adapter = curvature.blocks[layer].to(dtype=torch.float64), curvature.layouts[layer]
             assert isinstance(adapter, LayerAdapter)

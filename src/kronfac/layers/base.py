@@ -18,6 +18,8 @@ from kronfac.linalg.symmetric import add_gram_
 
 #: What is set on a module that may be called several times.
 REPEATS = "_kronfac_called_repeatedly"
+#: What is set on a module that is to have no curvature.
+LEFT_OUT = "_kronfac_without_curvature"
 
 
 class UnsupportedLayer(Exception):

@@ -15,13 +15,12 @@ class LinearAdapter(LayerAdapter):
     autocast = True
     join = "positions"
 
-    def __init__(self, module: nn.Linear, name: str, sharing: str = "expand") -> None:
+    def __init__(self, module: nn.Module, name: str, sharing: str = "expand") -> None:
         super().__init__(module, name, sharing)
-        self._features = module.in_features
+        self.d_out, self._features = _sizes(module)
         self.d_in = self._features * self.has_weight + self.has_bias
-        self.d_out = module.out_features
 
-    def matrix_view(self, weight: Tensor) -> Tensor:
+    def matrix_view(self, weight: Tensor) -> Tensor | None:
         """Return the weight itself."""
         return weight
 
@@ -69,6 +68,18 @@ class LinearAdapter(LayerAdapter):
         self.require_batch(x)
         x = require_float(x)
         return x.reshape(x.shape[0], -1, self._features).square().sum(-1).add_(1.0)
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Features of the output and of the input."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    # Layers of the same kind that are none of torch's have other names. A weight that is computed is not asked for:
+    # some change with each look.
+    weight = module._parameters.get("weight")
+    if weight is None or weight.ndim != 2:
+        raise UnsupportedLayer("its weight is computed from other parameters (weight_norm, spectral_norm, prune)")
+    return weight.shape[0], weight.shape[1]
 
 
 @adapt.register

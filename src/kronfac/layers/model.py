@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from kronfac.layers.base import REPEATS, LayerAdapter, UnsupportedLayer
+from kronfac.layers.base import LEFT_OUT, REPEATS, LayerAdapter, UnsupportedLayer
 from kronfac.layers.norm import NormAdapter
 from kronfac.layers.registry import adapt, require_known_forward
 
@@ -75,6 +75,10 @@ def adapt_model(model: nn.Module, *, sharing: str = "expand", norm: str = "unitw
         prefix = f"{name}." if name else ""
         own = {prefix + key: p for key, p in module.named_parameters(recurse=False) if p.requires_grad}
         if not own:
+            continue
+        if getattr(module, LEFT_OUT, False):
+            reason = "it was left out, by kronfac.layers.without_curvature"
+            result.uncovered |= {key: reason for key in own if key in order}
             continue
         # One that is declared to be called repeatedly may also have several names.
         count = holders if getattr(module, REPEATS, False) else uses

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import singledispatch
 
 from torch import nn
 
 from kronfac.layers.base import LayerAdapter, UnsupportedLayer
+
+#: Adapters of other libraries' classes, by module and name; a class is registered when a layer of it is met.
+BY_NAME: dict[str, Callable[..., LayerAdapter]] = {}
 
 
 @singledispatch
@@ -21,6 +25,10 @@ def adapt(module: nn.Module, name: str, sharing: str = "expand") -> LayerAdapter
     Raises:
         UnsupportedLayer: There is no exact adapter for this module; the text says why.
     """
+    for kind in type(module).__mro__:
+        if (known := BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
+            adapt.register(kind, known)
+            return known(module, name, sharing)
     raise UnsupportedLayer(f"no adapter for layers of type {type(module).__name__}")
 
 

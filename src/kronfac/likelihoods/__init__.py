@@ -8,6 +8,7 @@ from kronfac.likelihoods.categorical import Categorical
 from kronfac.likelihoods.checks import Targets
 from kronfac.likelihoods.elementwise import ElementwiseLikelihood
 from kronfac.likelihoods.gaussian import Gaussian
+from kronfac.likelihoods.joint import Joint
 from kronfac.likelihoods.of import likelihood_of
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Categorical",
     "ElementwiseLikelihood",
     "Gaussian",
+    "Joint",
     "Likelihood",
     "Targets",
     "likelihood_of",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from kronfac.likelihoods import atoms
 from kronfac.likelihoods.checks import (
     Targets,
     check_generator,
@@ -112,23 +113,28 @@ class Likelihood(TermLoss):
             targets: Targets, needed for their weights only.
 
         Returns:
-            Columns of the outputs' shape, made one at a time.
+            Columns of the outputs' shape, made one at a time; by default from `label_atoms`.
 
         Raises:
-            NotImplementedError: If the subclass does not know a root.
+            NotImplementedError: If the subclass knows neither a root nor its labels.
         """
+        if atoms.enumerates(self, outputs):
+            return atoms.root_columns(self, outputs, targets)
         raise NotImplementedError(
-            f"{type(self).__name__} gives no root of its Hessian: implement root_columns, subclass "
+            f"{type(self).__name__} gives no root of its Hessian: implement root_columns or label_atoms, subclass "
             'ElementwiseLikelihood, or use source="sampled"'
         )
 
     def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Targets = None) -> Tensor:
         """Product ``H u`` with the Hessian of the sum loss in the outputs.
 
+        By default it is the Fisher information of the labels in `label_atoms`; where there are none, the loss is
+        differentiated twice at the targets.
+
         Args:
             outputs: ``[B, ...]``.
             vector: ``u``, of the outputs' shape.
-            targets: Targets; by default the loss is differentiated twice at them.
+            targets: Targets, of which the first needs the weights only.
 
         Returns:
             Of the outputs' shape.
@@ -136,12 +142,15 @@ class Likelihood(TermLoss):
         Raises:
             ValueError: If there are no targets to differentiate at.
         """
+        if atoms.enumerates(self, outputs):
+            return atoms.hessian_product(self, outputs, vector, targets)
         if split_targets(targets)[0] is None:
             name = type(self).__name__
             raise ValueError(
                 f"{name} gives no product with its Hessian, and differentiates its loss twice at the targets, which "
-                f"are not there. Implement {name}.hessian_product, or subclass ElementwiseLikelihood; or give the "
-                "targets (an optimiser, whose KL clip needs the product, by optimizer.capture()), or set kl_clip=None"
+                f"are not there. Implement {name}.hessian_product or {name}.label_atoms, or subclass "
+                "ElementwiseLikelihood; or give the targets (an optimiser, whose KL clip needs the product, by "
+                "optimizer.capture()), or set kl_clip=None"
             )
         check_vector(outputs, vector)
         outputs, labels, mask = self._labelled(outputs.detach(), targets)
@@ -199,7 +208,9 @@ class Likelihood(TermLoss):
         raise NotImplementedError(f"{type(self).__name__} gives no KL divergence: implement kl")
 
     def label_atoms(self, outputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Few labels with probabilities that have the score's exact second moment, for the oracle of the tests.
+        """Few labels with probabilities that have the score's exact second moment: exact roots and products follow.
+
+        The oracle needs them, too: `kronfac.verify`, where the Hessian in the outputs depends on the label.
 
         Args:
             outputs: ``[B, ...]``, at least float32.

@@ -14,7 +14,7 @@ from kronfac.likelihoods.randomness import rademacher
 
 
 class ElementwiseLikelihood(Likelihood):
-    """A likelihood with one term for each output, so that ``H`` is diagonal.
+    """A likelihood with a diagonal ``H``, as it is where each output is a term.
 
     A subclass implements `nll`, `sample_labels` and `curvature`; exact roots, probes and products follow:
 
@@ -63,7 +63,7 @@ class ElementwiseLikelihood(Likelihood):
                 f"tensor of shape {tuple(curvature.shape)}"
             )
         weights = multiply(self.label_weights(outputs, labels), mask)
-        return curvature if weights is None else curvature * weights
+        return curvature if weights is None else curvature * self.over_outputs(weights, outputs)
 
     def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Targets = None) -> Tensor:
         """Product with the diagonal of ``H``.

@@ -118,8 +118,19 @@ class TermLoss(ABC):
 
         Returns:
             A tensor that broadcasts with the outputs; by default terms are the outputs' leading dimensions.
+
+        Raises:
+            ValueError: If they are not.
         """
-        return spread(terms, outputs.shape, "terms")
+        try:
+            return spread(terms, outputs.shape, "terms")
+        except ValueError as error:
+            name = type(self).__name__
+            raise ValueError(
+                f"the terms of {name}, of shape {tuple(terms.shape)}, are not along the leading dimensions of the "
+                f"outputs, of shape {tuple(outputs.shape)}, so that a mask or weight cannot be brought to them: "
+                f"implement {name}.over_outputs, which gives each output the figure of its term"
+            ) from error
 
     def prepare(self, outputs: Tensor, targets: Targets) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Check shapes, raise the outputs to float32 at least and fill masked labels. Looks at no values.
@@ -146,8 +157,12 @@ class TermLoss(ABC):
             labels = self.fit_labels(outputs, labels)
             if mask is not None:
                 keep = mask != 0
-                if labels.shape != keep.shape:
-                    keep = self.over_outputs(keep, outputs)
+                if labels.shape != keep.shape:  # a number for each output of a term, or numbers of its own
+                    keep = (
+                        self.over_outputs(keep, outputs)
+                        if labels.shape == outputs.shape
+                        else spread(keep, labels.shape, "mask")
+                    )
                 labels = labels.masked_fill(~keep, self.filler)
         return outputs, labels, mask
 
@@ -159,13 +174,15 @@ class TermLoss(ABC):
             labels: Targets as passed.
 
         Returns:
-            The labels; by default of the outputs' dtype, and one for each term.
+            The labels; by default of the outputs' dtype, and one for each term. Where a term has several outputs, its
+            label may be of several numbers, in dimensions after the terms'.
 
         Raises:
             ValueError: If the shapes differ.
         """
         shape = self.term_shape(outputs, labels)
-        if labels.shape != shape:
+        several = shape != outputs.shape and labels.shape[: len(shape)] == shape
+        if labels.shape != shape and not several:
             raise ValueError(
                 f"targets of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}: "
                 f"{type(self).__name__} takes {tuple(shape)}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfac._typing import NamedTensors
+from kronfac.eager import require_whole
 from kronfac.forwards import batches_of
 from kronfac.likelihoods import Likelihood
 from kronfac.operators.passes import Pick, random_state
@@ -57,7 +58,8 @@ class ParameterOperator(ABC):
 
         Raises:
             TypeError: If an argument is of the wrong kind.
-            ValueError: If the model has no parameter that requires gradients, or not one of those named.
+            ValueError: If the model has no parameter that requires gradients, or not one of those named, or processes
+                hold parts of them.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -68,6 +70,7 @@ class ParameterOperator(ABC):
                 "loader must be iterable again and again (a list of pairs or a DataLoader), got "
                 f"{type(loader).__name__}"
             )
+        require_whole(model)
         self.model, self.likelihood, self._loader, self._pick = model, likelihood, loader, outputs
         known = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not known:
@@ -80,6 +83,7 @@ class ParameterOperator(ABC):
                     f"unknown or frozen: {unknown}"
                 )
             known = {name: p for name, p in known.items() if name in set(parameters)}
+        require_real(name for name, p in known.items() if p.is_complex())
         self.parameter_names = tuple(known)
         self.parameter_shapes = {name: p.shape for name, p in known.items()}
         self._random_state = random_state(model)
@@ -258,6 +262,23 @@ class _Symmetric(torch.autograd.Function):
             Those in the arguments of `forward`.
         """
         return None, None, *_Symmetric.apply(ctx.multiply, ctx.names, *gradients)
+
+
+def require_real(names: Iterable[str]) -> None:
+    """Refuse parameters that are complex numbers.
+
+    Args:
+        names: Their names.
+
+    Raises:
+        TypeError: There are some.
+    """
+    if found := list(names):
+        raise TypeError(
+            f"parameters {found} are complex numbers, and products are with real vectors: keep pairs of real numbers "
+            "(torch.view_as_real) as the parameter, and make it complex in the forward (torch.view_as_complex); or "
+            "leave it out, by parameters= or by freezing it (requires_grad=False)"
+        )
 
 
 def _wants_gradients(vector: NamedTensors) -> bool:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kronfac._typing import NamedTensors
+from kronfac.eager import eagerly
 from kronfac.forwards import pick_outputs
 from kronfac.measuring import apart_from_training, couples_examples, kept_modes, refuse_inference_mode
+from kronfac.operators.kernels import plain_kernels
 
 Pick = Callable[[Any], Tensor] | None
 _WHAT = "A product with the curvature"
@@ -50,7 +51,7 @@ def run(model: nn.Module, parameters: NamedTensors, inputs: Any, pick: Pick) -> 
     elif isinstance(inputs, tuple | list):
         arguments = tuple(inputs)
     replaced = dict(parameters) | {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with apart_from_training():
+    with apart_from_training(), eagerly():
         found = functional_call(model, replaced, arguments, keywords)
     return pick_outputs(found, pick)
 
@@ -259,34 +260,6 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             module.training = False  # not eval(), which may do more
         yield
-
-
-@contextmanager
-def plain_kernels(model: nn.Module) -> Iterator[None]:
-    """Avoid the fused kernels of attention and recurrent layers: they have no forward and no second derivatives.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Nothing.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    backends: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    before = [backend.enabled for backend in backends]
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        if recurrent:
-            for backend in backends:
-                backend.enabled = False
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        if recurrent:
-            for backend, enabled in zip(backends, before, strict=True):
-                backend.enabled = enabled
 
 
 @cache

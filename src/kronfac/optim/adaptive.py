@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from kronfac.approximations import Approximation
 from kronfac.damping import Rule
+from kronfac.eager import outside_of_graphs
 from kronfac.likelihoods import Likelihood
 from kronfac.optim.averaging import update_average
 from kronfac.optim.closure import Closure
+from kronfac.optim.itself import on_itself
 from kronfac.optim.levenberg_marquardt import LevenbergMarquardt
 from kronfac.optim.objective import PROBATION
 from kronfac.optim.options import KFACOptions, at_least, several_processes
@@ -153,6 +155,7 @@ class AdaptiveKFAC(Proposing):
         return True
 
     # ---------------------------------------------------------------- step
+    @outside_of_graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -167,6 +170,7 @@ class AdaptiveKFAC(Proposing):
         no step that lowers the loss, or a closure that does not do what is asked of it, with a ``RuntimeError``.
         """
         self._check_members()
+        self._check_settings()
         params = self._free()
         call = Closure(closure, self._gatherer.root, params)
         with self._undone_on_error(params):
@@ -247,6 +251,7 @@ class AdaptiveKFAC(Proposing):
             torch._foreach_add_(params, delta)
 
     # ---------------------------------------------------------------- state
+    @on_itself
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to continue bit for bit, ``λ`` and ``γ`` included.
 
@@ -264,6 +269,7 @@ class AdaptiveKFAC(Proposing):
         }
         return {**super().state_dict(), "adaptive": own}
 
+    @on_itself
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
 
@@ -279,6 +285,7 @@ class AdaptiveKFAC(Proposing):
             raise ValueError(f"This is no state of {type(self).__name__}: it has no damping of its own.")
         _check_choices(own)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "adaptive"})
+        self._reset_settings()
         self._lam.value, self._lam.streak = float(own["lam"]), own["streak"]
         self._gamma, self._probation = float(own["gamma"]), own["probation"]
         self._calibrates, self._ceiling = own["calibrates"], float(own["ceiling"])

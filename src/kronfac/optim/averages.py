@@ -66,6 +66,10 @@ class Averages(KFAC):
         if self._second is not None:
             self._second.reset()  # B_k is that of the newest batch
 
+    def _leave_out(self) -> None:
+        super()._leave_out()
+        self._undo()
+
     def _undo(self) -> None:
         """Take the batch of a step that failed out of the averages, and drop what was made of them."""
         if self._wake.undo():

@@ -19,6 +19,7 @@ from functools import cache
 
 import torch
 
+from kronfac import processes
 from kronfac.linalg.side_by_side import workers
 from kronfac.optim.refresh import Refreshed
 
@@ -106,8 +107,7 @@ def submit(
                 copied.set()
             return rest()
 
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
+    if processes.together():
         here = copy()  # the processes exchange sums, in the order of the training
         copied.set()
         return Pending(started, started + delay, _worker().submit(torch.no_grad()(here)), copied)

@@ -174,7 +174,7 @@ def clip_scale(
         dense = {n: directions[n].to_dense() if directions[n].is_sparse else directions[n] for n in rates}
         vector = {n: dense[n] * rate for n, rate in rates.items()} if several else dense
         decay = sum(
-            group["weight_decay"] * float(vector[n].square().sum())
+            group["weight_decay"] * float(inner_product(vector[n], vector[n]))
             for n, _, group in members
             if not group["decoupled_weight_decay"] and group["weight_decay"]
         )

@@ -37,6 +37,7 @@ class Closure:
             )
         self._function, self._root, self._params = function, root, list(params)
         self._state = random_state(root)
+        self._differentiates = False  # itself, so that even its value needs a graph
 
     def evaluate(self) -> Tensor:
         """Evaluate the loss; ``.grad`` is None afterwards.
@@ -82,13 +83,20 @@ class Closure:
         Returns:
             The loss.
         """
-        with (
-            torch.no_grad(),
-            apart_from_training(),
-            frozen_buffers(self._root),
-            same_random_state(self._root, self._state),
-        ):
-            return float(_scalar(self._function()))
+        if not self._differentiates:
+            try:
+                with torch.no_grad():
+                    return self._value()
+            except RuntimeError:
+                # Of derivatives that the model's outputs are made of, or the loss: the residual of a differential
+                # equation, forces of an energy. What is wrong otherwise shows again.
+                self._differentiates = True
+        with torch.enable_grad():
+            return self._value()
+
+    def _value(self) -> float:
+        with apart_from_training(), frozen_buffers(self._root), same_random_state(self._root, self._state):
+            return float(_scalar(self._function()).detach())
 
     def check_repeatable(self, loss: float) -> None:
         """Refuse a closure that does not return the same loss for the same parameters.
@@ -118,17 +126,35 @@ def evaluated(closure: Callable[[], Any], params: Sequence[Tensor]) -> tuple[Any
         The loss, and whether the gradients are the optimiser's own, to be forgotten after the step.
 
     Raises:
-        RuntimeError: There are no gradients, and no loss that has any.
+        RuntimeError: There are no gradients, and what was returned is a loss that has none.
     """
     fresh = all(parameter.grad is None for parameter in params)
     with torch.enable_grad():
         loss = closure()
         if not fresh or any(parameter.grad is not None for parameter in params):
             return loss, False
+        if is_left_out(loss):
+            return loss, False
         if not (isinstance(loss, Tensor) and loss.requires_grad):
             raise RuntimeError("The closure left no gradients, and returned no loss that can be differentiated.")
         without_autocast(_scalar(loss).backward)()
     return loss, True
+
+
+def is_left_out(loss: Any) -> bool:
+    """Whether a closure that left no gradients says that there is nothing to step in.
+
+    Training frameworks call the optimiser with a closure for a batch that is to be skipped, too, or for a pass that
+    only renews running statistics. They return no loss then, or one whose graph is gone; a loss that still has its
+    graph is one of which backward was forgotten.
+
+    Args:
+        loss: What it returned.
+
+    Returns:
+        True if so.
+    """
+    return loss is None or (isinstance(loss, Tensor) and not loss.requires_grad)
 
 
 def _scalar(loss: Any) -> Tensor:

@@ -73,7 +73,7 @@ def directions(
                 continue  # not called: it stands still
             raise RuntimeError(
                 f"Layer {name!r} has a gradient but no inverse: no forward that gathered statistics called it. "
-                "Freeze it, or call it in every forward."
+                "Call it in every forward, leave it out, by kronfac.layers.without_curvature(layer), or freeze it."
             )
         given = {
             key: gradients[key] if key in gradients else torch.zeros_like(adapter.parameters[key])

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kronfac.eager import is_compiled
+from kronfac.eager import eagerly, has_compiled_parts, heard_root
 from kronfac.estimator import Estimator
 from kronfac.forwards import pick_outputs
-from kronfac.graph import in_backward, saved_plainly
+from kronfac.graph import in_backward, saved_plainly, without_sinks
 from kronfac.measuring import is_apart_from_training
 from kronfac.operators.passes import random_state, run, same_random_state
 from kronfac.optim.held import Held
-from kronfac.optim.hooks import WeakHook, do_nothing, remove
+from kronfac.optim.hooks import WeakHook, do_nothing, in_compiled_region, remove
 from kronfac.optim.returned import Returned
 from kronfac.optim.root import identities, kept_statistics
 from kronfac.optim.sub_batch import Plan, check_fits, part_of, versions_of
@@ -28,7 +28,8 @@ from kronfac.tape import Tape, TapeError, record
 
 
 def _may_be_training() -> bool:
-    return torch.is_grad_enabled() and not is_apart_from_training()
+    written_down = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return torch.is_grad_enabled() and not (written_down or is_apart_from_training())
 
 
 def _remove(handles: list[RemovableHandle], tape: Tape) -> None:
@@ -87,6 +88,7 @@ class Gatherer:
         own_forward: bool = False,
     ) -> None:
         check_fits(examples, estimator)
+        model = heard_root(model)
         self.model, self.root, self.estimator = model, estimator.model, estimator
         self.gathered, self.forwards, self.enabled, self._capturing = 0, 0, True, False
         self.measuring, self._returned = False, Returned(self.root, self._trains)
@@ -105,8 +107,7 @@ class Gatherer:
         self._held = Held(next(self.root.parameters()).device.type)
         self._tape = Tape(estimator.adaptation.adapters)
         self._identities = identities(self.root)
-        # Hooks that are added to a compiled module are ignored.
-        self._own_forward = own_forward or is_compiled(model)
+        self._own_forward = own_forward
         handles = [
             model.register_forward_pre_hook(WeakHook(self, "_before", model), with_kwargs=True),
             model.register_forward_hook(WeakHook(self, "_after", model), with_kwargs=True, always_call=True),
@@ -144,7 +145,7 @@ class Gatherer:
         self._forget_abandoned()
         # Other optimisers of the model hear of this forward as of any.
         tape = Tape(self.estimator.adaptation.adapters)
-        with self.paused(), self._keeping():
+        with self.paused(), self._keeping(), eagerly():
             tape.open()
 
             def gather(outputs: Tensor, targets: Any = None) -> None:
@@ -156,7 +157,7 @@ class Gatherer:
                 tape.close()
                 picked = pick_outputs(outputs, self.pick)
                 part = part_of(self._examples, picked)
-                self.trial.captured(tape, picked)
+                self.trial.captured(tape, picked, targets)
                 self._held(lambda: self._update(tape, picked, targets, part))
                 self._returned.watch(picked)
 
@@ -217,7 +218,9 @@ class Gatherer:
                     "    with optimizer.capture() as capture:\n        z = model(x)\n        capture(z, y)"
                 )
         plan = Plan.of(self._examples, self.estimator, args, kwargs)
-        if self._own_forward and not plan.apart:
+        # Compiled code ignores hooks that are added to it.
+        own = self._own_forward or in_compiled_region() or has_compiled_parts(self.model)
+        if own and not plan.apart:
             # Before the training forward, or, if it waits, after its backward: it shares no memory with its graph.
             state = random_state(self.root)
             self._held(lambda: self._run_again(plan, state=state), reads=False)
@@ -295,7 +298,7 @@ class Gatherer:
         missed = tape.unreached(outputs)
         self.reached |= set(tape.calls) - missed
         self.unreached = (self.unreached | missed) - self.reached
-        with self._measuring(), saved_plainly(), kept_statistics(self.root):
+        with self._measuring(), saved_plainly(), kept_statistics(self.root), without_sinks(outputs):
             for estimator in (self.estimator, *self.beside):
                 estimator.update(tape, outputs, targets, continues=self.gathered > 0, part=part)
         self.gathered += 1

@@ -12,6 +12,7 @@ from kronfac.likelihoods import Likelihood
 from kronfac.linalg.conjugate_gradient import conjugate_gradient
 from kronfac.linalg.precision import without_autocast
 from kronfac.operators import GaussNewtonOperator
+from kronfac.operators.operator import require_real
 from kronfac.operators.passes import same_random_state
 from kronfac.optim.adaptive import AdaptiveKFAC
 from kronfac.optim.last_batch import last_batch
@@ -81,6 +82,7 @@ class HessianFree(AdaptiveKFAC):
             "tolerance": tolerance,
         }
         self._block_diagonal, self.iterations = block_diagonal, 0
+        require_real(self._names[id(p)] for p, _ in self._members() if p.requires_grad and p.is_complex())
 
     @property
     def _stats_due(self) -> bool:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kronfac import processes
 from kronfac.approximations import Approximation
 from kronfac.approximations.joint import require_per_layer
 from kronfac.blocks import Inverse
 from kronfac.damping import Rule, get_rule
-from kronfac.eager import eager_root
+from kronfac.eager import eager_root, outside_of_graphs
 from kronfac.estimator import Estimator
 from kronfac.likelihoods import Likelihood
 from kronfac.linalg.precision import without_autocast
@@ -26,6 +27,7 @@ from kronfac.optim.directions import directions, multiply_plainly
 from kronfac.optim.gathering import Gatherer
 from kronfac.optim.health import Record
 from kronfac.optim.hooks import do_nothing
+from kronfac.optim.itself import on_itself
 from kronfac.optim.options import KFACOptions, at_least, check_finite, check_group, complete, make_generator, with_decay
 from kronfac.optim.reduced import RoundedDirections
 from kronfac.optim.renewal import Renewal
@@ -104,7 +106,10 @@ class KFAC(Renewal):
                 raise ValueError(f"{name}={value!r} must be a number in [0, 1).")
         self._options = complete(options)
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+            raise TypeError(
+                f"model must be a torch.nn.Module, whose forward passes are watched, not {type(model).__name__}: give "
+                f"{type(self).__name__} the model in place of model.parameters(), and groups by param_groups=."
+            )
         root = eager_root(model)
         device = next((p.device for p in root.parameters()), torch.device("cpu"))
         self._estimator = Estimator(
@@ -119,7 +124,8 @@ class KFAC(Renewal):
         require_per_layer(self._estimator.approximation, type(self).__name__)
         self._rule = get_rule(damping_rule)
         self._periods, self._ema, self._average = (stats_every, invert_every), ema, average
-        self._steps = 0
+        self._steps, self._parallel = 0, processes.wrapper_of(model)
+        self._group = processes.group_of(self._parallel)
         self._inverses: dict[str, Inverse] = {}
         plain = inspect.unwrap(type(self).step) is inspect.unwrap(KFAC.step)  # PyTorch wraps the step of each class
         self._check_renewal(plain=plain)
@@ -149,6 +155,7 @@ class KFAC(Renewal):
             self.param_groups.extend(self._fallback.param_groups)
         # An optimiser that was dropped, or refused its arguments, must hear of no forward.
         me, forget = weakref.ref(self), weakref.WeakMethod(self._forget)
+        self._itself = me
         self._gatherer = Gatherer(
             model,
             self._estimator,
@@ -163,6 +170,7 @@ class KFAC(Renewal):
             self._rows = RowGradients(self._estimator.adaptation.adapters, self._gatherer)
 
     # ---------------------------------------------------------------- step
+    @outside_of_graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -174,13 +182,20 @@ class KFAC(Renewal):
             The closure's loss, or None.
 
         A gradient that is NaN or Inf stops it with a ``FloatingPointError``, and statistics that were due but never
-        gathered with a ``RuntimeError``; no parameter is changed then.
+        gathered with a ``RuntimeError``; no parameter is changed then.  A closure that leaves no gradients and returns
+        None, or a loss without a graph, as training frameworks' do for a batch that is to be skipped, leaves the step
+        out, with a warning.
         """
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None if closure is None else self._evaluate(closure)
-        self._advance()
+        if closure is None or self._any_gradient:
+            processes.refuse_join(self._parallel)
+            with processes.of(self._group):
+                self._advance()
+        else:
+            self._leave_out()
         return loss
 
     @without_autocast  # which a loop may have left on around step()
@@ -272,6 +287,7 @@ class KFAC(Renewal):
         return swapped_in([p for group in self.param_groups for p in group["params"]], self.state)
 
     # ---------------------------------------------------------------- PyTorch's conventions
+    @on_itself
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to continue bit for bit: factors, inverses and generator included.
 
@@ -283,15 +299,18 @@ class KFAC(Renewal):
         """
         return {**copied(super().state_dict()), "kronfac": save_curvature_state(self)}
 
+    @on_itself
     def consolidate_state_dict(self) -> None:
         """Let one process's ``state_dict()`` speak for all of a distributed run; every process must call this.
 
         Statistics are summed over processes and shared out evenly, which changes no curvature, and the state holds the
         generators of all processes. Call it again before each save.
         """
-        self._estimator.consolidate()
-        self._generators = gather_generators(self._estimator)
+        with processes.of(self._group):
+            self._estimator.consolidate()
+            self._generators = gather_generators(self._estimator)
 
+    @on_itself
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
 
@@ -299,7 +318,8 @@ class KFAC(Renewal):
             state_dict: From an optimiser of the same model and settings; if it does not fit, a ``ValueError`` says why
                 and nothing is changed.
         """
-        apply = load_curvature_state(self, state_dict)
+        with processes.of(self._group):
+            apply = load_curvature_state(self, state_dict)
         super().load_state_dict({key: copied(value) for key, value in state_dict.items() if key != "kronfac"})
         apply()
         if self._fallback is not None:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from kronfac.approximations import Approximation
+from kronfac.eager import outside_of_graphs
 from kronfac.likelihoods import Likelihood
 from kronfac.optim.averages import Averages
 from kronfac.optim.closure import Closure, evaluated
 from kronfac.optim.exact_wake import ExactWake, Networks
 from kronfac.optim.iterative_sum import IterativeSum
+from kronfac.optim.itself import on_itself
 from kronfac.optim.kldwrm_checks import (
     check_blocks,
     check_cap,
@@ -141,6 +143,7 @@ class KLDWRM(Averages):
         self._lent = False  # whether .grad holds what the optimiser itself computed
 
     # ---------------------------------------------------------------- step
+    @outside_of_graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -281,6 +284,7 @@ class KLDWRM(Averages):
         return {name: scales[name] * step for name, step in steps.items()}
 
     # ---------------------------------------------------------------- state
+    @on_itself
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to continue bit for bit, the wake and the old networks included.
 
@@ -296,6 +300,7 @@ class KLDWRM(Averages):
         finally:
             self._inverses = mine
 
+    @on_itself
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from kronfac.estimator import CoverageWarning, Estimator
 from kronfac.layers import LayerAdapter
+from kronfac.optim.closure import is_left_out
 from kronfac.optim.gathering import Gatherer
 from kronfac.optim.options import KFACOptions, check_group
 from kronfac.optim.rows import RowGradients
@@ -30,6 +31,7 @@ class Membership(Optimizer):
     _fallback: Optimizer | None
     _rows: RowGradients | None
     _gatherer: Gatherer
+    _itself: Callable[[], Any]  # the optimiser, also through what wraps it
     _frozen: dict[str, nn.Parameter]  # those that no group was made for
     _warned: bool = False  # of layers that the likelihood's outputs do not depend on
 
@@ -125,12 +127,21 @@ class Membership(Optimizer):
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():
             loss = closure()
-        if not any(self._has_gradient(p) for p, _ in self._members()):
+        if not self._any_gradient and not is_left_out(loss):
             raise RuntimeError(
                 "The closure left no gradients: it must call zero_grad(), evaluate the loss, call backward() and "
                 "return the loss."
             )
         return loss
+
+    def _leave_out(self) -> None:
+        """Take no step, and let the next one count what it gathers for itself."""
+        warnings.warn(
+            "The closure left no gradients and returned no loss that has any: the step was left out.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        self._gatherer.reset()
 
     def _with_curvature(self) -> dict[str, LayerAdapter]:
         """The layers but for those that the likelihood's outputs do not depend on; one warning names these."""
@@ -162,6 +173,10 @@ class Membership(Optimizer):
 
     def _has_gradient(self, parameter: Tensor) -> bool:
         return parameter.grad is not None or (self._rows is not None and self._rows.hold(self._names[id(parameter)]))
+
+    @property
+    def _any_gradient(self) -> bool:
+        return any(self._has_gradient(p) for group in self.param_groups for p in group["params"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those kept as rows too.

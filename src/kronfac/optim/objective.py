@@ -55,6 +55,22 @@ class Objective(KFAC):
             )
         super().add_param_group(param_group)
 
+    def _check_settings(self) -> None:
+        """Refuse settings that a scheduler, or anybody else, has changed since: they would have no effect."""
+        for group in self._own_groups:
+            changed = {key: group[key] for key, value in self.defaults.items() if group.get(key, value) != value}
+            if changed:
+                raise ValueError(
+                    f"{type(self).__name__} chooses its own step size, momentum and damping, so that "
+                    f"{', '.join(f'{key}={value!r}' for key, value in changed.items())}, as param_groups say since its "
+                    "construction, would have no effect. Leave out the scheduler, or whatever else set it."
+                )
+
+    def _reset_settings(self) -> None:
+        """Let groups from a saved state say again what the constructor was given."""
+        for group in self._own_groups:
+            group.update(self.defaults)
+
     def _free(self) -> list[Tensor]:
         """The parameters that are not frozen now: the others are constants of the objective."""
         params = super()._free()

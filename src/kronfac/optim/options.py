@@ -9,6 +9,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from kronfac import processes
+
 
 class KFACOptions(TypedDict, total=False):
     """Rarely needed options of :class:`kronfac.optim.KFAC`.
@@ -196,8 +198,7 @@ def several_processes() -> bool:
     Returns:
         True if so.
     """
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return processes.several()
 
 
 def values_of(gradient: Tensor) -> Tensor:

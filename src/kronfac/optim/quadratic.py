@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kronfac.optim.options import inner_product
+
 
 @dataclass(frozen=True, eq=False)
 class QuadraticModel:
@@ -70,10 +72,7 @@ def inner_products(left: Sequence[Sequence[Tensor]], right: Sequence[Sequence[Te
     """
     rows = [
         torch.stack(
-            [
-                torch.stack([torch.dot(a.flatten(), b.flatten()).double() for a, b in zip(u, v, strict=True)]).sum()
-                for v in right
-            ]
+            [torch.stack([inner_product(a, b).double() for a, b in zip(u, v, strict=True)]).sum() for v in right]
         )
         for u in left
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kronfac import processes
 from kronfac.approximations import Statistic
 from kronfac.blocks import Inverse
 from kronfac.curvature import BlockDiagonal
@@ -20,6 +21,7 @@ from kronfac.optim.background import Pending, submit
 from kronfac.optim.drift import largest_drift
 from kronfac.optim.gathering import Gatherer
 from kronfac.optim.health import LayerHealth, Record, condition
+from kronfac.optim.itself import on_itself
 from kronfac.optim.membership import Membership
 from kronfac.optim.options import DEFAULTS
 from kronfac.optim.reduced import RoundedDirections, check_reduced
@@ -35,6 +37,7 @@ class Renewal(Membership):
     """
 
     _gatherer: Gatherer
+    _group: Any  # the processes that train the model together
     _rule: Rule
     _periods: tuple[int, int]
     _ema: float
@@ -101,6 +104,7 @@ class Renewal(Membership):
         """
         return self._gatherer.capture()
 
+    @on_itself
     def warm_up(self, loader: Iterable[Any] | tuple[Any, Any], batches: int | None = None) -> None:
         """Gather factors from several batches before the first step (Grosse & Martens 2016, 3.1: the whole set).
 
@@ -146,7 +150,8 @@ class Renewal(Membership):
         Returns:
             The curvature.
         """
-        return self._estimator.curvature()
+        with processes.of(self._group):
+            return self._estimator.curvature()
 
     @property
     def _stats_due(self) -> bool:

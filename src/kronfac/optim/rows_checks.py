@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from kronfac.eager import is_compiled
+from kronfac.eager import has_compiled_parts
 from kronfac.layers import LayerAdapter
 from kronfac.optim.options import several_processes
 from kronfac.optim.rows import LEAST, fits
@@ -28,7 +28,7 @@ def check_rows(model: nn.Module, layers: Mapping[str, LayerAdapter]) -> None:
             f"gradients='rows' is for linear layers with a bias and at least {LEAST} inputs and outputs, and the "
             "model has none: leave gradients out."
         )
-    _refuse({"a model that was compiled": is_compiled(model), "several processes": several_processes()})
+    _refuse({"a model that was compiled": has_compiled_parts(model), "several processes": several_processes()})
 
 
 def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:

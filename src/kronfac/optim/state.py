@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kronfac import processes
 from kronfac.approximations import Mean, Statistic
 from kronfac.approximations.base import is_blank
 from kronfac.optim.health import Record
@@ -173,14 +174,11 @@ def gather_generators(estimator: Estimator) -> list[Tensor] | None:
     Returns:
         The states by rank, or None outside of distributed runs.
     """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not processes.together():
         return None
     assert estimator.generator is not None
     own = estimator.generator.get_state().to(next(estimator.model.parameters()).device)
-    states = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(states, own)
-    return [state.cpu() for state in states]
+    return [state.cpu() for state in processes.collect(own)]
 
 
 def _total(like: Tensor, saved: Tensor, weight: float) -> Tensor:
@@ -193,10 +191,9 @@ def _total(like: Tensor, saved: Tensor, weight: float) -> Tensor:
 
 def _own_generator(saved: dict[str, Any]) -> Tensor:
     """State of this process's generator, where the states of as many processes were saved."""
-    states, distributed = saved.get("generators"), torch.distributed
-    together = distributed.is_available() and distributed.is_initialized()
-    if states is not None and together and len(states) == distributed.get_world_size():
-        return states[distributed.get_rank()]
+    states = saved.get("generators")
+    if states is not None and processes.together() and len(states) == processes.count():
+        return states[processes.rank()]
     return saved["generator"]
 
 

@@ -34,7 +34,14 @@ class Trial:
         self._passed = False
         self._seen: tuple[Arguments, Any] | None = None
 
-    def __call__(self, tape: Tape, inputs: Any, outputs: Tensor, pick: Callable[[Any], Tensor] | None = None) -> None:
+    def __call__(
+        self,
+        tape: Tape,
+        inputs: Any,
+        outputs: Tensor,
+        pick: Callable[[Any], Tensor] | None = None,
+        targets: Any = None,
+    ) -> None:
         """Try a forward.
 
         Args:
@@ -42,11 +49,13 @@ class Trial:
             inputs: Its arguments.
             outputs: Its outputs.
             pick: Picks them, where that is not the user's own way.
+            targets: Targets, where they are known.
         """
         measuring = self._measuring()
         if measuring is not None and not self._passed and outputs.ndim:
+            tape.meet(outputs)
             with measuring():
-                check_examples(self._estimator, tape, inputs, len(outputs), pick or self._pick)
+                check_examples(self._estimator, tape, inputs, outputs, pick or self._pick, targets)
             self._passed = True
 
     def note(self, arguments: Arguments, value: Any) -> None:
@@ -63,16 +72,17 @@ class Trial:
         """Let go of the forward that was kept."""
         self._seen = None
 
-    def captured(self, tape: Tape, outputs: Tensor) -> None:
+    def captured(self, tape: Tape, outputs: Tensor, targets: Any) -> None:
         """Try outputs that were captured, where the root's forward gave them as they are.
 
         Args:
             tape: The recorded layers.
             outputs: The outputs.
+            targets: Targets, or None.
         """
         if self._seen is None:
             return
         arguments, value = self._seen
         first = self._pick or (lambda found: found)
         if (pick := pick_of(first(value), outputs)) is not None:
-            self(tape, arguments, outputs, lambda found: pick(first(found)))
+            self(tape, arguments, outputs, lambda found: pick(first(found)), targets)

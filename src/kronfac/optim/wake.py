@@ -267,7 +267,7 @@ def layer_scales(
     covered = {name for names in layers for name in names}
     layers += [[name] for name in directions if name not in covered]
     layers = [names for names in layers if names]
-    squares = [torch.stack([directions[n].double().square().sum() for n in names]).sum() for names in layers]
+    squares = [torch.stack([directions[n].abs().double().square().sum() for n in names]).sum() for names in layers]
     scales: dict[str, float] = {}
     for names, square in zip(layers, torch.stack(squares).tolist() if squares else [], strict=True):
         rms = clip * math.sqrt(square / sum(directions[name].numel() for name in names))

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kronfac.plots.panels import new_panels
-from kronfac.plots.style import colour_of, dress, new_axes
+from kronfac.plots.style import colour_of, dress, line_of, new_axes
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-
-_STYLES = ("-", "--", "-.", ":")
 
 
 def alignment_curves(
@@ -52,10 +50,8 @@ def alignment_curves(
         rows = part[part["method"] == name].sort_values("step")
         if not len(rows):
             continue
-        colour, place = colour_of(name, names), list(names).index(name)
-        axes.plot(
-            rows["step"], rows["cosine"], color=colour, linestyle=_STYLES[place // 7 % 4], label=name, linewidth=1.6
-        )
+        colour = colour_of(name, names)
+        axes.plot(rows["step"], rows["cosine"], line_of(name, names), color=colour, label=name, linewidth=1.6)
         for done, face in ((True, colour), (False, "white")):
             points = rows[rows["converged"] == done]
             axes.plot(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kronfac.plots.style import colour_of, dress, label, new_axes, plain_logarithms
+from kronfac.plots.style import colour_of, dress, label, line_of, new_axes, plain_logarithms
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +50,8 @@ def training_curves(
             continue
         positions, mean, low, high = seed_band([run[x].to_numpy() for run in runs], [run[y].to_numpy() for run in runs])
         colour = colour_of(name, names)
-        axes.plot(positions, mean, color=colour, label=name, linewidth=1.8)
+        point = "o" if len(positions) == 1 or positions[0] == positions[-1] else ""  # which makes no line
+        axes.plot(positions, mean, line_of(name, names), color=colour, label=name, linewidth=1.8, marker=point)
         if len(runs) > 1:
             axes.fill_between(positions, low, high, color=colour, alpha=0.2, linewidth=0)
     logarithmic = log_y and len(table) > 0 and bool((table[y].dropna() > 0).all())

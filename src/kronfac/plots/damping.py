@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kronfac.plots.panels import new_panels
-from kronfac.plots.style import colour_of, dress, new_axes
+from kronfac.plots.style import colour_of, dress, new_axes, plain_logarithms
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,8 +74,10 @@ def damping_curves(
         axes.set_yscale("log")
     if column in _RATIOS:
         axes.axhline(1.0, color="#888888", linewidth=0.8)
+    if axes.get_yscale() == "log":
+        plain_logarithms(axes)
     if legend:
-        axes.legend(frameon=False, fontsize="x-small", ncols=max(1, len(layers) // 8))
+        axes.legend(frameon=False, fontsize="x-small", ncols=max(1, len(layers) // 8), title="layer")
     return dress(axes, _WORDS.get(column, column) if title is None else title, "steps", "")
 
 
@@ -106,5 +108,8 @@ def damping_panels(
     lines, labels = panels[0].get_legend_handles_labels()
     if title:
         figure.suptitle(title, fontsize="medium")
-    figure.legend(lines, labels, loc="outside lower center", ncols=min(7, len(labels)), frameon=False, fontsize="small")
+    figure.legend(
+        lines, labels, title="layer", loc="outside lower center", ncols=min(7, len(labels)), frameon=False,
+        fontsize="small",
+    )  # fmt: skip
     return panels

@@ -94,14 +94,15 @@ def layer_errors(
         places = [layers.index(layer) + (index - (len(names) - 1) / 2) * width for layer in rows["layer"]]
         if places:
             mark = _MARKERS[index % len(_MARKERS)]
-            axes.scatter(places, rows[y], s=22, marker=mark, color=colour_of(name, names), label=name, zorder=2)
+            colour = colour_of(name, names)
+            axes.scatter(places, rows[y], s=22, marker=mark, color=colour, label=name, zorder=2, clip_on=False)
     axes.set_xticks(
         range(len(layers)), layers, rotation=45 if len(layers) > 6 else 0, ha="right" if len(layers) > 6 else "center"
     )
     axes.set_ylim(bottom=0)
     if axes.collections:
         _legend_beside(axes)
-    return dress(axes, title, "", y_label)
+    return dress(axes, title, "layer", y_label)
 
 
 def _legend_beside(axes: Axes) -> None:

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 from kronfac.plots.style import COLOURS, dress, label, new_axes, plain_logarithms
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
     from matplotlib.axes import Axes
+
+_TICKS = 7
 
 
 def grid_profile(
@@ -45,8 +49,8 @@ def grid_profile(
     best = fine.nsmallest(1, y) if searched else fine.groupby(name, dropna=False)[y].min().reset_index()
     what = "best" if searched else "best at this value"
     axes.plot(place(best[name]), best[y], color=COLOURS[0], marker="o", markersize=4, zorder=3, label=what)
-    if numeric and (pd.to_numeric(table[name]) > 0).all():
-        axes.set_xscale("log")
+    if numeric:
+        _number_line(axes, sorted(set(pd.to_numeric(table[name]))), searched)
     if len(fine) and (fine[y] > 0).all():
         axes.set_yscale("log")
         plain_logarithms(axes)
@@ -55,6 +59,16 @@ def grid_profile(
         axes.scatter(place(failed[name]), top, transform=edge, marker="x", color=COLOURS[2], label="diverged")
     axes.legend(frameon=False, fontsize="small")
     return dress(axes, title, name, label(y))
+
+
+def _number_line(axes: Axes, values: Sequence[float], searched: bool) -> None:
+    if values[0] > 0:
+        axes.set_xscale("log")
+    if not searched and len(values) <= _TICKS:  # what was tried, and nothing between
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.xaxis.minorticks_off()
+    elif values[0] > 0:
+        plain_logarithms(axes, "x")
 
 
 def _words(column: pd.Series) -> list[str]:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLUMNS = 3
+#: Inches for an entry of the legend, which would otherwise be wider than a picture of one panel, and cut.
+_ENTRY = 2.0
 
 
 def scaling_panels(
@@ -99,4 +101,6 @@ def _explain(axes: Axes, parts: Sequence[str]) -> None:
     handles.append(Line2D([], [], color="#444444", linestyle="--", linewidth=0.9))
     handles.append(Line2D([], [], color="#444444", linestyle="none", marker="x"))
     labels = [*parts, "FLOPs, through the last point", "not measured"]
-    axes.figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize="small")
+    width = float(axes.figure.get_figwidth())  # type: ignore[union-attr]
+    columns = max(1, min(len(labels), int(width / _ENTRY)))
+    axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")

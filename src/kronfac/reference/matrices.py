@@ -9,6 +9,7 @@ through the whole batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,8 +62,9 @@ def ggn(model: nn.Module, likelihood: OutputLoss, x: Any, y: Any = None, *, outp
         model: The model.
         likelihood: The likelihood.
         x: Inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
-        y: Targets. None where the Hessian does not depend on them, as for exponential families in their natural
-            parameters: any label then serves.
+        y: Targets. Without them it is the expectation of the Hessian over the model's own labels: any label serves
+            where the Hessian does not depend on it, as for exponential families in their natural parameters, and
+            elsewhere the likelihood must enumerate its labels (``label_atoms``).
         outputs: Takes the tensor out of what the model returns.
 
     Returns:
@@ -84,6 +86,7 @@ def per_example_roots(
     names: Sequence[str] | None = None,
     *,
     outputs: Pick = None,
+    expected: bool = False,
 ) -> Tensor:
     """Rows ``u`` with ``sum u u^T`` the exact `ggn`, for checks of layers too large for a dense matrix.
 
@@ -94,12 +97,14 @@ def per_example_roots(
         y: Targets, as for `ggn`.
         names: Parameters to restrict to; None for all.
         outputs: Takes the tensor out of what the model returns.
+        expected: Whether the Hessian in the outputs is its expectation over the model's own labels, as the Fisher
+            information has it, wherever it depends on the label; targets then give their weights and mask alone.
 
     Returns:
         ``[K, P]``, a row for each output of each example; columns in the order of ``model.parameters()``.
     """
     z, jacobian = ModelFunction(model, x, names, outputs).jacobian()
-    values, vectors = torch.linalg.eigh(_output_hessians(likelihood, z, y))
+    values, vectors = torch.linalg.eigh(_output_hessians(likelihood, z, y, expected))
     roots = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
     rows = torch.einsum("bok,bop->bkp", roots, jacobian).flatten(0, 1)
     return (rows / likelihood.denominator(z, y).sqrt()).detach()
@@ -155,14 +160,52 @@ def hessian(model: nn.Module, likelihood: OutputLoss, x: Any, y: Any, *, outputs
     return symmetrised(torch.stack(rows) / likelihood.denominator(z, y))
 
 
-def _output_hessians(likelihood: OutputLoss, z: Tensor, y: Any) -> Tensor:
-    """Hessian of the sum loss in each example's outputs, ``[B, O, O]``; the loss never mixes examples."""
+def _output_hessians(likelihood: OutputLoss, z: Tensor, y: Any, expected: bool = False) -> Tensor:
+    """Hessian of the sum loss in each example's outputs, ``[B, O, O]``, at the targets, or expected over labels."""
     likelihood.validate(z, y)
     labels, mask = (y[0], y[1]) if isinstance(y, tuple | list) else (y, None)
-    if labels is None:
-        labels = likelihood.sample_labels(z, torch.Generator(z.device).manual_seed(0))
-    targets = labels if mask is None else (labels, mask)
-    _, pull = pullback(grad(lambda out: likelihood.sum_loss(out, targets)), z)
+    if labels is not None and (likelihood.needs_targets or not expected):
+        return _hessians(lambda out: likelihood.sum_loss(out, y), z)
+
+    def at(label: Tensor) -> Tensor:
+        return _hessians(lambda out: likelihood.sum_loss(out, label if mask is None else (label, mask)), z)
+
+    try:
+        first, second = (at(likelihood.sample_labels(z, torch.Generator(z.device).manual_seed(n))) for n in (0, 1))
+    except (NotImplementedError, ValueError):
+        if labels is None:
+            raise
+        return at(labels)  # such as logits whose classes are found by the targets' shape
+    if float((first - second).abs().max()) <= torch.finfo(z.dtype).eps ** 0.5 * float(first.abs().max()):
+        return first if labels is None else at(labels)  # any label serves
+    return _expected_hessians(likelihood, z, y)
+
+
+def _expected_hessians(likelihood: OutputLoss, z: Tensor, y: Any) -> Tensor:
+    """The same in expectation over the model's labels."""
+    weights = likelihood.term_weights(z, y)
+    total = z.new_zeros(len(z), z[0].numel(), z[0].numel())
+    try:
+        for probabilities, label in likelihood.label_atoms(z):
+            scale = probabilities if weights is None else probabilities * weights
+            total += _hessians(partial(_weighted, likelihood, label, scale), z)
+    except NotImplementedError as error:
+        name = type(likelihood).__name__
+        raise ValueError(
+            f"the Hessian of {name} in the outputs depends on the label, so that the exact matrix is its expectation, "
+            f"which needs the labels with their probabilities: implement {name}.label_atoms (for a Gaussian of mean m "
+            "and deviation s: m with 2/3, m - √3 s and m + √3 s with 1/6 each)"
+        ) from error
+    return total
+
+
+def _weighted(likelihood: OutputLoss, label: Tensor, scale: Tensor, z: Tensor) -> Tensor:
+    return (scale * likelihood.nll(z, label)).sum()
+
+
+def _hessians(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """Hessian of a loss that never mixes examples, ``[B, O, O]``."""
+    _, pull = pullback(grad(loss), z)
     columns = []
     for index in range(z[0].numel()):
         unit = torch.zeros_like(z).reshape(len(z), -1)

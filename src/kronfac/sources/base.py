@@ -149,6 +149,7 @@ class Source(ABC):
         generator: torch.Generator | None,
     ) -> Iterator[tuple[Seed, _MakeSample, bool]]:
         """Yield each seed, what makes a layer's sample of its cotangent, and whether the graph is spent then."""
+        tape.meet(outputs)
         with torch.no_grad(), torch.autocast(outputs.device.type, enabled=False):
             values = outputs.detach()
             values = values if values.dtype in (torch.float32, torch.float64) else values.float()
@@ -191,7 +192,11 @@ def _check_inputs(tape: Tape) -> None:
 
 
 def require_examples(
-    adapter: LayerAdapter, x: Tensor, batch: int, what: str, instead: str = "approximation='kfac' with source='sampled'"
+    adapter: LayerAdapter,
+    x: Tensor,
+    batch: int,
+    what: str,
+    instead: str | None = "approximation='kfac' with source='sampled'",
 ) -> None:
     """Refuse a layer whose first dimension is not the batch, where examples must be kept apart.
 
@@ -200,17 +205,19 @@ def require_examples(
         x: Its input.
         batch: Number of examples.
         what: What needs the examples apart.
-        instead: What does not.
+        instead: What does not; None if nothing does.
 
     Raises:
         ValueError: The layer's first dimension differs.
     """
     first = adapter.positions(x)[0]
     if first != batch:
+        other = "" if instead is None else f" use {instead}, or"
         raise ValueError(
             f"{what} needs the examples one by one, but the first dimension of layer {adapter.name!r}'s input is "
             f"{first}, not the batch of {batch}: examples are summed or interleaved there. Keep the batch first "
-            f"(expand position indices to [batch, positions]), or use {instead}."
+            f"(expand position indices to [batch, positions]), or{other} leave the layer out, by "
+            "kronfac.layers.without_curvature(layer)."
         )
 
 

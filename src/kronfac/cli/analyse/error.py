@@ -146,8 +146,9 @@ def _write(folder: Path, rows: list[dict[str, Any]], problem: str) -> list[Path]
     written = [folder / "error.csv"]
     frame = to_frame(rows)
     frame = frame[frame["layer"] != "*"]
+    names = list(dict.fromkeys(frame["approximation"]))  # of all pictures: one colour each, whatever a source refuses
     for source in dict.fromkeys(frame["source"]):
-        axes = plots.layer_errors(frame[frame["source"] == source], title=f"{problem}, {source} source")
+        axes = plots.layer_errors(frame[frame["source"] == source], names=names, title=f"{problem}, {source} source")
         written.append(folder / f"error-{source}.png")
         write_picture(written[-1], axes)
     return written

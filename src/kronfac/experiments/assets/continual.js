@@ -62,7 +62,7 @@
       };
       charts.draw(target, [trace], {
         title: { text: `${one.title}: ${(last.reduce((a, b) => a + b) / last.length).toFixed(1)} %`, font: { size: 14 } },
-        margin: { l: 50, r: 8, t: 40, b: 44 },
+        margin: { l: 50, r: 34, t: 40, b: 44 },
         xaxis: { title: { text: "task" }, type: "category", showgrid: false },
         yaxis: { title: { text: "after task" }, type: "category", showgrid: false, autorange: "reversed" },
         height: 316,

@@ -7,15 +7,22 @@
   const labels = { step: "steps", epoch: "epochs", seconds: "seconds of training" };
 
   for (const name of data.metrics) {
-    metric.add(new Option(name.replaceAll("_", " "), name, name === data.metric, name === data.metric));
+    metric.add(new Option(data.labels[name], name, name === data.metric, name === data.metric));
   }
 
   // The first evaluations often dwarf all others; a double click on a chart shows them too.
-  function range() {
-    const later = data.runs.map((run) => run.columns[metric.value].slice(Math.floor(0.03 * run.columns.step.length))).flat();
-    const [low, high] = [Math.min(...later), Math.max(...later)];
-    if (!logarithmic.checked) return [low - 0.05 * (high - low), high + 0.05 * (high - low)];
-    return low > 0 ? [Math.log10(low) - 0.03 * Math.log10(high / low), Math.log10(high * 1.02)] : null;
+  function vertical() {
+    const later = data.runs.flatMap((run) => run.columns[metric.value].slice(Math.floor(0.03 * run.columns.step.length)));
+    const title = data.labels[metric.value];
+    if (!later.length) return charts.axis(title);
+    const low = later.reduce((a, b) => Math.min(a, b));
+    const high = later.reduce((a, b) => Math.max(a, b));
+    if (logarithmic.checked && low > 0) {
+      const ends = [Math.log10(low) - 0.03 * Math.log10(high / low), Math.log10(high * 1.02)];
+      return charts.axis(title, { ...charts.logarithmic(low, high), range: ends });
+    }
+    const space = 0.05 * (high - low) || 0.05 * Math.abs(high) || 1;
+    return charts.axis(title, { range: [low - space, high + space] });
   }
 
   function draw(target, x) {
@@ -23,6 +30,7 @@
     const traces = data.runs.map((run) => {
       const first = !seen.has(run.optimizer);
       seen.add(run.optimizer);
+      const last = run.columns.step.length - 1;
       return {
         x: run.columns[x],
         y: run.columns[metric.value],
@@ -30,22 +38,18 @@
         name: run.optimizer,
         legendgroup: run.optimizer,
         showlegend: first,
-        mode: "lines",
-        line: { color: run.colour, width: data.seeds > 1 ? 1.3 : 2 },
+        mode: run.diverged || last === 0 ? "lines+markers" : "lines", // a single point makes no line
+        marker: { symbol: run.diverged ? "x" : "circle", size: run.columns.step.map((_, i) => (i === last ? 8 : 0)) },
+        line: { color: run.colour, dash: run.dash, width: data.seeds > 1 ? 1.3 : 2 },
         opacity: data.seeds > 1 ? 0.75 : 1,
         hovertemplate:
           `<b>${run.optimizer}</b>, seed ${run.seed}<br>%{y:.5g}<br>step %{customdata[0]}, ` +
-          "epoch %{customdata[1]:.2f}, %{customdata[2]:.2f} s<extra></extra>",
+          `epoch %{customdata[1]:.2f}, %{customdata[2]:.2f} s${run.diverged ? "<br>diverged later" : ""}<extra></extra>`,
       };
     });
     charts.draw(target, traces, {
       xaxis: charts.axis(labels[x], { rangemode: "tozero" }),
-      yaxis: charts.axis(metric.value.replaceAll("_", " "), {
-        type: logarithmic.checked ? "log" : "linear",
-        ...(range() ? { range: range() } : { autorange: true }),
-      }),
-      height: 396,
-      legend: { x: 1, xanchor: "right", y: 1 },
+      yaxis: vertical(),
     });
   }
 

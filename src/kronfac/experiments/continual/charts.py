@@ -11,6 +11,7 @@ from kronfac.experiments.continual.points import Grid
 from kronfac.experiments.continual.results import Results
 from kronfac.experiments.continual.strategies import get_strategy
 from kronfac.experiments.continual.tables import describe
+from kronfac.experiments.page import dash_of
 from kronfac.plots import colour_of
 
 _MARKS = ("circle", "diamond", "square", "cross", "x")
@@ -28,14 +29,14 @@ def results_data(results: Results) -> dict[str, object]:
     """
     titles = [get_strategy(name).title for name in results.done]
     series = []
-    for place, (name, title) in enumerate(zip(results.done, titles, strict=True)):
+    for name, title in zip(results.done, titles, strict=True):
         matrices = 100 * results.matrices(name)
         learned = [matrices[:, i, : i + 1].mean(1) for i in range(results.tasks)]
         series.append(
             {
                 "title": title,
                 "colour": colour_of(title, titles),
-                "dash": ("solid", "dash", "dot")[place // 7 % 3],  # colours repeat after the seventh
+                "dash": dash_of(title, titles),
                 "matrix": matrices.mean(0).tolist(),
                 "matrix_spread": _spread(matrices),
                 "so_far": [float(values.mean()) for values in learned],

@@ -26,7 +26,8 @@ _FIGURES = (
 _CHOICE = (
     "Target accuracy is that of each task but the first right after it was learned, on held-out training examples: all "
     "that a learner without data of earlier tasks can choose by. Chosen is the strongest penalty, then the largest "
-    "damping, whose target accuracy is within {slack:g} of the best. Larger marks in the chart are what was chosen."
+    "damping, whose target accuracy is within {slack:g} percentage points of the best. Larger marks in the chart are "
+    "what was chosen."
 )
 _CURVES = """<h2>Accuracy after each task</h2>
 <div class="controls"><label>Accuracy <select id="measured"></select></label></div>
@@ -82,7 +83,9 @@ def write_report(folder: Path) -> Path:
         "strategies": None if results is None else results_data(results),
         "grid": None if grid is None else grid_data(grid),
     }
-    parts = [heading_html(one.stream, get_stream(one.stream).description)]
+    stream = get_stream(one.stream)
+    # How long tasks really were is among the settings.
+    parts = [heading_html(one.stream, stream.description.removesuffix(f", {stream.epochs} epochs a task"))]
     if results is not None:
         draw_matrices(results)
         parts += _comparison(results)
@@ -112,7 +115,7 @@ def _search(grid: Grid) -> list[str]:
         f"<h2>Settings chosen by the newest task on {grid.stream}, {grid.tasks} tasks</h2>",
         table_html(choices(grid)),
         _progress(grid),
-        note_html(_CHOICE.format(slack=grid.slack)),
+        note_html(_CHOICE.format(slack=100 * grid.slack)),
         _failures(grid.failures),
         _SCATTER,
         f"<h3>All runs of the grid</h3>\n{table_html(points_table(grid))}",
