@@ -232,3 +232,16 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         Joint(kf.Categorical(), kf.Gaussian())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs heads"):
         Joint()
+
+
+def test_many_classes_survive_outputs_in_bfloat16() -> None:
+    likelihood = Joint((kf.Categorical(), 1000), (kf.Gaussian(), 1))
+    outputs = draw(64, 1001).bfloat16()
+    drawn = likelihood.sample_labels(outputs, torch.Generator().manual_seed(0))[:, 0]
+    assert (drawn % 4 != 0).any()  # beyond 512, bfloat16 has multiples of four alone
+    classes = torch.arange(936, 1000)
+    targets = likelihood.targets(classes, torch.zeros(64, 1, dtype=torch.bfloat16))
+    assert torch.equal(targets[:, 0].long(), classes)
+    value = likelihood.loss(outputs.float(), targets)
+    wanted = F.cross_entropy(outputs[:, :-1].float(), classes) + 0.5 * outputs[:, -1].float().square().mean()
+    torch.testing.assert_close(value, wanted)

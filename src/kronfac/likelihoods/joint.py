@@ -38,8 +38,9 @@ class Joint(JointLoss):
         Returns:
             As `targets` puts them together.
         """
+        wide = torch.promote_types(outputs.dtype, torch.float32)
         drawn = (part.likelihood.sample_labels(part.outputs, generator) for part in self._parts(outputs))
-        return side_by_side(outputs, (labels.to(outputs.dtype) for labels in drawn))
+        return side_by_side(outputs, (labels.to(wide) for labels in drawn))
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Gradient of the sum of `nll` in the outputs.

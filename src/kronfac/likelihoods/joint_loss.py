@@ -66,7 +66,7 @@ class JointLoss(Likelihood):
             *labels: One tensor for each head, as its likelihood takes it; classes are indices.
 
         Returns:
-            ``[B, *positions, labels]``, floating point.
+            ``[B, *positions, labels]``, float32 at least: bfloat16 has no whole numbers beyond 256.
 
         Raises:
             ValueError: If their number or shapes do not fit.
@@ -77,7 +77,8 @@ class JointLoss(Likelihood):
         if len({column.shape[:-1] for column in columns}) > 1:
             raise ValueError(f"targets of shapes {[tuple(y.shape) for y in labels]} are not of the same examples")
         dtypes = [label.dtype for label in labels if label.is_floating_point()] or [torch.get_default_dtype()]
-        return torch.cat([column.to(dtypes[0]) for column in columns], -1)
+        wide = torch.promote_types(dtypes[0], torch.float32)
+        return torch.cat([column.to(wide) for column in columns], -1)
 
     def term_shape(self, outputs: Tensor, targets: Targets = None) -> torch.Size:
         """Terms of all heads side by side.
