@@ -13,7 +13,7 @@ from kronfac.approximations import Approximation, JointApproximation
 from kronfac.curvature import BlockDiagonal
 from kronfac.curvature_coupled import CoupledCurvature
 from kronfac.eager import eager_root
-from kronfac.estimator import Estimator, sum_over_processes
+from kronfac.estimator import Estimator
 from kronfac.examples import check_examples
 from kronfac.forwards import batches_of, call_model, pick_outputs, with_progress
 from kronfac.likelihoods import Likelihood
@@ -143,7 +143,7 @@ def estimate(
         batches = count
     _require_terms(estimator, called)
     # Each batch's sum counts with weight one; the loss is the sum over all of them.
-    whole = sum_over_processes(float(batches), device) if likelihood.reduction == "sum" else 1.0
+    whole = processes.sum_of(float(batches), device) if likelihood.reduction == "sum" else 1.0
     if estimator.joint is not None:
         coupled = estimator.coupled_curvature()
         return coupled.scale(whole) if likelihood.reduction == "sum" else coupled

@@ -184,7 +184,7 @@ class Estimator:
 
     def consolidate(self) -> None:
         """Give every process of a distributed run the same share of the statistics; each must call this."""
-        self.terms = mean_over_processes(self.terms, next(self.model.parameters()).device)
+        self.terms = processes.mean_of(self.terms, next(self.model.parameters()).device)
         means = [mean for statistic in self.statistics.values() for mean in statistic.means().values()]
         for mean in means if self.joint is None else self.joint.means().values():
             mean.consolidate()
@@ -275,36 +275,6 @@ class Estimator:
             raise RuntimeError("No statistics: no forward pass was seen, in this process or in another.")
         layouts = self.adaptation.adapters
         return coupled_curvature(self.joint.blocks(), layouts, self.adaptation.order, self.options)
-
-
-def mean_over_processes(value: float, device: torch.device) -> float:
-    """Mean of a number over all processes of a distributed run, so that each of them decides alike.
-
-    Args:
-        value: This process's number.
-        device: Device of the tensors that the processes exchange.
-
-    Returns:
-        The mean, or the number itself outside of distributed runs.
-    """
-    return sum_over_processes(value, device) / processes.count() if processes.together() else value
-
-
-def sum_over_processes(value: float, device: torch.device) -> float:
-    """Sum of a number over all processes of a distributed run; each must call this.
-
-    Args:
-        value: This process's number.
-        device: Device of the tensors that the processes exchange.
-
-    Returns:
-        The sum, or the number itself outside of distributed runs.
-    """
-    if not processes.together():
-        return value
-    total = torch.tensor(value, dtype=torch.float64, device=device)
-    processes.add_up(total)
-    return float(total)
 
 
 def _reasons(uncovered: Mapping[str, str]) -> str:

@@ -91,6 +91,36 @@ def collect(tensor: Tensor) -> list[Tensor]:
     return found
 
 
+def mean_of(value: float, device: torch.device) -> float:
+    """Mean of a number over the processes, so that each of them decides alike; each must call this.
+
+    Args:
+        value: This process's number.
+        device: Device of the tensors that the processes exchange.
+
+    Returns:
+        The mean, or the number itself outside of distributed runs.
+    """
+    return sum_of(value, device) / count() if together() else value
+
+
+def sum_of(value: float, device: torch.device) -> float:
+    """Sum of a number over the processes; each must call this.
+
+    Args:
+        value: This process's number.
+        device: Device of the tensors that the processes exchange.
+
+    Returns:
+        The sum, or the number itself outside of distributed runs.
+    """
+    if not together():
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    add_up(total)
+    return float(total)
+
+
 def wrapper_of(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
     """What exchanges the gradients of a model.
 

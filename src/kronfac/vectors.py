@@ -6,7 +6,7 @@ that layer and back; `ParameterSpace` does so for all layers, after checking tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -144,3 +144,20 @@ def listed(names: Sequence[str]) -> str:
     """Names for a message, the first ten of them."""
     shown = ", ".join(repr(name) for name in names[:10])
     return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"
+
+
+def require_real(names: Iterable[str]) -> None:
+    """Refuse parameters that are complex numbers.
+
+    Args:
+        names: Their names.
+
+    Raises:
+        TypeError: There are some.
+    """
+    if found := list(names):
+        raise TypeError(
+            f"parameters {found} are complex numbers, and products are with real vectors: keep pairs of real numbers "
+            "(torch.view_as_real) as the parameter, and make it complex in the forward (torch.view_as_complex); or "
+            "leave it out, by parameters= or by freezing it (requires_grad=False)"
+        )

@@ -14,6 +14,7 @@ from kronfac.eager import require_whole
 from kronfac.forwards import batches_of
 from kronfac.likelihoods import Likelihood
 from kronfac.operators.passes import Pick, random_state
+from kronfac.vectors import require_real
 
 #: Beyond this a dense matrix takes gigabytes, and as many passes over the data as there are parameters.
 LARGEST = 20_000
@@ -262,23 +263,6 @@ class _Symmetric(torch.autograd.Function):
             Those in the arguments of `forward`.
         """
         return None, None, *_Symmetric.apply(ctx.multiply, ctx.names, *gradients)
-
-
-def require_real(names: Iterable[str]) -> None:
-    """Refuse parameters that are complex numbers.
-
-    Args:
-        names: Their names.
-
-    Raises:
-        TypeError: There are some.
-    """
-    if found := list(names):
-        raise TypeError(
-            f"parameters {found} are complex numbers, and products are with real vectors: keep pairs of real numbers "
-            "(torch.view_as_real) as the parameter, and make it complex in the forward (torch.view_as_complex); or "
-            "leave it out, by parameters= or by freezing it (requires_grad=False)"
-        )
 
 
 def _wants_gradients(vector: NamedTensors) -> bool:

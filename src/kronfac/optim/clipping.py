@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfac.estimator import mean_over_processes
+from kronfac import processes
 from kronfac.forwards import pick_outputs
 from kronfac.likelihoods import Likelihood
 from kronfac.operators import ggn_quadratic_form
@@ -128,7 +128,7 @@ def exact_product(
     whole = max(gatherer.gathered, 1) * batch.whole if likelihood.reduction == "sum" else 1.0
     local = float(value) * whole
     # All processes of a distributed run must clip alike.
-    return mean_over_processes(local, value.device)
+    return processes.mean_of(local, value.device)
 
 
 def clip_scale(
@@ -163,7 +163,7 @@ def clip_scale(
     estimator = gatherer.estimator
     terms = estimator.terms
     if isinstance(given, str):
-        terms = mean_over_processes(terms, members[0][1].device)  # all processes must clip alike
+        terms = processes.mean_of(terms, members[0][1].device)  # all processes must clip alike
     # One rate for all, as there mostly is, comes out of the forms, and the directions need no copy.
     several = len(set(rates.values())) > 1
     products = torch.stack([inner_product(gradients[n], directions[n]) for n in rates]).double()

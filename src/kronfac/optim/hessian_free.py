@@ -12,13 +12,13 @@ from kronfac.likelihoods import Likelihood
 from kronfac.linalg.conjugate_gradient import conjugate_gradient
 from kronfac.linalg.precision import without_autocast
 from kronfac.operators import GaussNewtonOperator
-from kronfac.operators.operator import require_real
 from kronfac.operators.passes import same_random_state
 from kronfac.optim.adaptive import AdaptiveKFAC
 from kronfac.optim.last_batch import last_batch
 from kronfac.optim.options import at_least
 from kronfac.optim.proposal import Proposal
 from kronfac.optim.root import kept_statistics
+from kronfac.vectors import require_real
 
 #: Part of the last step from which conjugate gradients start (Martens 2010, section 4.6).
 WARM = 0.95
