@@ -190,3 +190,11 @@ def test_without_decay_nothing_is_averaged() -> None:
     before = model.weight.clone()
     with average.applied():
         assert torch.equal(model.weight, before)
+
+
+def test_what_has_no_effect_beside_the_others_is_told() -> None:
+    falls = {"lr_drop": "schedule", "lr_drop_epochs": "schedule"}
+    spec = get_optimizer("tkfac")
+    assert spec.without_effect(spec.resolve()) == {"final_lr": "schedule", "nu": "scheme", **falls}
+    assert spec.without_effect(spec.resolve({"schedule": "cosine", "scheme": "trace_restricted"})) == falls
+    assert spec.without_effect(spec.resolve({"schedule": "step"})) == {"final_lr": "schedule", "nu": "scheme"}

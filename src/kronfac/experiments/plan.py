@@ -253,12 +253,9 @@ def _check_effect(plan: Plan, name: str, given: Mapping[str, object]) -> None:
     points = plan.points(name)
     if any(point in points[:index] for index, point in enumerate(points)):
         raise ExperimentError(f"the grid of {name} names a value twice: {dict(axes)}")
-    for option in get_optimizer(name).all_options:
-        if option.idle is None or option.name not in (*given, *axes):
-            continue
-        other, without = option.idle
-        if other not in axes and values[other] in without:
-            raise ExperimentError(f"{name}.{option.name} has no effect with {other}={values[other]}")
+    for key, other in get_optimizer(name).without_effect(values).items():
+        if key in (*given, *axes) and other not in axes:
+            raise ExperimentError(f"{name}.{key} has no effect with {other}={values[other]}")
     if "damping" in given and "factor_damping" in given and values["factor_damping"] is not None:
         raise ExperimentError(f"{name}.factor_damping takes the place of {name}.damping: give one of them")
 

@@ -186,7 +186,7 @@ def endings_table(results: Results) -> Table:
 
 
 def settings_table(results: Results) -> Table:
-    """Show every hyper-parameter in use.
+    """Show every hyper-parameter in use: those that do nothing beside the others are left out.
 
     Args:
         results: The comparison.
@@ -196,10 +196,10 @@ def settings_table(results: Results) -> Table:
     """
     rows = []
     for name in results.plan.optimizers:
-        values = results.chosen.get(name, results.plan.hyperparameters[name])
-        rows.append(
-            [get_optimizer(name).title, ", ".join(f"{key}={number(value, 'g')}" for key, value in values.items())]
-        )
+        spec, values = get_optimizer(name), results.chosen.get(name, results.plan.hyperparameters[name])
+        idle = spec.without_effect(values)
+        used = (f"{key}={number(value, 'g')}" for key, value in values.items() if key not in idle)
+        rows.append([spec.title, ", ".join(used)])
     return Table(["optimiser", "hyper-parameters"], rows, words=(0, 1))
 
 

@@ -43,6 +43,18 @@ class OptimizerSpec:
         """Its own hyper-parameters, and those of `COMMON`."""
         return (*self.options, *COMMON)
 
+    def without_effect(self, values: Mapping[str, object]) -> dict[str, str]:
+        """Find the hyper-parameters that do nothing beside the others.
+
+        Args:
+            values: A value for each.
+
+        Returns:
+            For each of them the hyper-parameter because of which it does nothing.
+        """
+        idle = {option.name: option.idle for option in self.all_options if option.idle is not None}
+        return {name: other for name, (other, without) in idle.items() if values[other] in without}
+
     def resolve(self, *layers: Mapping[str, object]) -> dict[str, object]:
         """Complete and check hyper-parameters.
 
