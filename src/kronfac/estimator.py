@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,18 @@ from kronfac.tape import Tape
 
 class CoverageWarning(UserWarning):
     """Some trainable parameters have no curvature block; the text names them and says why."""
+
+
+@contextmanager
+def without_coverage_warnings() -> Iterator[None]:
+    """Say nothing of layers without a block within the block: for tables that name the layers there are.
+
+    Yields:
+        Nothing.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CoverageWarning)
+        yield
 
 
 class Estimator:

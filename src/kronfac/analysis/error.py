@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from kronfac.curvature import BlockDiagonal
 from kronfac.damping import check_damping
 from kronfac.damping.rules import exact as exactly
 from kronfac.estimation import estimate
-from kronfac.estimator import CoverageWarning
+from kronfac.estimator import CoverageWarning, without_coverage_warnings
 from kronfac.inspect.comparison import Roots, compare
 from kronfac.likelihoods import Likelihood
 from kronfac.processes import alone
@@ -131,7 +130,7 @@ def estimate_quietly(scene: Scene, method: Approximation, source: Source, seed: 
     Returns:
         The curvature.
     """
-    with _quiet():
+    with without_coverage_warnings():
         return estimate(
             scene.model,
             scene.likelihood,
@@ -286,10 +285,3 @@ def cosine(left: Tensor, right: Tensor) -> float:
     """
     norms = float(left.norm()) * float(right.norm())
     return float(left @ right) / norms if norms else float(not left.any() and not right.any())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CoverageWarning)
-        yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from kronfac.approximations import Approximation, DenseBlocks, get_approximation
 from kronfac.approximations.joint import require_per_layer
 from kronfac.blocks import Block, Dense
 from kronfac.estimation import estimate
-from kronfac.estimator import CoverageWarning
+from kronfac.estimator import without_coverage_warnings
 from kronfac.forwards import batches_of
 from kronfac.layers import LayerAdapter, adapt_model
 from kronfac.likelihoods import Likelihood
@@ -102,7 +101,7 @@ def spectrum(
     for inputs, _ in islice(batches_of(data), 1):
         require_one_network(model, inputs, outputs)
     found: dict[str, dict[str, Tensor]] = {name: {} for name in chosen}
-    with _only(adapters, chosen), _quiet():
+    with _only(adapters, chosen), without_coverage_warnings():
         for label, method in methods.items():
             curvature = estimate(
                 model,
@@ -184,11 +183,3 @@ def _only(adapters: Mapping[str, LayerAdapter], chosen: Sequence[str]) -> Iterat
     finally:
         for parameter in others:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The table names the layers there are."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CoverageWarning)
-        yield

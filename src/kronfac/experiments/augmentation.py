@@ -21,13 +21,11 @@ def augmented(images: Tensor, padding: int, mirror: bool, generator: torch.Gener
         generator: A generator on the CPU.
 
     Returns:
-        As many images of the same size; those given, where nothing is asked for.
+        As many images of the same size.
 
     Raises:
         ExperimentError: If the inputs are no images.
     """
-    if not padding and not mirror:
-        return images
     if images.dim() != 4:
         raise ExperimentError(
             f"crops and mirroring are for images [N, C, H, W], got inputs of shape {list(images.shape)}: "

@@ -56,5 +56,8 @@ class Batches:
             self._order = torch.randperm(len(self._inputs), generator=generator).to(self._inputs.device)
             self._epoch = epoch
         rows = self._order[index * self.size : (index + 1) * self.size]
-        generator = torch.Generator().manual_seed(self._seed * _SEED_STRIDE + step + _CROPS)
-        return augmented(self._inputs[rows], self._crop_padding, self._mirror, generator), self._targets[rows]
+        inputs = self._inputs[rows]
+        if self._crop_padding or self._mirror:
+            generator = torch.Generator().manual_seed(self._seed * _SEED_STRIDE + step + _CROPS)
+            inputs = augmented(inputs, self._crop_padding, self._mirror, generator)
+        return inputs, self._targets[rows]

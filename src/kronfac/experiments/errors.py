@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import ModuleType
+from typing import TypeVar
+
+_Known = TypeVar("_Known")
 
 
 class ExperimentError(ValueError):
@@ -24,6 +27,25 @@ class UnknownNameError(ExperimentError):
     def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
         known = list(known)
         super().__init__(f"unknown {kind} {name!r}; known: {', '.join(known)}{did_you_mean(name, known)}")
+
+
+def look_up(kind: str, name: str, known: Mapping[str, _Known]) -> _Known:
+    """Take what is registered under a name.
+
+    Args:
+        kind: What is asked for, such as ``"problem"``.
+        name: The name.
+        known: What there is, by name.
+
+    Returns:
+        What is registered.
+
+    Raises:
+        UnknownNameError: If there is nothing of that name; the message lists the names there are.
+    """
+    if name not in known:
+        raise UnknownNameError(kind, name, known)
+    return known[name]
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from kronfac.blocks import Block, DiagonalKronecker, Kronecker, ScaledKronecker
 from kronfac.curvature import BlockDiagonal
 from kronfac.eager import eager_root
 from kronfac.estimation import estimate
-from kronfac.estimator import CoverageWarning
+from kronfac.estimator import without_coverage_warnings
 from kronfac.forwards import call_model, pick_outputs
 from kronfac.inspect import seeds
 from kronfac.inspect.budget import Budget
@@ -85,7 +83,7 @@ def verify(
     adaptation = adapt_model(model, sharing=sharing, norm=norm)
 
     def curvature_from(origin: Source, number: int) -> BlockDiagonal:
-        with _quiet(), alone():
+        with without_coverage_warnings(), alone():
             return estimate(
                 model,
                 likelihood,
@@ -183,14 +181,6 @@ def _probe(model: nn.Module, run: Callable[[], Tensor]) -> Tensor:
             "with: dropout in train mode? Use model.eval(), or set its p to 0."
         )
     return first
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The report itself names the parameters without a block."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CoverageWarning)
-        yield
 
 
 def _factored(approximation: Approximation, block: Block) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kronfac.layers.base import LayerAdapter
 from kronfac.layers.linear import LinearAdapter
 from kronfac.layers.registry import BY_NAME
 
@@ -28,13 +27,5 @@ class TransposedLinear(LinearAdapter):
         return columns.mT
 
 
-def _linear(module: nn.Module, name: str, sharing: str = "expand") -> LayerAdapter:
-    return LinearAdapter(module, name, sharing)
-
-
-def _transposed(module: nn.Module, name: str, sharing: str = "expand") -> LayerAdapter:
-    return TransposedLinear(module, name, sharing)
-
-
-BY_NAME["transformers.pytorch_utils.Conv1D"] = _transposed
-BY_NAME["torch_geometric.nn.dense.linear.Linear"] = _linear
+BY_NAME["transformers.pytorch_utils.Conv1D"] = TransposedLinear
+BY_NAME["torch_geometric.nn.dense.linear.Linear"] = LinearAdapter

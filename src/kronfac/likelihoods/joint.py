@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 
 import torch
@@ -69,13 +69,7 @@ class Joint(JointLoss):
             Of the outputs' shape.
         """
         check_generator(generator, outputs)
-        return side_by_side(
-            outputs,
-            (
-                math.sqrt(part.share) * part.likelihood.sample_cotangents(part.outputs, part.targets, generator)
-                for part in self._given(outputs, targets)
-            ),
-        )
+        return self._rooted(outputs, targets, lambda p: p.likelihood.sample_cotangents(p.outputs, p.targets, generator))
 
     def probe_cotangents(
         self, outputs: Tensor, targets: Targets = None, generator: torch.Generator | None = None
@@ -91,13 +85,7 @@ class Joint(JointLoss):
             Of the outputs' shape.
         """
         check_generator(generator, outputs)
-        return side_by_side(
-            outputs,
-            (
-                math.sqrt(part.share) * part.likelihood.probe_cotangents(part.outputs, part.targets, generator)
-                for part in self._given(outputs, targets)
-            ),
-        )
+        return self._rooted(outputs, targets, lambda p: p.likelihood.probe_cotangents(p.outputs, p.targets, generator))
 
     def root_columns(self, outputs: Tensor, targets: Targets = None) -> Iterator[Tensor]:
         """The heads' own, one position of each example at a time.
@@ -202,6 +190,10 @@ class Joint(JointLoss):
             last = [(0 * last[i][0], last[i][1]) if atom is None else atom for i, atom in enumerate(found)]
             labels = side_by_side(outputs, (label.to(outputs.dtype) for _, label in last))
             yield side_by_side(outputs, (probabilities for probabilities, _ in last)), labels
+
+    def _rooted(self, outputs: Tensor, targets: Targets, draw: Callable[[Part], Tensor]) -> Tensor:
+        """What is drawn for each head, times the root of what it counts, since the second moment is what counts."""
+        return side_by_side(outputs, (math.sqrt(part.share) * draw(part) for part in self._given(outputs, targets)))
 
     def _given(self, outputs: Tensor, targets: Targets) -> Iterator[Part]:
         return self._parts(*self.prepare(outputs.detach(), targets))

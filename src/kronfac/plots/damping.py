@@ -109,7 +109,12 @@ def damping_panels(
     if title:
         figure.suptitle(title, fontsize="medium")
     figure.legend(
-        lines, labels, title="layer", loc="outside lower center", ncols=min(7, len(labels)), frameon=False,
+        lines,
+        labels,
+        title="layer",
+        loc="outside lower center",
+        ncols=min(7, len(labels)),
+        frameon=False,
         fontsize="small",
-    )  # fmt: skip
+    )
     return panels

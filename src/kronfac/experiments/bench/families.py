@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import kronfac as kf
 from kronfac.experiments.bench.workloads import Workload
-from kronfac.experiments.errors import ExperimentError, UnknownNameError
+from kronfac.experiments.errors import ExperimentError, look_up
 from kronfac.experiments.models import perceptron, plain_convolutional
 
 _CLASSES = 10
@@ -204,7 +204,5 @@ def get_family(axis: str) -> Family:
 
     Raises:
         UnknownNameError: There is none of that name.
-    """
-    if axis not in FAMILIES:
-        raise UnknownNameError("axis of scaling", axis, FAMILIES)
-    return FAMILIES[axis]
+    """  # noqa: DOC502
+    return look_up("axis of scaling", axis, FAMILIES)

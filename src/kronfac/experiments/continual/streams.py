@@ -14,7 +14,7 @@ from kronfac.experiments.continual.tasks import MAKERS, Images, Task
 from kronfac.experiments.datasets import load
 from kronfac.experiments.datasets.base import Dataset
 from kronfac.experiments.environment import free_memory
-from kronfac.experiments.errors import ExperimentError, UnknownNameError
+from kronfac.experiments.errors import ExperimentError, look_up
 from kronfac.experiments.models.initialise import initialise, mark_linear
 from kronfac.experiments.models.resnet import ResNet
 from kronfac.experiments.models.small import perceptron, small_convolutional
@@ -214,7 +214,5 @@ def get_stream(name: str) -> Stream:
 
     Raises:
         UnknownNameError: If there is none of that name.
-    """
-    if name not in STREAMS:
-        raise UnknownNameError("stream", name, STREAMS)
-    return STREAMS[name]
+    """  # noqa: DOC502
+    return look_up("stream", name, STREAMS)

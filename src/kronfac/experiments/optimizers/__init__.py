@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kronfac.experiments.errors import UnknownNameError
+from kronfac.experiments.errors import look_up
 from kronfac.experiments.optimizers import adaptive, ekfac, first_order, kfac, kldwrm, soap, tkfac
 from kronfac.experiments.optimizers.base import OptimizerSpec
 
@@ -33,10 +33,8 @@ def get_optimizer(name: str) -> OptimizerSpec:
 
     Raises:
         UnknownNameError: If there is none of that name; the message lists those there are.
-    """
-    if name not in OPTIMIZERS:
-        raise UnknownNameError("optimiser", name, OPTIMIZERS)
-    return OPTIMIZERS[name]
+    """  # noqa: DOC502
+    return look_up("optimiser", name, OPTIMIZERS)
 
 
 __all__ = ["OPTIMIZERS", "OptimizerSpec", "get_optimizer"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kronfac.experiments.errors import UnknownNameError
+from kronfac.experiments.errors import look_up
 from kronfac.experiments.problems import autoencoders, convolutional, digits, logistic, physics, pooled, puiu, residual
 from kronfac.experiments.problems.base import Data, Problem
 
@@ -36,7 +36,5 @@ def get_problem(name: str) -> Problem:
 
     Raises:
         UnknownNameError: If there is none of that name; the message lists those there are.
-    """
-    if name not in PROBLEMS:
-        raise UnknownNameError("problem", name, PROBLEMS)
-    return PROBLEMS[name]
+    """  # noqa: DOC502
+    return look_up("problem", name, PROBLEMS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kronfac.experiments.errors import UnknownNameError
+from kronfac.experiments.errors import look_up
 from kronfac.experiments.reproduce.figures import botev, gao, grosse, lee, puiu
 from kronfac.experiments.reproduce.figures.base import Figure
 
@@ -27,7 +27,5 @@ def get_figure(key: str) -> Figure:
 
     Raises:
         UnknownNameError: If there is none of that key; the message lists those there are.
-    """
-    if key not in FIGURES:
-        raise UnknownNameError("figure", key, FIGURES)
-    return FIGURES[key]
+    """  # noqa: DOC502
+    return look_up("figure", key, FIGURES)

@@ -5,6 +5,11 @@ from __future__ import annotations
 from kronfac.experiments.reproduce.figures.base import Figure
 
 _PAPER = "Grosse & Martens (2016)"
+_RACE = (
+    "compare {} --optimizers sgd,kfac --seeds 0 --epochs 50 --metric train_error --grid sgd.lr=0.003,0.01,0.03"
+    " --grid kfac.lr=0.003,0.01,0.03 --grid-steps 780 --set kfac.batch_size=512"
+)
+_SMALL = "compare digits-cnn --optimizers sgd,kfac --seeds 0 --steps 40"
 
 FIGURES = (
     Figure(
@@ -25,11 +30,8 @@ FIGURES = (
         where="Figures 3 and 5",
         shows="loss and error of KFC-pre and SGD against seconds and against steps, CIFAR-10",
         found="19 % test error in 3 minutes against SGD's 9, 6 % training error in 4 against 30, on a GPU",
-        commands=(
-            "compare cifar10-kfc --optimizers sgd,kfac --seeds 0 --epochs 50 --metric train_error --target 0.06"
-            " --grid sgd.lr=0.003,0.01,0.03 --grid kfac.lr=0.003,0.01,0.03 --grid-steps 780 --set kfac.batch_size=512",
-        ),
-        small=("compare digits-cnn --optimizers sgd,kfac --seeds 0 --steps 40",),
+        commands=(_RACE.format("cifar10-kfc") + " --target 0.06",),
+        small=(_SMALL,),
         differs="no response normalisation, no weight decay; damping and clip are those tuned for the problem",
     ),
     Figure(
@@ -38,13 +40,8 @@ FIGURES = (
         where="Figure 4",
         shows="the same with batch normalisation in the network",
         found="KFC-pre is considerably faster than SGD with and without batch normalisation",
-        commands=(
-            "compare cifar10-kfc-bn --optimizers sgd,kfac --seeds 0 --epochs 50 --metric train_error"
-            " --grid sgd.lr=0.003,0.01,0.03 --grid kfac.lr=0.003,0.01,0.03 --grid-steps 780 --set kfac.batch_size=512",
-            "compare cifar10-kfc --optimizers sgd,kfac --seeds 0 --epochs 50 --metric train_error"
-            " --grid sgd.lr=0.003,0.01,0.03 --grid kfac.lr=0.003,0.01,0.03 --grid-steps 780 --set kfac.batch_size=512",
-        ),
-        small=("compare digits-cnn --optimizers sgd,kfac --seeds 0 --steps 40",),
+        commands=(_RACE.format("cifar10-kfc-bn"), _RACE.format("cifar10-kfc")),
+        small=(_SMALL,),
         differs="as grosse-3; batch normalisation's cost counts, which the paper leaves out",
     ),
 )
